@@ -1,0 +1,165 @@
+"""The job's config: frozen pydantic sections, unknown keys refused.
+
+Knows neither torch nor ray: `rayskip schema`, `--help` and every validation answer before they load.
+Field descriptions are the reference documentation; `rayskip schema` prints them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """A config section: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """Which checkpoint, in which precision."""
+
+    path: str = Field(description="smollm2-135m-instruct, a local folder with safetensors, or a hub id")
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+
+
+class InputConfig(Section):
+    """Where the rows are and which column is the prompt.
+
+    Name at most one of prompt, messages, prompt_token_ids, template. With none named, the first of
+    those three columns that the data has is used.
+    """
+
+    path: str = Field(description="file, glob, folder, save_to_disk folder, s3:// or gs:// url, or hub dataset name")
+    format: Literal["parquet", "arrow", "jsonl", "openai", "csv", "datasets", "hub"] | None = Field(
+        None, description="read from the suffix when left out"
+    )
+    split: str = Field("train", description="split of a datasets folder or hub dataset that has several")
+    prompt: str | None = Field(None, description="column with a text prompt")
+    messages: str | None = Field(None, description="column with a list of {role, content}")
+    prompt_token_ids: str | None = Field(None, description="column with a list of token ids")
+    template: str | None = Field(None, description="Jinja template over the columns, rendered in a sandbox")
+    chat: bool = Field(False, description="send a prompt or template through the model's chat template")
+    system: str | None = Field(None, description="system message put before chat prompts that have none")
+    sampling_params: str | None = Field(None, description="column with per-row sampling parameters")
+    max_rows: int | None = Field(None, ge=1, description="read only the first so many rows")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> InputConfig:
+        named = [k for k in ("prompt", "messages", "prompt_token_ids", "template") if getattr(self, k) is not None]
+        if len(named) > 1:
+            raise ValueError(f"name one of prompt, messages, prompt_token_ids, template; got {' and '.join(named)}")
+        return self
+
+
+class SamplingParams(Section):
+    """How tokens are chosen; the names are vLLM's and OpenAI's."""
+
+    max_tokens: int = Field(128, ge=1, description="most tokens to generate")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, description="0 or -1: all tokens")
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+    stop: tuple[str, ...] = Field((), description="strings that end the text; not part of it")
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = Field(0, description="the job seed; a row's stream is hash(seed, row, sample)")
+    n: int = Field(1, ge=1, description="samples per row")
+    logprobs: int | None = Field(None, ge=0, le=20, description="log-probabilities of the token and this many others")
+    ignore_eos: bool = False
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not text for text in value):
+            raise ValueError("a stop string may not be empty")
+        return value
+
+
+class EngineConfig(Section):
+    """Sizes of a replica's engine; what is left out is chosen from memory and measured steps."""
+
+    max_batch_rows: int | None = Field(None, ge=1, description="most rows that generate at once")
+    max_batch_tokens: int | None = Field(None, ge=16, description="most tokens in one forward")
+    max_model_len: int | None = Field(None, ge=1, description="longest prompt + completion; the model's own by default")
+    kv_cache_gb: float | None = Field(None, gt=0, description="memory for the KV cache")
+
+
+class NoSkip(Section):
+    """Every layer runs at every position."""
+
+    kind: Literal["none"] = "none"
+
+
+class NoDraft(Section):
+    """No drafter: one token per row and step."""
+
+    kind: Literal["none"] = "none"
+
+
+class DecodeConfig(Section):
+    """Layer-skipping policy and drafter."""
+
+    skip: NoSkip = NoSkip()
+    draft: NoDraft = NoDraft()
+
+
+class ClusterConfig(Section):
+    """Where replicas run and what each holds."""
+
+    address: str | None = Field(None, description="Ray address; null starts a local cluster")
+    replicas: int | tuple[int, int] = Field(1, description="number of replicas, or [min, max]")
+    cpus_per_replica: float = Field(1, ge=0)
+    gpus_per_replica: float = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ClusterConfig:
+        low, high = self.replica_range
+        if not 1 <= low <= high:
+            raise ValueError(f"replicas must be at least 1 and [min, max] in order, got {self.replicas}")
+        return self
+
+    @property
+    def replica_range(self) -> tuple[int, int]:
+        """(min, max) replicas."""
+        return self.replicas if isinstance(self.replicas, tuple) else (self.replicas, self.replicas)
+
+
+class RetryConfig(Section):
+    """When to try again and when to give up."""
+
+    max_shard_attempts: int = Field(4, ge=1, description="attempts of a shard before the job fails")
+    max_failed_rows: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="stop the job past this many (integer) or this share (0.0 to 1.0) of failed rows"
+    )
+    shard_timeout_s: float = Field(3600, gt=0, description="a shard that takes longer is redone on another replica")
+
+
+class OutputConfig(Section):
+    """Where generations go."""
+
+    path: str = Field(description="folder, local or s3:// or gs://")
+    format: Literal["parquet", "jsonl", "openai"] = "parquet"
+    token_ids: bool = Field(False, description="write the token_ids column")
+    shard_rows: int = Field(256, ge=1, description="input rows per shard, the unit of commit and retry")
+
+
+class JobConfig(Section):
+    """One batch-generation job."""
+
+    name: str = Field(min_length=1)
+    model: ModelConfig
+    input: InputConfig
+    sampling: SamplingParams = SamplingParams()
+    engine: EngineConfig = EngineConfig()
+    decode: DecodeConfig = DecodeConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    retry: RetryConfig = RetryConfig()
+    output: OutputConfig

@@ -1,0 +1,1 @@
+"""Records, file formats, prompt rendering and tokenizing. Does not know models."""

@@ -1,0 +1,85 @@
+"""The nouns that cross module and process boundaries. Plain data, picklable, no behaviour beyond names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rayskip.config import SamplingParams
+from rayskip.stats import Stats
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row, ready for the engine.
+
+    key: 64-bit hash of (job seed, row identity); sample s draws from the stream hash(key, s).
+    """
+
+    row_index: int
+    token_ids: list[int]
+    params: SamplingParams
+    key: int
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability (natural log, of the model's own distribution before temperature and truncation)
+    of a generated token, and of the most likely tokens at that position."""
+
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One output row: sample `sample_index` of input row `row_index`, or why there is none."""
+
+    row_index: int
+    sample_index: int
+    finish_reason: FinishReason
+    text: str | None = None
+    token_ids: list[int] | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    logprobs: list[TokenLogprob] | None = None
+    error_type: str | None = None
+    error_message: str | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A contiguous range of one input file's rows: the unit of dispatch, retry and commit.
+
+    file: where to read it. name: the file's part of the row identity (its path below the input's root).
+    rows: [start, stop) in the file.
+    """
+
+    index: int
+    file: str
+    name: str
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What a replica did for a shard: a whole attempt file written, not yet committed.
+
+    path: relative to the output folder. sha256, bytes: of the file. rows: output rows in it.
+    """
+
+    shard: int
+    path: str
+    sha256: str
+    bytes: int
+    rows: int
+    rows_failed: int
+    stats: Stats

@@ -1,0 +1,56 @@
+"""When a completion ends, and what its text is. Does not know the engine or other rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from rayskip.config import SamplingParams
+
+
+class Decodes(Protocol):
+    """The part of a tokenizer that turns ids into text."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+
+
+class Stopper:
+    """Ends completions. Text needs a tokenizer; without one (token ids in, token ids out) there is none."""
+
+    def __init__(self, tokenizer: Decodes | None, eos_token_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self._eos = frozenset(eos_token_ids)
+
+    def text(self, token_ids: Sequence[int], params: SamplingParams) -> str | None:
+        """The completion's text, cut before the first stop string."""
+        if self._tokenizer is None:
+            return None
+        text = self._decode(token_ids)
+        cuts = [at for at in (text.find(stop) for stop in params.stop) if at >= 0]
+        return text[: min(cuts)] if cuts else text
+
+    def reason(self, token_ids: Sequence[int], params: SamplingParams, room: int) -> Literal["stop", "length"] | None:
+        """Why the completion ends with its newest token, if it does.
+
+        room: tokens that the context still has place for.
+        """
+        newest = token_ids[-1]
+        if newest in params.stop_token_ids or (newest in self._eos and not params.ignore_eos):
+            return "stop"
+        if params.stop and self._stops(token_ids, params.stop):
+            return "stop"
+        return "length" if len(token_ids) >= params.max_tokens or room <= 0 else None
+
+    def _stops(self, token_ids: Sequence[int], stops: Sequence[str]) -> bool:
+        """Whether a stop string stands in the text. Decodes the tail first: a stop string ends in the newest
+        token, and a token that shows at all shows at least one character."""
+        tail = self._decode(token_ids[-(max(map(len, stops)) + 8) :])
+        if not any(stop in tail for stop in stops):
+            return False
+        text = self._decode(token_ids)
+        return any(stop in text for stop in stops)
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            raise ValueError("stop strings need a tokenizer")
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)

@@ -1,0 +1,258 @@
+"""The run: plan, claim the folder, keep replicas fed, commit, finish. The shell around pure decisions.
+
+Does not know Ray, torch or files: it runs on any pool and any storage.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rayskip.config import JobConfig
+from rayskip.data.records import ShardResult
+from rayskip.data.sources import Source
+from rayskip.data.storage import Storage, open_storage
+from rayskip.driver.commit import Lease, commit, finish, load_commits, open_job, read, refuse_other
+from rayskip.driver.plan import Plan, make_plan
+from rayskip.driver.progress import Meter, Progress
+from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, fold
+from rayskip.driver.report import Report, total
+from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
+from rayskip.driver.signals import StopSignal
+from rayskip.errors import Interrupted, JobFailed, ReplicaLost, Retryable
+from rayskip.pool import Alive, Done, Event, Failed, Lost, Pool, Ready, ReplicaInfo
+
+PoolFactory = Callable[[JobConfig, Source], Pool]
+OnProgress = Callable[[Progress], None]
+
+TICK_S = 0.5
+FENCE_CHECK_S = 5.0
+GRACE_S = 12.0
+"""Seconds that work in flight gets after a signal: with the pool's end, less than 20 in all."""
+
+
+def run_job(
+    job: JobConfig, pool_factory: PoolFactory, fresh: bool = False, on_progress: OnProgress | None = None
+) -> Report:
+    """Run a job to its end, or go on with what an earlier run left, and return its report.
+
+    A finished job is not run again: its report is returned. fresh: delete what is there and start over.
+    Raises UserError before any replica starts when the job cannot run as given, JobFailed when it gave up,
+    Interrupted after SIGTERM or Ctrl-C; what was committed stays in each case.
+    """
+    began = time.monotonic()
+    with StopSignal() as stop:
+        plan = make_plan(job)
+        storage = open_storage(job.output.path)
+        if not fresh and (report := finished_report(storage, plan)):
+            return report
+        lease = open_job(storage, plan.record, fresh)
+        run = Run(job, plan, storage, lease, stop, on_progress or (lambda progress: None), began)
+        if not run.dispatch.finished:
+            run.generate(pool_factory)
+        return run.finish()
+
+
+def finished_report(storage: Storage, plan: Plan) -> Report | None:
+    """The report of a job that is finished already; None when it is not. Raises OutputError for another job."""
+    refuse_other(storage, plan.record)
+    return read(storage, REPORT, Report) if read(storage, MANIFEST, Manifest) else None
+
+
+class Run:
+    """One driver's run of a job: what is committed, who works on what."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        plan: Plan,
+        storage: Storage,
+        lease: Lease,
+        stop: StopSignal,
+        on_progress: OnProgress,
+        began: float,
+    ) -> None:
+        self.job = job
+        self.plan = plan
+        self.storage = storage
+        self.lease = lease
+        self.stop = stop
+        self.on_progress = on_progress
+        self.began = began
+        self.commits = load_commits(storage, plan.record.fingerprint, plan.shards)
+        self.resumed = frozenset(self.commits)
+        self.rows_failed = sum(record.rows_failed for record in self.commits.values())
+        self.dispatch = Dispatch(
+            [shard for shard in plan.shards if shard.index not in self.commits],
+            job.cluster.replica_range,
+            job.retry.max_shard_attempts,
+            job.retry.shard_timeout_s,
+        )
+        self.meter = Meter(sum(shard.rows for shard in plan.shards if shard.index in self.resumed))
+        self.replicas: list[ReplicaInfo] = []
+        self.most_replicas = 0
+        self.first_ready = self.last_commit = 0.0
+        self.next_fence_check = 0.0
+
+    def generate(self, pool_factory: PoolFactory) -> None:
+        """Run every shard that is not committed."""
+        self._show("starting")
+        pool = pool_factory(self.job, self.plan.source)
+        try:
+            while not self.dispatch.finished:
+                if self.stop.asked:
+                    self._drain(pool)
+                self._check_fence()
+                self._turn(pool)
+        finally:
+            pool.close()
+
+    def finish(self) -> Report:
+        """Write the report and the manifest of a job whose shards are all committed."""
+        record = self.plan.record
+        report = self._report()
+        self.lease.check()
+        self.storage.put(REPORT, report.to_bytes())
+        finish(
+            self.storage, fold(record.name, record.fingerprint, self.job.output.format, self.commits.values())
+        )
+        self._show("finished")
+        return report
+
+    def _turn(self, pool: Pool) -> None:
+        """Decide, obey, listen."""
+        for instruction in self.dispatch.decide(time.monotonic()):
+            self._obey(pool, instruction)
+        for event in pool.wait(TICK_S):
+            self._hear(pool, event)
+        self._show("generating" if self.dispatch.ready else "loading")
+
+    def _drain(self, pool: Pool) -> None:
+        """After a signal: commit what finishes within the grace, then raise Interrupted."""
+        self.dispatch.stop()
+        deadline = time.monotonic() + GRACE_S
+        while self.dispatch.in_flight and time.monotonic() < deadline:
+            self._turn(pool)
+        raise Interrupted(
+            f"stopped by a signal; {len(self.commits)} of {len(self.plan.shards)} shards are committed, "
+            f"the same command resumes"
+        )
+
+    def _obey(self, pool: Pool, instruction: Instruction) -> None:
+        match instruction:
+            case Assign(replica, shard):
+                pool.submit(replica, shard)
+            case Kill(replica):
+                pool.kill(replica)
+                self.meter.lost(replica)
+            case _:
+                self.dispatch.started(pool.start(), time.monotonic())
+
+    def _hear(self, pool: Pool, event: Event) -> None:
+        now = time.monotonic()
+        match event:
+            case Ready(replica, info):
+                self._ready(replica, info, now)
+            case Alive(replica, progress):
+                self.meter.said(replica, progress)
+            case Done(replica, result):
+                self._done(replica, result, now)
+            case Failed(replica, _, ReplicaLost() as error):
+                pool.kill(replica)
+                self._lost(replica, str(error))
+            case Failed(replica, shard, Retryable() as error):
+                self.dispatch.failed(replica, shard, str(error), now)
+            case Failed(_, _, error):
+                raise error
+            case Lost(replica, reason):
+                self._lost(replica, reason)
+
+    def _ready(self, replica: int, info: ReplicaInfo, now: float) -> None:
+        self.dispatch.became_ready(replica, now)
+        self.meter.start(now)
+        self.first_ready = self.first_ready or now
+        self.replicas.append(info)
+        self.most_replicas = max(self.most_replicas, self.dispatch.ready)
+
+    def _done(self, replica: int, result: ShardResult, now: float) -> None:
+        shard = self.dispatch.done(replica, result.shard, now)
+        record = commit(self.storage, self.lease, self.plan.record.fingerprint, shard, result)
+        self.commits[shard.index] = record
+        self.last_commit = time.monotonic()
+        self.rows_failed += record.rows_failed
+        self.meter.committed(replica, shard.rows, result.stats.completion_tokens)
+        self._check_failed_rows()
+
+    def _lost(self, replica: int, reason: str) -> None:
+        self.meter.lost(replica)
+        self.dispatch.lost(replica, reason)
+
+    def _check_failed_rows(self) -> None:
+        limit = self.job.retry.max_failed_rows
+        if limit is None:
+            return
+        most = limit * self.plan.rows * self.job.sampling.n if isinstance(limit, float) else limit
+        if self.rows_failed > most:
+            raise JobFailed(
+                f"{self.rows_failed} rows failed, more than retry.max_failed_rows = {limit} allows; "
+                f"see error_type and error_message in {self.storage.url}/data"
+            )
+
+    def _check_fence(self) -> None:
+        """Stop a replaced driver soon, not only at its next commit."""
+        now = time.monotonic()
+        if now >= self.next_fence_check:
+            self.next_fence_check = now + FENCE_CHECK_S
+            self.lease.check()
+
+    def _show(self, phase: str) -> None:
+        now = time.monotonic()
+        tok_s_now, tok_s = self.meter.speeds(now)
+        self.on_progress(
+            Progress(
+                phase=phase,
+                elapsed_s=now - self.began,
+                rows=self.meter.rows,
+                rows_total=self.plan.rows,
+                tokens=self.meter.tokens,
+                tok_s_now=tok_s_now,
+                tok_s=tok_s,
+                eta_s=self.meter.eta_s(now, self.plan.rows),
+                replicas=self.dispatch.ready,
+                replicas_total=self.job.cluster.replica_range[1],
+                retries=self.dispatch.retries,
+                rows_failed=self.rows_failed,
+            )
+        )
+
+    def _report(self) -> Report:
+        job, whole = self.job, total(self.commits.values())
+        ours = total(self._ours())
+        generate_s = self.last_commit - self.first_ready
+        tok_s = ours.completion_tokens / generate_s if generate_s > 0 else 0.0
+        return Report(
+            name=job.name,
+            fingerprint=self.plan.record.fingerprint,
+            model=job.model.path,
+            hardware=self.replicas[0].hardware if self.replicas else {},
+            engine=self.replicas[0].engine if self.replicas else {},
+            replicas=self.most_replicas,
+            shards=len(self.plan.shards),
+            shards_resumed=len(self.resumed),
+            retries=self.dispatch.retries,
+            rows=whole.rows,
+            rows_failed=whole.rows_failed,
+            prompt_tokens=whole.prompt_tokens,
+            prefix_tokens=whole.prefix_tokens,
+            completion_tokens=whole.completion_tokens,
+            load_s=max((info.load_s for info in self.replicas), default=0.0),
+            generate_s=generate_s,
+            wall_s=time.monotonic() - self.began,
+            completion_tok_s=tok_s,
+            completion_tok_s_per_replica=tok_s / max(1, self.most_replicas),
+            batch_fill=ours.batch_fill,
+            seconds=ours.seconds,
+        )
+
+    def _ours(self) -> list[CommitRecord]:
+        return [record for index, record in self.commits.items() if index not in self.resumed]

@@ -1,0 +1,69 @@
+"""The plan: which shards the input is cut into, and the fingerprint that says what decides the output.
+
+Does not know replicas. Holds memory per shard, never per row.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from rayskip.config import JobConfig
+from rayskip.data.records import Shard
+from rayskip.data.sources import Source, discover, plan_shards
+from rayskip.driver.records import JobRecord
+from rayskip.model.checkpoint import resolve, weights_fingerprint
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job cut into shards. source: what replicas need to read them. record: what job.json says."""
+
+    source: Source
+    shards: list[Shard]
+    record: JobRecord
+
+    @property
+    def rows(self) -> int:
+        """Input rows of the job."""
+        return self.record.rows
+
+
+def make_plan(job: JobConfig) -> Plan:
+    """Look at the input and the model and cut the input into shards; reads no row that need not be counted.
+
+    Raises InputError or ModelError.
+    """
+    source = discover(job.input)
+    shards = list(plan_shards(source, job.output.shard_rows, job.input.max_rows))
+    parts = fingerprint_parts(job, source)
+    record = JobRecord(
+        name=job.name,
+        fingerprint=digest(parts),
+        parts=parts,
+        shards=len(shards),
+        rows=sum(shard.rows for shard in shards),
+        config=job.model_dump(mode="json"),
+    )
+    return Plan(source, shards, record)
+
+
+def fingerprint_parts(job: JobConfig, source: Source) -> dict[str, str]:
+    """A hash for each part of a job that decides its output bytes; what only decides speed is left out."""
+    weights = weights_fingerprint(resolve(job.model.path, job.model.revision))
+    return {
+        "input files": digest([(file.name, file.rows, file.fingerprint) for file in source.files]),
+        "input": digest(job.input.model_dump(mode="json", exclude={"path"})),
+        "model": digest([weights, job.model.dtype]),
+        "sampling": digest(job.sampling.model_dump(mode="json")),
+        "decode": digest(job.decode.model_dump(mode="json")),
+        "engine.max_model_len": digest(job.engine.max_model_len),
+        "output": digest(job.output.model_dump(mode="json", exclude={"path"})),
+    }
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,106 @@
+"""How far a run is and how fast, for people who watch. Decides nothing and prints nothing."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from rayskip.pool import ReplicaProgress
+
+WINDOW_S = 15.0
+"""Seconds over which the present speed is taken."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A snapshot. Rows are input rows, committed or generated and not yet committed; resumed ones count.
+
+    tokens: completion tokens of this run. tok_s_now, tok_s: per second, over the last seconds and over
+    the run since the first replica was ready. eta_s: seconds to go, None until there is a speed.
+    phase: what goes on. elapsed_s: since the run began.
+    """
+
+    phase: str
+    elapsed_s: float
+    rows: int
+    rows_total: int
+    tokens: int
+    tok_s_now: float
+    tok_s: float
+    eta_s: float | None
+    replicas: int
+    replicas_total: int
+    retries: int
+    rows_failed: int
+
+
+class Meter:
+    """Adds up what was committed and what replicas say of work under way. Seconds are handed in."""
+
+    def __init__(self, rows_resumed: int) -> None:
+        self._rows_resumed = rows_resumed
+        self._rows = 0
+        self._tokens = 0
+        # Per replica: what it says it did, and how much of that is committed.
+        self._said: dict[int, ReplicaProgress] = {}
+        self._committed: dict[int, ReplicaProgress] = {}
+        self._started: float | None = None
+        self._window: deque[tuple[float, int]] = deque()
+
+    @property
+    def rows(self) -> int:
+        """Input rows done, resumed ones included."""
+        return self._rows_resumed + self._rows + sum(self._ahead(replica).rows for replica in self._said)
+
+    @property
+    def tokens(self) -> int:
+        """Completion tokens of this run."""
+        return self._tokens + sum(self._ahead(replica).completion_tokens for replica in self._said)
+
+    def start(self, now: float) -> None:
+        """The first replica is ready: speeds count from here; later calls change nothing."""
+        if self._started is None:
+            self._started = now
+            self._window.append((now, 0))
+
+    def said(self, replica: int, progress: ReplicaProgress) -> None:
+        """A replica's counters since its start."""
+        self._said[replica] = progress
+
+    def committed(self, replica: int, rows: int, tokens: int) -> None:
+        """A shard of this replica is committed, with so many input rows and completion tokens."""
+        self._rows += rows
+        self._tokens += tokens
+        before = self._committed.get(replica, ReplicaProgress(0, 0))
+        self._committed[replica] = ReplicaProgress(before.rows + rows, before.completion_tokens + tokens)
+
+    def lost(self, replica: int) -> None:
+        """What a lost replica had under way is lost too."""
+        self._said.pop(replica, None)
+
+    def speeds(self, now: float) -> tuple[float, float]:
+        """Completion tokens per second: over the last seconds, and since the start."""
+        if self._started is None:
+            return 0.0, 0.0
+        self._window.append((now, self.tokens))
+        while len(self._window) > 2 and now - self._window[0][0] > WINDOW_S:
+            self._window.popleft()
+        then, tokens = self._window[0]
+        return (
+            max(0.0, (self.tokens - tokens) / (now - then)) if now > then else 0.0,
+            self.tokens / (now - self._started) if now > self._started else 0.0,
+        )
+
+    def eta_s(self, now: float, rows_total: int) -> float | None:
+        """Seconds to go at the run's speed in rows."""
+        done = self.rows - self._rows_resumed
+        if self._started is None or done <= 0:
+            return None
+        return (now - self._started) / done * max(0, rows_total - self.rows)
+
+    def _ahead(self, replica: int) -> ReplicaProgress:
+        said = self._said[replica]
+        committed = self._committed.get(replica, ReplicaProgress(0, 0))
+        return ReplicaProgress(
+            max(0, said.rows - committed.rows), max(0, said.completion_tokens - committed.completion_tokens)
+        )

@@ -1,0 +1,179 @@
+"""Which replica runs which shard, and what happens when one dies: events in, instructions out.
+
+Pure decisions. Does not know pools, storage or signals, and never reads a clock: times are handed in.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from rayskip.data.records import Shard
+from rayskip.errors import JobFailed
+from rayskip.pool import LOOK_AHEAD
+
+# Replicas that may die while loading, one after the other, before the job does without them.
+MAX_FAILED_STARTS = 3
+
+
+@dataclass(frozen=True)
+class Start:
+    """Start a replica, then tell `started`."""
+
+
+@dataclass(frozen=True)
+class Assign:
+    """Hand this shard to this replica."""
+
+    replica: int
+    shard: Shard
+
+
+@dataclass(frozen=True)
+class Kill:
+    """End this replica: it hangs."""
+
+    replica: int
+
+
+Instruction = Start | Assign | Kill
+
+
+@dataclass
+class _Replica:
+    """since: when it last started or finished something, or was given its first shard; seconds."""
+
+    since: float
+    ready: bool = False
+    shards: list[Shard] = field(default_factory=list)
+
+
+class Dispatch:
+    """The state of a run's shards and replicas.
+
+    A shard that was on a replica when it died is a suspect: it runs last and alone, so that a shard that
+    kills replicas takes no others with it. Everything else is finished before the job fails over it.
+    """
+
+    def __init__(
+        self, shards: Iterable[Shard], replicas: tuple[int, int], max_attempts: int, shard_timeout_s: float
+    ) -> None:
+        self._pending = deque(shards)
+        self._suspects: deque[Shard] = deque()
+        self._replicas: dict[int, _Replica] = {}
+        self._least, self._most = replicas
+        self._max_attempts = max_attempts
+        self._timeout_s = shard_timeout_s
+        self._attempts: dict[int, int] = {}
+        self._failed_starts = 0
+        self._stopped = False
+        self.retries = 0
+
+    @property
+    def in_flight(self) -> int:
+        """Shards that replicas hold now."""
+        return sum(len(replica.shards) for replica in self._replicas.values())
+
+    @property
+    def finished(self) -> bool:
+        """No shard is left to run."""
+        return not (self._pending or self._suspects or self.in_flight)
+
+    @property
+    def ready(self) -> int:
+        """Replicas that have loaded."""
+        return sum(replica.ready for replica in self._replicas.values())
+
+    def stop(self) -> None:
+        """Assign nothing more; what is in flight may finish."""
+        self._stopped = True
+
+    def decide(self, now: float) -> list[Instruction]:
+        """What to do at time `now` (seconds, any origin). Raises JobFailed when there is no way on."""
+        instructions: list[Instruction] = [Kill(replica) for replica in self._hanging(now)]
+        for instruction in instructions:
+            assert isinstance(instruction, Kill)
+            self.lost(instruction.replica, f"no progress in {self._timeout_s:g} s")
+        if not self._stopped:
+            instructions += [Start()] * self._missing()
+            instructions += self._assign(now)
+        return instructions
+
+    def started(self, replica: int, now: float) -> None:
+        """A replica has been started, under this id."""
+        self._replicas[replica] = _Replica(since=now)
+
+    def became_ready(self, replica: int, now: float) -> None:
+        """A replica has loaded."""
+        self._failed_starts = 0
+        self._replicas[replica].ready = True
+        self._replicas[replica].since = now
+
+    def done(self, replica: int, shard: int, now: float) -> Shard:
+        """A replica finished a shard; returns it."""
+        self._replicas[replica].since = now
+        return self._take_back(replica, shard)
+
+    def failed(self, replica: int, shard: int, reason: str, now: float) -> None:
+        """A shard failed in a way worth another attempt; its replica lives on."""
+        self._replicas[replica].since = now
+        self._pending.append(self._again(self._take_back(replica, shard), reason))
+
+    def lost(self, replica: int, reason: str) -> None:
+        """A replica is gone; its shards go back. Raises JobFailed for a shard that has had all its attempts."""
+        gone = self._replicas.pop(replica)
+        if not gone.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS and len(self._replicas) < self._least:
+                raise JobFailed(f"{self._failed_starts} replicas in a row died while loading; the last: {reason}")
+        self._suspects.extend(self._again(shard, reason) for shard in gone.shards)
+
+    def _again(self, shard: Shard, reason: str) -> Shard:
+        if self._attempts[shard.index] >= self._max_attempts:
+            raise JobFailed(
+                f"shard {shard.index} (rows {shard.start} to {shard.stop - 1} of {shard.name}) failed "
+                f"{self._max_attempts} times (retry.max_shard_attempts); the last: {reason}"
+            )
+        self.retries += 1
+        return shard
+
+    def _take_back(self, replica: int, index: int) -> Shard:
+        held = self._replicas[replica].shards
+        shard = next(shard for shard in held if shard.index == index)
+        held.remove(shard)
+        return shard
+
+    def _hanging(self, now: float) -> list[int]:
+        return [
+            replica
+            for replica, state in self._replicas.items()
+            if (state.shards or not state.ready) and now - state.since > self._timeout_s
+        ]
+
+    def _missing(self) -> int:
+        """Replicas to start: up to the most, but none that would find no shard, nor one after failed starts."""
+        if self._failed_starts >= MAX_FAILED_STARTS:
+            return 0
+        left = len(self._pending) + len(self._suspects) + self.in_flight
+        return max(0, min(self._most, left) - len(self._replicas))
+
+    def _assign(self, now: float) -> list[Instruction]:
+        """Fill every replica's first place before any second, so that the last shards spread out."""
+        assigned: list[Instruction] = []
+        for place in range(LOOK_AHEAD):
+            for replica, state in self._replicas.items():
+                if state.ready and len(state.shards) == place and (shard := self._next_for(state)):
+                    if not state.shards:
+                        state.since = now
+                    state.shards.append(shard)
+                    self._attempts[shard.index] = self._attempts.get(shard.index, 0) + 1
+                    assigned.append(Assign(replica, shard))
+        return assigned
+
+    def _next_for(self, state: _Replica) -> Shard | None:
+        if any(self._attempts[shard.index] > 1 for shard in state.shards):
+            return None
+        if self._pending:
+            return self._pending.popleft()
+        return self._suspects.popleft() if self._suspects and not state.shards else None

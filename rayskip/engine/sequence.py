@@ -1,0 +1,58 @@
+"""One sample on its way: what is known, what is in the cache, what was generated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rayskip.config import SamplingParams
+from rayskip.data.records import Prompt, TokenLogprob
+
+
+@dataclass
+class Sequence:
+    """Sample `sample` of a prompt.
+
+    computed: tokens whose keys and values are in the cache, at slot `slot`.
+    reserved: positions it may come to need, prompt and completion together.
+    """
+
+    request_id: int
+    prompt: Prompt
+    sample: int
+    reserved: int
+    slot: int = -1
+    computed: int = 0
+    generated: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_array: NDArray[np.int64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_array = np.asarray(self.prompt.token_ids, dtype=np.int64)
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.prompt.params
+
+    @property
+    def length(self) -> int:
+        """Tokens known so far."""
+        return len(self.prompt.token_ids) + len(self.generated)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether prompt tokens are still missing from the cache."""
+        return self.computed < len(self.prompt.token_ids)
+
+    def tokens(self, start: int, stop: int) -> list[int]:
+        """Known tokens [start, stop)."""
+        prompt = len(self.prompt.token_ids)
+        return self.prompt.token_ids[start:stop] + self.generated[max(start - prompt, 0) : max(stop - prompt, 0)]
+
+    def common_prefix(self, other: Sequence) -> int:
+        """How many leading prompt tokens two sequences share."""
+        size = min(len(self.prompt_array), len(other.prompt_array))
+        differs = self.prompt_array[:size] != other.prompt_array[:size]
+        return int(differs.argmax()) if differs.any() else size

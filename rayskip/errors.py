@@ -1,0 +1,75 @@
+"""Every error rayskip raises on purpose.
+
+    RayskipError
+    ├── UserError            the caller must change something      exit 2
+    │   ├── ConfigError      a key, a value or a file of the config
+    │   ├── InputError       the dataset: path, format, column
+    │   ├── ModelError       the checkpoint: missing, unsafe, unknown family
+    │   └── OutputError      the output folder: another job's, corrupt, not writable
+    ├── JobFailed            the job gave up                        exit 1
+    ├── Interrupted          stopped by a signal; the same command resumes   exit 75
+    ├── Retryable            the same work may succeed elsewhere or later
+    │   ├── ReplicaLost      the replica's process died or hangs
+    │   └── StorageBusy      the store answered with a passing fault
+    └── RowError             one row is bad; it becomes an error row
+
+Whether something is worth a retry is a type, never a string match.
+"""
+
+
+class RayskipError(Exception):
+    """Root of the tree; `exit_code` is what the command line leaves with."""
+
+    exit_code = 1
+
+
+class UserError(RayskipError):
+    """The caller must change something; the message says what and where."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A key, a value or the file of a config."""
+
+
+class InputError(UserError):
+    """The dataset: path, format, column."""
+
+
+class ModelError(UserError):
+    """The checkpoint: missing, unsafe or of an unknown family."""
+
+
+class OutputError(UserError):
+    """The output folder: another job's, corrupt or not writable."""
+
+
+class JobFailed(RayskipError):
+    """The job gave up: too many failed rows, or a shard that keeps killing replicas."""
+
+
+class Interrupted(RayskipError):
+    """Stopped by a signal; finished shards are committed, the same command resumes."""
+
+    exit_code = 75
+
+
+class Retryable(RayskipError):
+    """The same work may succeed on another replica or a little later."""
+
+
+class ReplicaLost(Retryable):
+    """A replica's process died, or stopped answering."""
+
+
+class StorageBusy(Retryable):
+    """The store answered with a passing fault (throttled, reset, timed out)."""
+
+
+class RowError(RayskipError):
+    """One row is bad. `kind` is the output's error_type, the message its error_message."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind

@@ -1,0 +1,72 @@
+"""Keys and values of the rows in flight, in preallocated slots.
+
+Row r of a step lives in slot r: rows in flight are kept dense, so a decode step reads the cache in place,
+without gathering. Does not know which row is in which slot, or why one moves.
+
+Shapes: L layers, S slots, T positions per slot, Hkv key-value heads, D head dim, N tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rayskip.model.spec import Spec
+
+KEY_BLOCK = 32
+"""Attention reads key positions in multiples of this. A sum over fewer than 16 positions takes another
+kernel, with another order of addition; past one block, trailing masked positions change no bit."""
+
+
+def key_blocks(length: int) -> int:
+    """Positions read for a row of `length` positions."""
+    return -(-length // KEY_BLOCK) * KEY_BLOCK
+
+
+class KVCache:
+    """Grows to what the rows in flight need; never shrinks.
+
+    keys [L, S, Hkv, D, T] (transposed, so that q @ keys needs no repacking), values [L, S, Hkv, T, D].
+    Positions past a row's length hold stale but finite numbers; attention masks them.
+    """
+
+    def __init__(self, spec: Spec, layers: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._shape = (layers, spec.kv_heads, spec.head_dim)
+        self._options = {"dtype": dtype, "device": device}
+        self.keys = torch.zeros(layers, 0, spec.kv_heads, spec.head_dim, 0, dtype=dtype, device=device)
+        self.values = torch.zeros(layers, 0, spec.kv_heads, 0, spec.head_dim, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes_per_position(spec: Spec, layers: int, dtype: torch.dtype) -> int:
+        """Memory of one position of one slot."""
+        return 2 * layers * spec.kv_heads * spec.head_dim * dtype.itemsize
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def length(self) -> int:
+        return self.keys.shape[-1]
+
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for `slots` rows of `length` positions; what is stored stays."""
+        slots, length = max(slots, self.slots), max(key_blocks(length), self.length)
+        if (slots, length) == (self.slots, self.length):
+            return
+        layers, heads, dim = self._shape
+        keys = torch.zeros(layers, slots, heads, dim, length, dtype=self.keys.dtype, device=self.keys.device)
+        values = torch.zeros(layers, slots, heads, length, dim, dtype=self.keys.dtype, device=self.keys.device)
+        keys[:, : self.slots, :, :, : self.length] = self.keys
+        values[:, : self.slots, :, : self.length] = self.values
+        self.keys, self.values = keys, values
+
+    def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Store keys, values [N, Hkv, D] of N tokens at slots [N], positions [N]."""
+        self.keys[layer][slots, :, :, positions] = keys
+        self.values[layer][slots, :, positions] = values
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of a slot to another, in every layer."""
+        self.keys[:, target, :, :, :length] = self.keys[:, source, :, :, :length]
+        self.values[:, target, :, :length] = self.values[:, source, :, :length]

@@ -1,0 +1,132 @@
+"""What differs between decoder families, as data: the one forward reads it and asks no family anything.
+
+Knows neither checkpoints nor how tokens are batched.
+
+Shapes: d hidden, Hq query heads, Hkv key-value heads, D head dim, f feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm (bias None, mean not subtracted) or LayerNorm over the last axis."""
+
+    kind: Literal["rms", "layer"]
+    weight: Tensor  # [d]; for Gemma the stored weight plus one
+    bias: Tensor | None
+    eps: float
+
+
+@dataclass(frozen=True)
+class Dense:
+    """y = x @ weight.T + bias; weight [out, in]."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding table of one layer kind: cos, sin [max positions, rotary dims] in float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer. `qkv` is query, key and value stacked on the out axis (Hq*D + 2*Hkv*D).
+
+    up: gate and up stacked when `Spec.gated` (2f), else up alone (f).
+    attn_norm, mlp_norm: before attention and before the MLP.
+    post_attn_norm, post_mlp_norm: on the branch's output before it is added (Gemma).
+    q_norm, k_norm: per head, over D (Qwen3, Gemma 3).
+    window: this layer sees the last so many positions, itself included; None sees all.
+    rope: key into Spec.ropes; None where positions are learned (OPT).
+    """
+
+    qkv: Dense
+    out: Dense
+    up: Dense
+    down: Dense
+    attn_norm: Norm
+    mlp_norm: Norm
+    post_attn_norm: Norm | None = None
+    post_mlp_norm: Norm | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    window: int | None = None
+    rope: str | None = "default"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A decoder's sizes and switches.
+
+    scale: multiplies q.k. embed_scale: multiplies token embeddings (Gemma: sqrt d).
+    parallel: attention and MLP both read the layer's input (GPT-NeoX).
+    attn_softcap, logit_softcap: x -> c * tanh(x / c) (Gemma 2).
+    eos_token_ids: generation ends at any of them.
+    """
+
+    model_type: str
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    activation: Activation
+    gated: bool
+    scale: float
+    embed_scale: float = 1.0
+    parallel: bool = False
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All tensors of a decoder, on one device.
+
+    embed, head: [V, d]; the same tensor where they are tied. positions: learned position table
+    [max positions, d], offset already removed, or None.
+    """
+
+    embed: Tensor
+    head: Dense
+    layers: list[Layer]
+    final_norm: Norm
+    ropes: dict[str, Rope]
+    positions: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model_type: how its config becomes a Spec and its checkpoint Weights.
+
+    spec(config): config is the transformers config object.
+    weights(config, spec, tensors): tensors maps checkpoint names, as stored in safetensors, to tensors already
+    in the compute dtype and on the device.
+    """
+
+    spec: Callable[[Any], Spec]
+    weights: Callable[[Any, Spec, Mapping[str, Tensor]], Weights]
+
+
+def stacked(*parts: Dense) -> Dense:
+    """Several products over the same input as one; biases must be all there or all missing."""
+    biases = [part.bias for part in parts if part.bias is not None]
+    bias = torch.cat(biases) if len(biases) == len(parts) else None
+    return Dense(torch.cat([part.weight for part in parts]), bias)

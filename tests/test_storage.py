@@ -1,0 +1,86 @@
+"""Storage on a real file system and a real S3 endpoint."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rayskip.data.storage import LocalStorage, Storage, open_storage, probe
+from rayskip.errors import OutputError, StorageBusy
+from tests.s3_server import s3_server
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture(params=["local", "s3"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    if request.param == "local":
+        return open_storage(str(tmp_path / "out"))
+    return open_storage(f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}/out")
+
+
+def test_round_trip(storage: Storage) -> None:
+    assert storage.list("") == {}
+    assert storage.get("a/b.json") is None
+    assert storage.create("a/b.json", b"one")
+    assert not storage.create("a/b.json", b"two")
+    assert storage.get("a/b.json") == b"one"
+    storage.put("a/b.json", b"three")
+    storage.put("c.json", b"")
+    assert storage.get("a/b.json") == b"three"
+    assert storage.list("") == {"a/b.json": 5, "c.json": 0}
+    assert storage.list("a") == {"a/b.json": 5}
+    storage.delete(["a/b.json", "never-there"])
+    assert storage.list("") == {"c.json": 0}
+
+
+def test_probe_accepts_and_leaves_nothing(storage: Storage) -> None:
+    probe(storage)
+    assert storage.list("") == {}
+
+
+def test_exactly_one_racer_creates(storage: Storage) -> None:
+    racers = 12
+    with ThreadPoolExecutor(racers) as pool:
+        for key in (f"race/{i}" for i in range(8)):
+            bodies = [f"{key} by {racer}".encode() for racer in range(racers)]
+            won = list(pool.map(lambda body, key=key: storage.create(key, body), bodies))
+            assert won.count(True) == 1
+            assert storage.get(key) == bodies[won.index(True)]
+
+
+def test_a_store_that_overwrites_is_refused(tmp_path: Path) -> None:
+    class Overwriting(LocalStorage):
+        def create(self, key: str, data: bytes) -> bool:
+            self.put(key, data)
+            return True
+
+    with pytest.raises(OutputError, match="no conditional put"):
+        probe(Overwriting(str(tmp_path)))
+
+
+def test_user_errors_name_the_place(tmp_path: Path, bucket: str) -> None:
+    with pytest.raises(OutputError, match="ftp://host/x"):
+        open_storage("ftp://host/x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file/job.json: Not a directory"):
+        open_storage(str(tmp_path / "file")).create("job.json", b"")
+    with pytest.raises(OutputError, match="no-such-bucket"):
+        open_storage("s3://no-such-bucket/out").create("job.json", b"")
+
+
+def test_an_endpoint_that_is_gone_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_server() as url:
+        storage = open_storage(f"{url}/out")
+        storage.put("k", b"")
+    monkeypatch.setattr("rayskip.data.storage._BACKOFF_S", 0.01)
+    with pytest.raises(StorageBusy):
+        storage.get("k")
