@@ -68,7 +68,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Lost:
-    """A replica is gone with all its shards."""
+    """A replica is gone with all its shards: its process died, or a call of it raised ReplicaLost."""
 
     replica: int
     reason: str
@@ -103,7 +103,7 @@ class Pool(Protocol):
         """Hand a ready replica a shard; Done, Failed or Lost follows."""
 
     def wait(self, timeout_s: float) -> list[Event]:
-        """Events since the last call; blocks up to `timeout_s` for the first.
+        """Events since the last call; blocks up to `timeout_s` for the first. After Lost none of that replica.
 
         Raises the error of a replica that could not load for a reason no other replica would escape
         (a UserError, or a defect).

@@ -39,7 +39,7 @@ class LocalPool:
             return []
         while not self._events.empty():
             events.append(self._events.get())
-        return [event for event in map(_or_raise, events) if event.replica in self._replicas]
+        return [event for each in events if (event := self._told(each))]
 
     def kill(self, replica: int) -> None:
         del self._replicas[replica]
@@ -49,6 +49,18 @@ class LocalPool:
 
     def _spawn(self, target: Callable[..., None], *args: object) -> None:
         threading.Thread(target=target, args=args, daemon=True).start()
+
+    def _told(self, event: Event | Exception) -> Event | None:
+        """The event as the driver is to hear it; None of a replica that is gone."""
+        if isinstance(event, Exception):
+            raise event
+        if event.replica not in self._replicas:
+            return None
+        if isinstance(event, Failed) and isinstance(event.error, ReplicaLost):
+            event = Lost(event.replica, str(event.error))
+        if isinstance(event, Lost):
+            self.kill(event.replica)
+        return event
 
     def _load(self, replica: int) -> None:
         try:
@@ -63,9 +75,3 @@ class LocalPool:
             self._events.put(Done(replica, self._replicas[replica].run(shard)))
         except Exception as error:
             self._events.put(Failed(replica, shard.index, error))
-
-
-def _or_raise(event: Event | Exception) -> Event:
-    if isinstance(event, Exception):
-        raise event
-    return event

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayskip.config import ClusterConfig, JobConfig
 from rayskip.data.records import Shard
-from rayskip.errors import ConfigError, Interrupted
+from rayskip.errors import ConfigError, Interrupted, ReplicaLost
 from rayskip.pool import LOOK_AHEAD, Alive, Done, Event, Failed, Lost, Ready
 
 if TYPE_CHECKING:
@@ -122,6 +122,9 @@ class RayPool:
             self.kill(call.replica)
             return Lost(call.replica, str(error).strip().splitlines()[-1][:300])
         except exceptions.RayTaskError as error:
+            if isinstance(error.cause, ReplicaLost):
+                self.kill(call.replica)
+                return Lost(call.replica, str(error.cause))
             if call.kind != "run":
                 raise error.cause from error
             return Failed(call.replica, call.shard, error.cause)
@@ -132,7 +135,7 @@ class RayPool:
 
 
 def _connect(cluster: ClusterConfig) -> bool:
-    """Attach to the cluster, or start a local one; True when it was started here, and so ends with the job."""
+    """Attach to the cluster, or start a local one; True when it was started here and ends with the job."""
     import ray
 
     if ray.is_initialized():
@@ -149,12 +152,13 @@ def _connect(cluster: ClusterConfig) -> bool:
         log_to_driver=False,
         logging_level="error",
     )
-    gpus = ray.cluster_resources().get("GPU", 0)
+    gpus: float = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
     if cluster.gpus_per_replica * cluster.replica_range[0] > gpus:
         ray.shutdown()
         raise ConfigError(
-            f"cluster.gpus_per_replica: {cluster.replica_range[0]} replicas with {cluster.gpus_per_replica:g} GPUs "
-            f"each do not fit on this machine, which has {gpus:g}; set cluster.address for a larger one"
+            f"cluster.gpus_per_replica: {cluster.replica_range[0]} replicas with "
+            f"{cluster.gpus_per_replica:g} GPUs each do not fit on this machine, which has {gpus:g}; "
+            f"set cluster.address for a larger one"
         )
     return True
 
@@ -175,7 +179,7 @@ def _init(**options: Any) -> None:
 
 
 def _use_private_token() -> None:
-    """Have the local cluster ask for a token, in a file that only this user reads (Ray would make it 0644)."""
+    """Have the local cluster ask for a token, in a file that only this user reads (Ray makes it 0644)."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         return

@@ -70,7 +70,9 @@ def probe(storage: Storage) -> None:
     storage.create(key, b"first")
     try:
         if storage.create(key, b"second") or storage.get(key) != b"first":
-            raise OutputError(f"{storage.url}: the store has no conditional put, so commits would not be safe there")
+            raise OutputError(
+                f"{storage.url}: the store has no conditional put, so commits would not be safe there"
+            )
     finally:
         storage.delete([key])
 
@@ -116,22 +118,32 @@ class LocalStorage:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with aside.open("xb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                publish(aside, path)
+                _write_durably(aside, data)
+                published = _publish(publish, aside, path)
             finally:
                 aside.unlink(missing_ok=True)
             _sync_folder(path.parent)
-        except FileExistsError:
-            return False
         except OSError as error:
             raise self._refused(key, error) from error
-        return True
+        return published
 
     def _refused(self, key: str, error: OSError) -> OutputError:
         return OutputError(f"{self._root / key}: {error.strerror or error}")
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _publish(publish: Callable[[Path, Path], None], aside: Path, path: Path) -> bool:
+    try:
+        publish(aside, path)
+    except FileExistsError:
+        return False
+    return True
 
 
 def _sync_folder(path: Path) -> None:
@@ -173,12 +185,7 @@ class ObjectStorage:
         self._retrying(lambda: obstore.put(self._store, key, data))
 
     def get(self, key: str) -> bytes | None:
-        import obstore
-
-        try:
-            return self._retrying(lambda: bytes(obstore.get(self._store, key).bytes()))
-        except FileNotFoundError:
-            return None
+        return self._retrying(lambda: self._get(key))
 
     def list(self, prefix: str) -> dict[str, int]:
         import obstore
@@ -193,6 +200,14 @@ class ObjectStorage:
         if names:
             self._retrying(lambda: obstore.delete(self._store, names))
 
+    def _get(self, key: str) -> bytes | None:
+        import obstore
+
+        try:
+            return bytes(obstore.get(self._store, key).bytes())
+        except FileNotFoundError:
+            return None
+
     def _retrying(self, call: Callable[[], T]) -> T:
         """Call until no passing fault (throttled, 409, 5xx, reset, timeout) comes back, a few times."""
         from obstore.exceptions import GenericError, PermissionDeniedError, UnauthenticatedError
@@ -200,7 +215,7 @@ class ObjectStorage:
         for attempt in range(_ATTEMPTS):
             try:
                 return call()
-            except (PermissionDeniedError, UnauthenticatedError) as error:
+            except (PermissionDeniedError, UnauthenticatedError, FileNotFoundError) as error:  # no bucket
                 raise OutputError(f"{self.url}: {_first_line(error)}") from error
             except GenericError as error:
                 if attempt == _ATTEMPTS - 1:

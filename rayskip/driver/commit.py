@@ -141,7 +141,9 @@ def clear(storage: Storage) -> None:
     storage.delete([JOB])
 
 
-def commit(storage: Storage, lease: Lease, fingerprint: str, shard: Shard, result: ShardResult) -> CommitRecord:
+def commit(
+    storage: Storage, lease: Lease, fingerprint: str, shard: Shard, result: ShardResult
+) -> CommitRecord:
     """Commit a shard's attempt and return the record that counts: ours, or the one that was first.
 
     Raises OutputError when this driver has been replaced.

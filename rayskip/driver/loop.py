@@ -19,7 +19,7 @@ from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, fol
 from rayskip.driver.report import Report, total
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
-from rayskip.errors import Interrupted, JobFailed, ReplicaLost, Retryable
+from rayskip.errors import Interrupted, JobFailed, Retryable
 from rayskip.pool import Alive, Done, Event, Failed, Lost, Pool, Ready, ReplicaInfo
 
 PoolFactory = Callable[[JobConfig, Source], Pool]
@@ -31,8 +31,12 @@ GRACE_S = 12.0
 """Seconds that work in flight gets after a signal: with the pool's end, less than 20 in all."""
 
 
+def _ignore(progress: Progress) -> None:
+    """The default of `on_progress`."""
+
+
 def run_job(
-    job: JobConfig, pool_factory: PoolFactory, fresh: bool = False, on_progress: OnProgress | None = None
+    job: JobConfig, pool_factory: PoolFactory, fresh: bool = False, on_progress: OnProgress = _ignore
 ) -> Report:
     """Run a job to its end, or go on with what an earlier run left, and return its report.
 
@@ -40,21 +44,30 @@ def run_job(
     Raises UserError before any replica starts when the job cannot run as given, JobFailed when it gave up,
     Interrupted after SIGTERM or Ctrl-C; what was committed stays in each case.
     """
-    began = time.monotonic()
+    return run_plan(job, make_plan(job), pool_factory, fresh, on_progress)
+
+
+def run_plan(
+    job: JobConfig,
+    plan: Plan,
+    pool_factory: PoolFactory,
+    fresh: bool = False,
+    on_progress: OnProgress = _ignore,
+) -> Report:
+    """`run_job` for a plan that is made already."""
+    storage = open_storage(job.output.path)
+    if not fresh and (report := finished_report(storage, plan)):
+        return report
     with StopSignal() as stop:
-        plan = make_plan(job)
-        storage = open_storage(job.output.path)
-        if not fresh and (report := finished_report(storage, plan)):
-            return report
         lease = open_job(storage, plan.record, fresh)
-        run = Run(job, plan, storage, lease, stop, on_progress or (lambda progress: None), began)
+        run = Run(job, plan, storage, lease, stop, on_progress)
         if not run.dispatch.finished:
             run.generate(pool_factory)
         return run.finish()
 
 
 def finished_report(storage: Storage, plan: Plan) -> Report | None:
-    """The report of a job that is finished already; None when it is not. Raises OutputError for another job."""
+    """The report of a job that is finished already, else None. Raises OutputError for another job."""
     refuse_other(storage, plan.record)
     return read(storage, REPORT, Report) if read(storage, MANIFEST, Manifest) else None
 
@@ -70,7 +83,6 @@ class Run:
         lease: Lease,
         stop: StopSignal,
         on_progress: OnProgress,
-        began: float,
     ) -> None:
         self.job = job
         self.plan = plan
@@ -78,7 +90,7 @@ class Run:
         self.lease = lease
         self.stop = stop
         self.on_progress = on_progress
-        self.began = began
+        self.began = time.monotonic() - plan.seconds
         self.commits = load_commits(storage, plan.record.fingerprint, plan.shards)
         self.resumed = frozenset(self.commits)
         self.rows_failed = sum(record.rows_failed for record in self.commits.values())
@@ -124,7 +136,7 @@ class Run:
         for instruction in self.dispatch.decide(time.monotonic()):
             self._obey(pool, instruction)
         for event in pool.wait(TICK_S):
-            self._hear(pool, event)
+            self._hear(event)
         self._show("generating" if self.dispatch.ready else "loading")
 
     def _drain(self, pool: Pool) -> None:
@@ -148,7 +160,7 @@ class Run:
             case _:
                 self.dispatch.started(pool.start(), time.monotonic())
 
-    def _hear(self, pool: Pool, event: Event) -> None:
+    def _hear(self, event: Event) -> None:
         now = time.monotonic()
         match event:
             case Ready(replica, info):
@@ -157,9 +169,6 @@ class Run:
                 self.meter.said(replica, progress)
             case Done(replica, result):
                 self._done(replica, result, now)
-            case Failed(replica, _, ReplicaLost() as error):
-                pool.kill(replica)
-                self._lost(replica, str(error))
             case Failed(replica, shard, Retryable() as error):
                 self.dispatch.failed(replica, shard, str(error), now)
             case Failed(_, _, error):

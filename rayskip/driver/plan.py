@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +20,14 @@ from rayskip.model.checkpoint import resolve, weights_fingerprint
 
 @dataclass(frozen=True)
 class Plan:
-    """A job cut into shards. source: what replicas need to read them. record: what job.json says."""
+    """A job cut into shards. source: what replicas need to read them. record: what job.json says.
+    seconds: what planning took.
+    """
 
     source: Source
     shards: list[Shard]
     record: JobRecord
+    seconds: float = 0.0
 
     @property
     def rows(self) -> int:
@@ -36,6 +40,7 @@ def make_plan(job: JobConfig) -> Plan:
 
     Raises InputError or ModelError.
     """
+    began = time.monotonic()
     source = discover(job.input)
     shards = list(plan_shards(source, job.output.shard_rows, job.input.max_rows))
     parts = fingerprint_parts(job, source)
@@ -47,7 +52,7 @@ def make_plan(job: JobConfig) -> Plan:
         rows=sum(shard.rows for shard in shards),
         config=job.model_dump(mode="json"),
     )
-    return Plan(source, shards, record)
+    return Plan(source, shards, record, time.monotonic() - began)
 
 
 def fingerprint_parts(job: JobConfig, source: Source) -> dict[str, str]:

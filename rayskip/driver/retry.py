@@ -53,7 +53,7 @@ class Dispatch:
     """The state of a run's shards and replicas.
 
     A shard that was on a replica when it died is a suspect: it runs last and alone, so that a shard that
-    kills replicas takes no others with it. Everything else is finished before the job fails over it.
+    kills replicas takes no others with it, and what never was in doubt is finished before the job fails.
     """
 
     def __init__(
@@ -76,9 +76,13 @@ class Dispatch:
         return sum(len(replica.shards) for replica in self._replicas.values())
 
     @property
+    def _left(self) -> int:
+        return len(self._pending) + len(self._suspects) + self.in_flight
+
+    @property
     def finished(self) -> bool:
         """No shard is left to run."""
-        return not (self._pending or self._suspects or self.in_flight)
+        return not self._left
 
     @property
     def ready(self) -> int:
@@ -121,12 +125,14 @@ class Dispatch:
         self._pending.append(self._again(self._take_back(replica, shard), reason))
 
     def lost(self, replica: int, reason: str) -> None:
-        """A replica is gone; its shards go back. Raises JobFailed for a shard that has had all its attempts."""
+        """A replica is gone; its shards go back. Raises JobFailed for one that has had all its attempts."""
         gone = self._replicas.pop(replica)
         if not gone.ready:
             self._failed_starts += 1
-            if self._failed_starts >= MAX_FAILED_STARTS and len(self._replicas) < self._least:
-                raise JobFailed(f"{self._failed_starts} replicas in a row died while loading; the last: {reason}")
+            if self._failed_starts >= MAX_FAILED_STARTS and len(self._replicas) < min(self._least, self._left):
+                raise JobFailed(
+                    f"{self._failed_starts} replicas in a row died loading; the last: {reason}"
+                )
         self._suspects.extend(self._again(shard, reason) for shard in gone.shards)
 
     def _again(self, shard: Shard, reason: str) -> Shard:
@@ -152,11 +158,9 @@ class Dispatch:
         ]
 
     def _missing(self) -> int:
-        """Replicas to start: up to the most, but none that would find no shard, nor one after failed starts."""
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            return 0
-        left = len(self._pending) + len(self._suspects) + self.in_flight
-        return max(0, min(self._most, left) - len(self._replicas))
+        """Replicas to start: none that would find no shard, and after failed starts only the least."""
+        wanted = self._most if self._failed_starts < MAX_FAILED_STARTS else self._least
+        return max(0, min(wanted, self._left) - len(self._replicas))
 
     def _assign(self, now: float) -> list[Instruction]:
         """Fill every replica's first place before any second, so that the last shards spread out."""

@@ -203,11 +203,10 @@ class Engine:
         return list(zip(last, choices, strict=True))
 
     def _reserve(self) -> None:
-        running = self._scheduler.running
-        slots = self._cache.slots
-        if len(running) > slots:
-            slots = min(self.sizes.batch_rows, max(len(running), 2 * slots))
-        self._cache.reserve(slots, max(row.reserved for row in running))
+        """Room for a full batch of rows as long as the longest in flight, so that the cache seldom grows."""
+        length = max(row.reserved for row in self._scheduler.running)
+        fitting = max(self.sizes.cache_positions // length, 1)
+        self._cache.reserve(max(len(self._scheduler.running), min(self.sizes.batch_rows, fitting)), length)
 
     def _count(self, plan: StepPlan, tokens: int, phase: str, forward_s: float, sample_s: float) -> None:
         stats = self._stats
@@ -218,6 +217,7 @@ class Engine:
         if self.decoder.tile:
             stats.padding_tokens += -tokens % self.decoder.tile
         stats.prefix_tokens += plan.reused
+        stats.completion_tokens += sum(chunk.last for chunk in plan.chunks)
         stats.seconds[phase] += forward_s
         stats.seconds["sample"] += sample_s
 

@@ -1,0 +1,137 @@
+"""A replica: a Shard goes in, a ShardResult comes out. A plain class; Ray makes an actor of it elsewhere.
+
+Does not know how shards were planned, committed or retried, nor that other replicas exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import time
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayskip.cluster.engine_thread import EngineThread, failed_row
+from rayskip.config import JobConfig
+from rayskip.data.output import SUFFIXES, encode, output_table
+from rayskip.data.records import Generation, Prompt, Shard, ShardResult
+from rayskip.data.sources import Source, read_shard
+from rayskip.data.storage import open_storage
+from rayskip.errors import OutputError, RowError
+from rayskip.pool import ReplicaInfo, ReplicaProgress
+from rayskip.stats import Stats
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+class Replica:
+    """One engine. LOOK_AHEAD threads call `run` at once: while one shard is read, tokenized or written,
+    another generates."""
+
+    def __init__(self, job: JobConfig, source: Source) -> None:
+        """Costs nothing; `ready` loads."""
+        self._job = job
+        self._source = source
+        self._storage = open_storage(job.output.path)
+
+    def ready(self) -> ReplicaInfo:
+        """Load the engine and start its thread. Raises ModelError."""
+        began = time.monotonic()
+        use_threads(self._job.cluster.cpus_per_replica)
+        from rayskip.data.prompts import PromptBuilder
+        from rayskip.engine import Engine
+
+        job = self._job
+        engine = Engine.load(job.model, job.engine, job.decode)
+        self._prompts = PromptBuilder(job.input, job.sampling, engine.tokenizer, engine.max_model_len)
+        self._engine = EngineThread(engine)
+        return ReplicaInfo(time.monotonic() - began, hardware(), engine.info)
+
+    def progress(self) -> ReplicaProgress:
+        """Rows finished and tokens generated since the start."""
+        return ReplicaProgress(self._engine.rows, self._engine.tokens)
+
+    def run(self, shard: Shard) -> ShardResult:
+        """Generate a shard and write its attempt file.
+
+        Raises InputError for a file that can no longer be read, StorageBusy or OutputError from the write,
+        ReplicaLost when the engine is dead.
+        """
+        own = Stats()
+        with own.timed("tokenize"):
+            table = read_shard(shard, self._source)
+            prompts, rows = self._prompts_of(table, shard)
+        generated, stats = self._engine.generate(prompts)
+        with own.timed("write"):
+            rows = sorted(rows + generated, key=lambda row: (row.row_index, row.sample_index))
+            data = encode(self._job.output.format, output_table(table, rows, shard, self._job))
+            path = self._write(shard, data)
+        return _result(shard, path, data, rows, stats + own)
+
+    def _prompts_of(self, table: pa.Table, shard: Shard) -> tuple[list[Prompt], list[Generation]]:
+        """The rows that can run, and the output rows of those that cannot."""
+        prompts: list[Prompt] = []
+        failed: list[Generation] = []
+        for index, row in enumerate(table.to_pylist(), shard.start):
+            try:
+                prompts.append(self._prompts.build(row, index, shard.name))
+            except RowError as error:
+                failed += failed_row(index, self._job.sampling.n, error)
+        return prompts, failed
+
+    def _write(self, shard: Shard, data: bytes) -> str:
+        path = f"data/shard-{shard.index:05d}-{uuid.uuid4().hex}.{SUFFIXES[self._job.output.format]}"
+        if not self._storage.create(path, data) and self._storage.get(path) != data:
+            raise OutputError(f"{self._storage.url}/{path} exists with other content")
+        return path
+
+
+def _result(shard: Shard, path: str, data: bytes, rows: list[Generation], stats: Stats) -> ShardResult:
+    """Counters of rows and tokens are the shard's own; steps and seconds are the engine's since the last
+    shard ended, since shards share steps."""
+    stats.rows = len(rows)
+    stats.rows_failed = sum(row.finish_reason == "error" for row in rows)
+    stats.prompt_tokens = sum(row.prompt_tokens for row in rows)
+    stats.completion_tokens = sum(row.completion_tokens for row in rows)
+    return ShardResult(
+        shard=shard.index,
+        path=path,
+        sha256=hashlib.sha256(data).hexdigest(),
+        bytes=len(data),
+        rows=stats.rows,
+        rows_failed=stats.rows_failed,
+        stats=stats,
+    )
+
+
+def use_threads(cpus: float) -> None:
+    """Have torch compute on as many threads as the replica has CPUs (Ray would leave it at one).
+
+    Before torch is imported: its OpenMP reads the variable once.
+    """
+    threads = max(1, math.floor(cpus))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def hardware() -> dict[str, Any]:
+    """What this process runs on, for the report."""
+    import torch
+
+    facts: dict[str, Any] = {"host": platform.node(), "cpu": _cpu_name(), "cpus": os.cpu_count()}
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+    return facts | {"torch": torch.__version__, "python": platform.python_version()}
+
+
+def _cpu_name() -> str:
+    """Linux knows the model; elsewhere the architecture has to do."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

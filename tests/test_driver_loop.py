@@ -1,0 +1,234 @@
+"""The run on an in-process pool, with replicas that do no model work but really write attempt files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from rayskip.cluster.local_pool import LocalPool
+from rayskip.config import JobConfig
+from rayskip.data.records import Shard, ShardResult
+from rayskip.data.sources import Source
+from rayskip.data.storage import open_storage
+from rayskip.driver.loop import run_plan
+from rayskip.driver.plan import Plan
+from rayskip.driver.progress import Progress
+from rayskip.driver.records import JobRecord, Manifest
+from rayskip.driver.report import Report, format_report
+from rayskip.driver.status import status
+from rayskip.errors import InputError, Interrupted, JobFailed, OutputError, ReplicaLost, StorageBusy
+from rayskip.pool import ReplicaInfo, ReplicaProgress
+from rayskip.stats import Stats
+
+ROWS = 10
+
+
+class TinyReplica:
+    """Writes one line per row. `mishap(shard)` runs first and may raise what a real replica raises."""
+
+    def __init__(self, out: str, mishap: Callable[[Shard], None] = lambda shard: None) -> None:
+        self.storage = open_storage(out)
+        self.mishap = mishap
+        self.rows = 0
+
+    def ready(self) -> ReplicaInfo:
+        return ReplicaInfo(0.1, {"cpu": "test"}, {"max_batch_rows": 1})
+
+    def progress(self) -> ReplicaProgress:
+        return ReplicaProgress(self.rows, self.rows * 7)
+
+    def run(self, shard: Shard) -> ShardResult:
+        self.mishap(shard)
+        body = b"".join(json.dumps([shard.name, row]).encode() + b"\n" for row in range(shard.start, shard.stop))
+        path = f"data/shard-{shard.index:05d}-{uuid.uuid4().hex}.jsonl"
+        assert self.storage.create(path, body)
+        self.rows += shard.rows
+        stats = Stats(rows=shard.rows, rows_failed=1, completion_tokens=shard.rows * 7, steps=1)
+        return ShardResult(
+            shard.index, path, hashlib.sha256(body).hexdigest(), len(body), shard.rows, 1, stats
+        )
+
+
+def config(out: Path, **sections: object) -> JobConfig:
+    base = {"name": "tiny", "model": {"path": "m"}, "input": {"path": "in"}, "output": {"path": str(out)}}
+    return JobConfig.model_validate({**base, **sections})
+
+
+def plan(shards: int, fingerprint: str = "f1") -> Plan:
+    cut = [Shard(i, "/in/a", "a", i * ROWS, (i + 1) * ROWS) for i in range(shards)]
+    record = JobRecord(
+        name="tiny", fingerprint=fingerprint, parts={"model": fingerprint}, shards=shards, rows=shards * ROWS, config={}
+    )
+    return Plan(cast(Source, None), cut, record)
+
+
+def run(
+    job: JobConfig, mishap: Callable[[Shard], None] = lambda shard: None, shards: int = 6, **options: object
+) -> Report:
+    def pool(job: JobConfig, source: Source) -> LocalPool:
+        return LocalPool(lambda: TinyReplica(job.output.path, mishap))
+
+    return run_plan(job, plan(shards), pool, **options)  # type: ignore[arg-type]
+
+
+def content(out: Path) -> bytes:
+    """The finished job's data, in shard order."""
+    manifest = Manifest.model_validate_json((out / "manifest.json").read_bytes())
+    return b"".join((out / file.path).read_bytes() for file in manifest.files)
+
+
+def whole(shards: int = 6) -> bytes:
+    return b"".join(json.dumps(["a", row]).encode() + b"\n" for row in range(shards * ROWS))
+
+
+def test_an_undisturbed_run(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    report = run(config(tmp_path), on_progress=seen.append)
+    assert content(tmp_path) == whole()
+    assert (report.rows, report.rows_failed, report.completion_tokens) == (60, 6, 420)
+    assert report.shards_resumed == report.retries == 0
+    assert report == Report.model_validate_json((tmp_path / "report.json").read_bytes())
+    assert "60, 6 failed" in format_report(report)
+    assert (seen[0].rows, seen[-1].rows, seen[-1].rows_total, seen[-1].phase) == (0, 60, 60, "finished")
+    now = status(str(tmp_path))
+    assert (now.finished, now.shards, now.rows, now.completion_tokens) == (True, 6, 60, 420)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "_commits",
+        "_epochs",
+        "data",
+        "job.json",
+        "manifest.json",
+        "report.json",
+    }
+
+
+def test_a_finished_job_is_not_run_again(tmp_path: Path) -> None:
+    def never(shard: Shard) -> None:
+        raise AssertionError("ran again")
+
+    assert run(config(tmp_path)) == run(config(tmp_path), never)
+
+
+@pytest.mark.parametrize("error", [ReplicaLost("signal 9"), StorageBusy("503")])
+def test_passing_faults_are_retried(tmp_path: Path, error: Exception) -> None:
+    left = [3, 1, 3]
+
+    def mishap(shard: Shard) -> None:
+        if shard.index in left:
+            left.remove(shard.index)
+            raise error
+
+    report = run(config(tmp_path, cluster={"replicas": 2}), mishap)
+    assert content(tmp_path) == whole()
+    assert report.retries >= 3
+
+
+def test_a_shard_that_never_succeeds_fails_the_job_and_the_rest_stays(tmp_path: Path) -> None:
+    def mishap(shard: Shard) -> None:
+        if shard.index == 2:
+            raise ReplicaLost("signal 9")
+
+    with pytest.raises(JobFailed, match=r"shard 2 \(rows 20 to 29 of a\) failed 2 times"):
+        run(config(tmp_path, retry={"max_shard_attempts": 2}), mishap)
+    committed = status(str(tmp_path)).shards
+    assert committed >= 4  # all but the shard and its neighbour on the first replica
+    assert not (tmp_path / "manifest.json").exists()
+    assert run(config(tmp_path)).shards_resumed == committed
+    assert content(tmp_path) == whole()
+
+
+def test_an_error_of_the_user_is_not_retried(tmp_path: Path) -> None:
+    def mishap(shard: Shard) -> None:
+        raise InputError("a: gone")
+
+    with pytest.raises(InputError, match="a: gone"):
+        run(config(tmp_path), mishap)
+
+
+@pytest.mark.parametrize(("limit", "fails"), [(3, True), (6, False), (0.05, True), (0.1, False)])
+def test_max_failed_rows(tmp_path: Path, limit: float, fails: bool) -> None:
+    job = config(tmp_path, retry={"max_failed_rows": limit})
+    if fails:
+        with pytest.raises(JobFailed, match="max_failed_rows"):
+            run(job)
+    else:
+        assert run(job).rows_failed == 6
+
+
+def test_another_fingerprint_is_refused_and_fresh_starts_over(tmp_path: Path) -> None:
+    run(config(tmp_path))
+    pool = lambda job, source: LocalPool(lambda: TinyReplica(job.output.path))  # noqa: E731
+    with pytest.raises(OutputError, match="different: model"):
+        run_plan(config(tmp_path), plan(3, "f2"), pool)
+    assert run_plan(config(tmp_path), plan(3, "f2"), pool, fresh=True).shards_resumed == 0
+    assert content(tmp_path) == whole(3)
+
+
+def test_a_later_driver_takes_over(tmp_path: Path) -> None:
+    """The first driver's replica waits until the second driver has finished the job."""
+    held, finished = threading.Event(), threading.Event()
+    errors: list[BaseException] = []
+
+    def mishap(shard: Shard) -> None:
+        held.set()
+        finished.wait(30)
+
+    def first() -> None:
+        try:
+            run(config(tmp_path), mishap)
+        except OutputError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert held.wait(30)
+    run(config(tmp_path))
+    finished.set()
+    thread.join(30)
+    assert "took this job over" in str(errors[0])
+    assert content(tmp_path) == whole()
+
+
+def test_a_signal_commits_what_is_in_flight(tmp_path: Path) -> None:
+    def mishap(shard: Shard) -> None:
+        if shard.index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.8)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="the same command resumes") as caught:
+        run(config(tmp_path), mishap)
+    assert caught.value.exit_code == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    committed = status(str(tmp_path)).shards
+    assert 2 <= committed < 6
+    assert run(config(tmp_path)).shards_resumed == committed
+    assert content(tmp_path) == whole()
+
+
+def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
+    def mishap(shard: Shard) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="at once"):
+        run(config(tmp_path), mishap, shards=1)
+    assert time.monotonic() - began < 5
+
+
+def test_an_empty_input_is_a_finished_job(tmp_path: Path) -> None:
+    assert run(config(tmp_path), shards=0).rows == 0
+    assert content(tmp_path) == b""

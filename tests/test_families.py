@@ -1,0 +1,113 @@
+"""Every family against transformers: the same greedy tokens and logits in float32, ragged prompts in one batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from rayskip.config import EngineConfig, ModelConfig, SamplingParams
+from rayskip.engine import Engine
+from rayskip.model.families import FAMILIES
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 199,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+ROPE_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+WINDOWS = ["sliding_attention", "full_attention"] * 2
+PLAIN = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**SIZES),
+    "llama-scaled-rope": LlamaConfig(**SIZES, rope_parameters=ROPE_LLAMA3, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES, sliding_window=8, head_dim=8),
+    "qwen2": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "gemma2": Gemma2Config(**SIZES, head_dim=8, sliding_window=8, layer_types=WINDOWS, query_pre_attn_scalar=12),
+    "gemma3_text": Gemma3TextConfig(
+        **SIZES, head_dim=8, sliding_window=8, layer_types=WINDOWS, query_pre_attn_scalar=12
+    ),
+    "gpt_neox": GPTNeoXConfig(**PLAIN, rotary_pct=0.5),
+    "gpt_neox-sequential": GPTNeoXConfig(**PLAIN, use_parallel_residual=False),
+    "opt": OPTConfig(
+        **{key: value for key, value in PLAIN.items() if key not in ("intermediate_size", "initializer_range")},
+        ffn_dim=80,
+        word_embed_proj_dim=48,
+        init_std=0.3,
+    ),
+}
+PROMPT_LENGTHS = (1, 5, 17, 33, 40)
+NEW_TOKENS = 24
+
+
+def test_every_family_is_covered() -> None:
+    assert {config.model_type for config in CONFIGS.values()} == set(FAMILIES)
+
+
+def _peer(config: PreTrainedConfig) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():  # norms and biases start as ones and zeros, which would hide a swap
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
+    peer = _peer(CONFIGS[name])
+    peer.save_pretrained(tmp_path)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 199, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+    engine = Engine.load(ModelConfig(path=str(tmp_path), dtype="float32"), EngineConfig(max_batch_rows=4))
+    params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=3)
+
+    ours = engine.generate(prompts, params)
+
+    for prompt, (generation,) in zip(prompts, ours, strict=True):
+        theirs = peer.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=None,
+        )[0, len(prompt) :].tolist()
+        assert generation.token_ids == theirs
+        with torch.no_grad():
+            logits = peer(torch.tensor([prompt + theirs[:-1]])).logits[0, len(prompt) - 1 :]
+        expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(theirs)[:, None])[:, 0]
+        assert generation.logprobs is not None
+        measured = torch.tensor([entry.logprob for entry in generation.logprobs])
+        torch.testing.assert_close(measured, expected, atol=2e-4, rtol=1e-4)
