@@ -1,1 +1,34 @@
+"""rayskip: batch generation over datasets on Ray replicas, committed exactly once.
 
+Importing this loads nothing else: the names below come on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayskip.config import JobConfig, SamplingParams
+    from rayskip.engine import Engine
+
+__all__ = ["Engine", "JobConfig", "SamplingParams", "__version__"]
+
+_HOMES = {"Engine": "rayskip.engine", "JobConfig": "rayskip.config", "SamplingParams": "rayskip.config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    """The installed version; a source tree put on the path, as on a bare GPU box, has none."""
+    try:
+        return version("rayskip")
+    except PackageNotFoundError:
+        return "0+unknown"

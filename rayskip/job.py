@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rayskip.config import JobConfig
+    from rayskip.data.sources import Source
     from rayskip.driver.progress import Progress
     from rayskip.driver.report import Report
     from rayskip.pool import Pool
@@ -19,7 +20,7 @@ def run(
     from rayskip.cluster.ray_pool import RayPool
     from rayskip.driver.loop import run_job
 
-    def ray_pool(job: JobConfig, source: object) -> Pool:
+    def ray_pool(job: JobConfig, source: Source) -> Pool:
         return RayPool(job, source)
 
     return run_job(job, ray_pool, fresh, on_progress)

@@ -103,7 +103,7 @@ class Pool(Protocol):
         """Hand a ready replica a shard; Done, Failed or Lost follows."""
 
     def wait(self, timeout_s: float) -> list[Event]:
-        """Events since the last call; blocks up to `timeout_s` for the first. After Lost none of that replica.
+        """Events since the last call; blocks up to `timeout_s` for the first. Lost is a replica's last.
 
         Raises the error of a replica that could not load for a reason no other replica would escape
         (a UserError, or a defect).

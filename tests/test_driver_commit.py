@@ -35,7 +35,9 @@ def attempt(storage: LocalStorage, shard: int, by: str = "0") -> ShardResult:
 
 
 def record(shard: int, nonce: str = "n") -> CommitRecord:
-    result = ShardResult(shard, f"data/shard-{shard:05d}-ab.jsonl", "aa", 5, 10, shard % 2, Stats(steps=shard))
+    result = ShardResult(
+        shard, f"data/shard-{shard:05d}-ab.jsonl", "aa", 5, 10, shard % 2, Stats(steps=shard)
+    )
     return to_commit(Shard(shard, "f", "f", shard * 10, shard * 10 + 10), result, "f1", 1, nonce)
 
 

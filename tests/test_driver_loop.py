@@ -49,7 +49,9 @@ class TinyReplica:
 
     def run(self, shard: Shard) -> ShardResult:
         self.mishap(shard)
-        body = b"".join(json.dumps([shard.name, row]).encode() + b"\n" for row in range(shard.start, shard.stop))
+        body = b"".join(
+            json.dumps([shard.name, row]).encode() + b"\n" for row in range(shard.start, shard.stop)
+        )
         path = f"data/shard-{shard.index:05d}-{uuid.uuid4().hex}.jsonl"
         assert self.storage.create(path, body)
         self.rows += shard.rows
@@ -67,7 +69,12 @@ def config(out: Path, **sections: object) -> JobConfig:
 def plan(shards: int, fingerprint: str = "f1") -> Plan:
     cut = [Shard(i, "/in/a", "a", i * ROWS, (i + 1) * ROWS) for i in range(shards)]
     record = JobRecord(
-        name="tiny", fingerprint=fingerprint, parts={"model": fingerprint}, shards=shards, rows=shards * ROWS, config={}
+        name="tiny",
+        fingerprint=fingerprint,
+        parts={"model": fingerprint},
+        shards=shards,
+        rows=shards * ROWS,
+        config={},
     )
     return Plan(cast(Source, None), cut, record)
 

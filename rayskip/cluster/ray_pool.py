@@ -144,7 +144,7 @@ def _connect(cluster: ClusterConfig) -> bool:
     if address:
         _init(address=address, log_to_driver=False)
         return False
-    _use_private_token()
+    _make_private_token()
     most = cluster.replica_range[1]
     _init(
         num_cpus=max(os.cpu_count() or 1, math.ceil(most * cluster.cpus_per_replica)),
@@ -178,9 +178,8 @@ def _init(**options: Any) -> None:
             signal.signal(signal.SIGTERM, before)
 
 
-def _use_private_token() -> None:
-    """Have the local cluster ask for a token, in a file that only this user reads (Ray makes it 0644)."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+def _make_private_token() -> None:
+    """Make the token that a local cluster asks for, in a file that only this user reads (Ray's is 0644)."""
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         return
     path = Path.home() / ".ray" / "auth_token"

@@ -10,6 +10,9 @@ from rayskip.stats import Stats
 
 FinishReason = Literal["stop", "length", "error"]
 
+BROKEN_ROW = "__broken_row__"
+"""String column that `read_shard` adds to the input's: why the row could not be read, null for a good row."""
+
 
 @dataclass(frozen=True)
 class Prompt:

@@ -1,17 +1,91 @@
-"""Loading a tokenizer from a local folder."""
+"""Loading a tokenizer from a local folder, encoding text with it. Knows no rows, models or network."""
 
 from __future__ import annotations
 
+import copy
+import re
+import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from rayskip.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Private-use characters around a number: no template changes them, no tokenizer's special token has them.
+_OPEN, _CLOSE = "\ue000", "\ue001"
+_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in `folder`, without asking the network."""
+    """The tokenizer saved in `folder`. Raises ModelError when there is none that can be read."""
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder}: cannot load the tokenizer: {error}") from error
     return tokenizer
+
+
+class Encoder:
+    """Text to token ids, keeping apart what the job wrote and what the data says.
+
+    `shield` replaces every special token in data by a mark that survives templating; `trusted` then encodes
+    the marks as the plain text they stand for and the special tokens around them as such. Thread-safe: it has
+    its own copy of the tokenizer, behind a lock, because choosing how special tokens are read changes it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = copy.deepcopy(tokenizer)
+        self._lock = threading.Lock()
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        # Longest first, so that no token hides behind one that starts like it; the mark itself is data too.
+        special |= set(tokenizer.all_special_tokens)
+        self._shielded = [_OPEN, *sorted(special, key=lambda text: (-len(text), text))]
+        self._index = {text: index for index, text in enumerate(self._shielded)}
+        self._special = re.compile("|".join(map(re.escape, self._shielded)))
+
+    def shield(self, text: str) -> str:
+        """`text` with marks in place of special tokens."""
+        return self._special.sub(lambda found: f"{_OPEN}{self._index[found[0]]}{_CLOSE}", text)
+
+    def data(self, text: str) -> list[int]:
+        """Token ids of a plain prompt: the model's start token, if it has one, and no other special token."""
+        return self._encode(text, plain=True, start=True)
+
+    def trusted(self, text: str, start: bool) -> list[int]:
+        """Token ids of the job's text with shielded data inside. start: with the model's start token."""
+        ids: list[int] = []
+        for place, piece in enumerate(_MARK.split(text)):  # text, mark's index, text, ...
+            if place % 2:
+                ids += self._encode(self._shielded[int(piece)], plain=True, start=False)
+            elif piece or place == 0:
+                ids += self._encode(piece, plain=False, start=start and place == 0)
+        return ids
+
+    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation, ending where the assistant's answer begins.
+
+        Raises ModelError when the model has no chat template, jinja2.TemplateError when that refuses them.
+        """
+        if self._tokenizer.chat_template is None:
+            raise ModelError("the model has no chat template; give plain prompts, without input.chat")
+        shielded = [{key: self._shield_all(value) for key, value in message.items()} for message in messages]
+        text = self._tokenizer.apply_chat_template(shielded, add_generation_prompt=True, tokenize=False)
+        return self.trusted(str(text), start=False)
+
+    def _shield_all(self, value: Any) -> Any:
+        """Tool calls and their like are nested: shield every text in them."""
+        if isinstance(value, str):
+            return self.shield(value)
+        if isinstance(value, list):
+            return [self._shield_all(item) for item in value]
+        if isinstance(value, dict):
+            return {key: self._shield_all(item) for key, item in value.items()}
+        return value
+
+    def _encode(self, text: str, plain: bool, start: bool) -> list[int]:
+        with self._lock:
+            return list(self._tokenizer.encode(text, add_special_tokens=start, split_special_tokens=plain))

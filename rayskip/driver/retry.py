@@ -129,10 +129,10 @@ class Dispatch:
         gone = self._replicas.pop(replica)
         if not gone.ready:
             self._failed_starts += 1
-            if self._failed_starts >= MAX_FAILED_STARTS and len(self._replicas) < min(self._least, self._left):
-                raise JobFailed(
-                    f"{self._failed_starts} replicas in a row died loading; the last: {reason}"
-                )
+            if self._failed_starts >= MAX_FAILED_STARTS and len(self._replicas) < min(
+                self._least, self._left
+            ):
+                raise JobFailed(f"{self._failed_starts} replicas in a row died loading; the last: {reason}")
         self._suspects.extend(self._again(shard, reason) for shard in gone.shards)
 
     def _again(self, shard: Shard, reason: str) -> Shard:

@@ -1,4 +1,4 @@
-"""How far the job in an output folder is, read from its records alone. Does not know whether a driver runs."""
+"""How far the job in an output folder is, read from its records. Does not know whether a driver runs."""
 
 from __future__ import annotations
 

@@ -1,15 +1,16 @@
-"""The engine: one replica's model, cache and scheduler behind add, step and run.
+"""The engine: one replica's decoder and lanes behind add, step and run.
 
-Does not know files, shards or Ray. Not thread-safe: one thread adds and steps.
+Does not know files, shards or Ray. Not thread-safe: one thread adds and steps; lanes have their own.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import time
+from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,16 +20,17 @@ import torch
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.data.records import FinishReason, Generation, Prompt
 from rayskip.data.tokenizer import load_tokenizer
-from rayskip.decode.randomness import uniform
-from rayskip.decode.sampling import Choice, Draw, choose
+from rayskip.decode.sampling import Choice
 from rayskip.decode.stopping import Stopper
-from rayskip.engine.scheduler import Chunk, Scheduler, StepPlan
+from rayskip.engine.lane import Lane, StepResult
+from rayskip.engine.memory import keep_freed_memory
+from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sequence import Sequence
-from rayskip.engine.sizes import Sizes, choose_sizes
+from rayskip.engine.sizes import choose_sizes
 from rayskip.errors import RowError
-from rayskip.model.checkpoint import load, resolve
 from rayskip.model.attention import is_batch_invariant
-from rayskip.model.forward import Decoder, Group, TokenBatch
+from rayskip.model.checkpoint import load, resolve
+from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import key_blocks
 from rayskip.stats import Stats
 
@@ -54,24 +56,29 @@ class Engine:
     """Generates for many prompts at once, by continuous batching.
 
     Use `generate` for a list of prompts, or `add` and `step` (or `run`) to feed rows while others generate.
-    A row's tokens do not depend on what else runs: see `info["batch_invariant"]`.
+    A row's tokens do not depend on what else runs, where `info["batch_invariant"]` says so.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        tokenizer: PreTrainedTokenizerBase | None,
-        engine: EngineConfig = EngineConfig(),
-        decode: DecodeConfig = DecodeConfig(),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        engine: EngineConfig | None = None,
+        decode: DecodeConfig | None = None,
     ) -> None:
+        engine = engine or EngineConfig()
         self.decoder = decoder
         self.tokenizer = tokenizer
-        self.decode_config = decode
+        self.decode = decode or DecodeConfig()
         longest = decoder.spec.max_positions
         self.max_model_len = min(engine.max_model_len or longest, longest)
-        self.sizes: Sizes = choose_sizes(decoder, engine)
-        self._scheduler = Scheduler(self.sizes.batch_rows, self.sizes.batch_tokens, self.sizes.cache_positions)
-        self._cache = decoder.new_cache()
+        self.sizes = choose_sizes(decoder, engine)
+        self._waiting: deque[Sequence] = deque()
+        self._lanes = [Lane(decoder, self.sizes, self._waiting) for _ in range(self.sizes.lanes)]
+        self._threads = ThreadPoolExecutor(
+            self.sizes.lanes, "lane", initializer=torch.set_num_threads, initargs=(self.sizes.threads_per_lane,)
+        )
+        self._steps: dict[Future[StepResult], tuple[Lane, StepPlan]] = {}
         self._stopper = Stopper(tokenizer, decoder.spec.eos_token_ids)
         self._requests: dict[int, _Request] = {}
         self._next_id = 0
@@ -81,8 +88,8 @@ class Engine:
     def load(
         cls,
         model: ModelConfig | str,
-        engine: EngineConfig = EngineConfig(),
-        decode: DecodeConfig = DecodeConfig(),
+        engine: EngineConfig | None = None,
+        decode: DecodeConfig | None = None,
         device: str | None = None,
     ) -> Engine:
         """Load a checkpoint (embedded default, local folder or hub id) onto `device` (CUDA when there is one).
@@ -92,25 +99,26 @@ class Engine:
         model = ModelConfig(path=model) if isinstance(model, str) else model
         folder = resolve(model.path, model.revision)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        keep_freed_memory()
         decoder = Decoder(*load(folder, getattr(torch, model.dtype), place))
         return cls(decoder, _tokenizer(folder), engine, decode)
 
     @property
     def info(self) -> dict[str, Any]:
         """Facts of the running engine, for reports: device, dtype, sizes, what batch invariance rests on."""
+        spec, dtype, device = self.decoder.spec, self.decoder.dtype, self.decoder.device
         return {
-            "device": str(self.decoder.device),
-            "dtype": str(self.decoder.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": self.max_model_len,
             **dataclasses.asdict(self.sizes),
             "row_tile": self.decoder.tile,
-            "batch_invariant": is_batch_invariant(self.decoder.spec, self.decoder.dtype, self.decoder.device),
+            "batch_invariant": is_batch_invariant(spec, dtype, device),
         }
 
     @property
     def has_work(self) -> bool:
-        return self._scheduler.has_work
+        return bool(self._waiting or self._steps or any(lane.scheduler.running for lane in self._lanes))
 
     def take_stats(self) -> Stats:
         """Counters since the last call."""
@@ -119,31 +127,19 @@ class Engine:
 
     def add(self, prompt: Prompt) -> int:
         """Queue a row; returns its request id. Raises RowError when it has no token or no room to generate."""
-        size = len(prompt.token_ids)
-        if size == 0:
-            raise RowError("empty_prompt", "the prompt has no tokens")
-        if size >= self.max_model_len:
-            raise RowError(
-                "prompt_too_long",
-                f"the prompt has {size} tokens; with one to generate the context holds {self.max_model_len - 1}",
-            )
-        if max(prompt.token_ids) >= self.decoder.spec.vocab or min(prompt.token_ids) < 0:
-            raise RowError("bad_token_id", f"token ids must be in [0, {self.decoder.spec.vocab})")
+        self._check(prompt.token_ids)
         request_id, self._next_id = self._next_id, self._next_id + 1
         self._requests[request_id] = _Request(prompt)
-        reserved = key_blocks(min(size + prompt.params.max_tokens, self.max_model_len))
+        reserved = key_blocks(min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len))
         for sample in range(prompt.params.n):
-            self._scheduler.waiting.append(Sequence(request_id, prompt, sample, reserved))
+            self._waiting.append(Sequence(request_id, prompt, sample, reserved))
         return request_id
 
     def step(self) -> list[Completion]:
-        """Run one forward: one token for every decoding row, and prefill. Returns the requests that finished."""
-        plan = self._scheduler.schedule()
-        choices = self._forward(plan)
-        with self._stats.timed("sample"):
-            finished = [row for chunk, choice in choices if (row := self._advance(chunk, choice))]
-            self._scheduler.retire({row.slot for row in finished})
-            return [done for row in finished if (done := self._complete(row))]
+        """Keep every lane stepping and wait for one to finish its forward; returns the requests that ended."""
+        self._start_steps()
+        finished, _ = wait(self._steps, return_when=FIRST_COMPLETED)
+        return [done for future in finished for done in self._collect(*self._steps.pop(future), future.result())]
 
     def run(self) -> Iterator[Completion]:
         """Step until nothing is left."""
@@ -153,12 +149,13 @@ class Engine:
     def generate(
         self,
         prompts: Seq[str | Seq[int] | Seq[dict[str, str]]],
-        params: SamplingParams | Seq[SamplingParams] = SamplingParams(),
+        params: SamplingParams | Seq[SamplingParams] | None = None,
     ) -> list[list[Generation]]:
         """Generations of each prompt (text, token ids or chat messages), one per sample, in prompt order.
 
         A prompt that cannot run yields one generation with finish_reason "error".
         """
+        params = params or SamplingParams()
         every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         results: dict[int, list[Generation]] = {}
         places = {}
@@ -172,6 +169,17 @@ class Engine:
             results[places[done.request_id]] = done.generations
         return [results[index] for index in range(len(prompts))]
 
+    def _check(self, token_ids: Seq[int]) -> None:
+        if not token_ids:
+            raise RowError("empty_prompt", "the prompt has no tokens")
+        if len(token_ids) >= self.max_model_len:
+            raise RowError(
+                "prompt_too_long",
+                f"the prompt has {len(token_ids)} tokens; the context holds {self.max_model_len}, one of them new",
+            )
+        if not 0 <= min(token_ids) <= max(token_ids) < self.decoder.spec.vocab:
+            raise RowError("bad_token_id", f"token ids must be in [0, {self.decoder.spec.vocab})")
+
     def _token_ids(self, prompt: str | Seq[int] | Seq[dict[str, str]]) -> list[int]:
         if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
             return [int(token) for token in prompt]  # type: ignore[call-overload]
@@ -184,70 +192,52 @@ class Engine:
         )
         return [int(token) for token in ids]
 
-    def _forward(self, plan: StepPlan) -> list[tuple[Chunk, Choice]]:
-        """Run the plan's tokens and choose the next token of every row whose newest token ran."""
-        phase = "decode" if plan.decoding == len(plan.chunks) else "prefill"
-        start = time.perf_counter()
-        self._reserve()
-        for copy in plan.copies:
-            self._cache.copy(copy.source, copy.target, copy.length)
-        batch = token_batch(plan, self.decoder.device)
-        logits = self.decoder.forward(batch, self._cache)
-        last = [chunk for chunk in plan.chunks if chunk.last]
-        middle = time.perf_counter()
-        choices = choose(logits, [_draw(chunk.sequence) for chunk in last]) if last else []
-        end = time.perf_counter()
-        self._count(plan, len(batch.token_ids), phase, middle - start, end - middle)
-        for chunk in plan.chunks:
-            chunk.sequence.computed = chunk.stop
-        return list(zip(last, choices, strict=True))
+    def _start_steps(self) -> None:
+        """Give every idle lane its next step. Rows are shared out evenly, so that no lane sits out the tail."""
+        in_flight = sum(len(lane.scheduler.running) for lane in self._lanes)
+        share = -(-(in_flight + len(self._waiting)) // len(self._lanes))
+        busy = {id(lane) for lane, _ in self._steps.values()}
+        for lane in self._lanes:
+            if id(lane) not in busy and (plan := lane.scheduler.schedule(share)).chunks:
+                self._steps[self._threads.submit(lane.run, plan)] = (lane, plan)
 
-    def _reserve(self) -> None:
-        """Room for a full batch of rows as long as the longest in flight, so that the cache seldom grows."""
-        length = max(row.reserved for row in self._scheduler.running)
-        fitting = max(self.sizes.cache_positions // length, 1)
-        self._cache.reserve(max(len(self._scheduler.running), min(self.sizes.batch_rows, fitting)), length)
+    def _collect(self, lane: Lane, plan: StepPlan, result: StepResult) -> Iterator[Completion]:
+        """Append what a step chose, and take out the rows that ended."""
+        self._stats += result.stats
+        with self._stats.timed("sample"):
+            for chunk in plan.chunks:
+                chunk.sequence.computed = chunk.stop
+            ended = [row for row, choice in result.choices if self._advance(row, choice)]
+            lane.scheduler.retire({row.slot for row in ended})
+            completions = [done for row in ended if (done := self._complete(row))]
+        yield from completions
 
-    def _count(self, plan: StepPlan, tokens: int, phase: str, forward_s: float, sample_s: float) -> None:
-        stats = self._stats
-        stats.steps += 1
-        stats.step_rows += len(plan.chunks)
-        stats.step_slots += self.sizes.batch_rows
-        stats.layer_tokens += tokens * len(self.decoder.layers)
-        if self.decoder.tile:
-            stats.padding_tokens += -tokens % self.decoder.tile
-        stats.prefix_tokens += plan.reused
-        stats.completion_tokens += sum(chunk.last for chunk in plan.chunks)
-        stats.seconds[phase] += forward_s
-        stats.seconds["sample"] += sample_s
-
-    def _advance(self, chunk: Chunk, choice: Choice) -> Sequence | None:
-        """Append the chosen token; the sequence itself when it has ended."""
-        row = chunk.sequence
+    def _advance(self, row: Sequence, choice: Choice) -> bool:
+        """Append the chosen token; whether the row ends with it."""
         if choice.token_id is None:
             self._finish(row, "error", ("non_finite_logits", "the model's logits are not finite"))
-            return row
+            return True
         row.generated.append(choice.token_id)
         if choice.logprob is not None:
             row.logprobs.append(choice.logprob)
         reason = self._stopper.reason(row.generated, row.params, self.max_model_len - row.length)
-        if reason is None:
-            return None
-        self._finish(row, reason)
-        return row
+        if reason is not None:
+            self._finish(row, reason)
+        return reason is not None
 
-    def _finish(self, row: Sequence, reason: FinishReason, error: tuple[str, str] | None = None) -> None:
+    def _finish(self, row: Sequence, reason: FinishReason, error: tuple[str | None, str | None] = (None, None)) -> None:
+        self._stats.completion_tokens += len(row.generated)
         self._requests[row.request_id].samples[row.sample] = Generation(
             row_index=row.prompt.row_index,
             sample_index=row.sample,
             finish_reason=reason,
-            text=None if error else self._stopper.text(row.generated, row.params),
+            text=None if reason == "error" else self._stopper.text(row.generated, row.params),
             token_ids=row.generated,
             prompt_tokens=len(row.prompt.token_ids),
             completion_tokens=len(row.generated),
             logprobs=row.logprobs if row.params.logprobs is not None else None,
-            error_type=error[0] if error else None,
-            error_message=error[1] if error else None,
+            error_type=error[0],
+            error_message=error[1],
         )
 
     def _complete(self, row: Sequence) -> Completion | None:
@@ -257,35 +247,6 @@ class Engine:
             return None
         del self._requests[row.request_id]
         return Completion(row.request_id, [request.samples[sample] for sample in sorted(request.samples)])
-
-
-def token_batch(plan: StepPlan, device: torch.device) -> TokenBatch:
-    """A plan's chunks as packed tensors: the decoding rows are one group, every prefilling row its own."""
-    ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    outputs: list[int] = []
-    groups: list[Group] = []
-    if plan.decoding:
-        longest = max(chunk.stop for chunk in plan.chunks[: plan.decoding])
-        groups.append(Group(0, plan.decoding, 1, 0, key_blocks(longest)))
-    for number, chunk in enumerate(plan.chunks):
-        if number >= plan.decoding:
-            width = chunk.stop - chunk.start
-            groups.append(Group(len(ids), 1, width, chunk.sequence.slot, key_blocks(chunk.stop)))
-        ids += chunk.sequence.tokens(chunk.start, chunk.stop)
-        positions += range(chunk.start, chunk.stop)
-        slots += [chunk.sequence.slot] * (chunk.stop - chunk.start)
-        if chunk.last:
-            outputs.append(len(ids) - 1)
-    packed = torch.tensor([ids, positions, slots], device=device)
-    return TokenBatch(packed[0], packed[1], packed[2], groups, torch.tensor(outputs, dtype=torch.long, device=device))
-
-
-def _draw(row: Sequence) -> Draw:
-    seen = row.tokens(0, row.length) if row.params.repetition_penalty != 1 else ()
-    chance = uniform(row.prompt.key, row.sample, len(row.generated)) if row.params.temperature else 0.0
-    return Draw(row.params, chance, seen)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -55,20 +55,16 @@ class Scheduler:
     """Continuous batching: rows join and leave between any two steps.
 
     max_rows: rows in flight. max_tokens: tokens in one forward. cache_positions: positions the cache may hold,
-    rows x the longest reservation.
+    rows x the longest reservation. waiting: rows that have not started, taken from the left; lanes share it.
     """
 
-    def __init__(self, max_rows: int, max_tokens: int, cache_positions: int) -> None:
+    def __init__(self, max_rows: int, max_tokens: int, cache_positions: int, waiting: deque[Sequence]) -> None:
         self.max_rows = max_rows
         self.max_tokens = max(max_tokens, max_rows)
         self.cache_positions = cache_positions
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = waiting
         self.running: list[Sequence] = []
         self._copies: list[Copy] = []
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
 
     def retire(self, finished: set[int]) -> None:
         """Take rows out by slot; rows from the end of the decoding range fill their places."""
@@ -85,14 +81,17 @@ class Scheduler:
                 self._copies.append(Copy(row.slot, slot, row.computed))
                 row.slot = slot
 
-    def schedule(self) -> StepPlan:
-        """The next step: every decoding row, then as much prefill as the token budget allows."""
+    def schedule(self, share: int) -> StepPlan:
+        """The next step: every decoding row, then as much prefill as the token budget allows.
+
+        share: rows past which none is taken from the queue.
+        """
         plan = StepPlan(self._copies)
         self._copies = []
         budget = self.max_tokens
         for row in self.running:
             budget -= self._extend(plan, row, budget)
-        while budget > 0 and self.waiting and self._fits(self.waiting[0]):
+        while budget > 0 and self.waiting and self._fits(self.waiting[0], share):
             row = self.waiting[0]
             source, shared = self._best_prefix(row)
             ready = min(shared, source.computed) if source is not None else 0
@@ -115,12 +114,12 @@ class Scheduler:
             plan.chunks.append(Chunk(row, row.computed, stop))
         return stop - row.computed
 
-    def _fits(self, row: Sequence) -> bool:
+    def _fits(self, row: Sequence, share: int) -> bool:
         if not self.running:
             return True
         longest = max(row.reserved, max(other.reserved for other in self.running))
         rows = len(self.running) + 1
-        return rows <= self.max_rows and rows * longest <= self.cache_positions
+        return rows <= min(self.max_rows, share) and rows * longest <= self.cache_positions
 
     def _best_prefix(self, row: Sequence) -> tuple[Sequence | None, int]:
         """The running row that shares the longest prefix, and how much of it `row` can use.

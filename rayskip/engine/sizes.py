@@ -1,14 +1,14 @@
-"""How many rows and tokens a replica runs at once, from memory and measured steps."""
+"""How many lanes, rows and tokens a replica runs at once, from its threads, memory and measured steps."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from rayskip.config import EngineConfig
+from rayskip.engine.memory import free_bytes
 from rayskip.model.forward import Decoder, Group, TokenBatch
 from rayskip.model.kv_cache import KEY_BLOCK, KVCache
 
@@ -18,25 +18,45 @@ WORTH = 1.05
 longer tail."""
 MEMORY_SHARE = 0.4
 """Share of the free memory that the KV cache may take when kv_cache_gb is not set."""
-MODEL_LENGTH = 4096
+LANE_ROWS = 8
+"""Fewest rows worth a lane of their own."""
+CPU_TOKENS, GPU_TOKENS = 1024, 8192
+"""Tokens in one forward when max_batch_tokens is not set: past these a longer prefill is no faster per token."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """batch_rows: rows in flight; batch_tokens: tokens in one forward; cache_positions: rows x positions cached."""
+    """Of the engine: lanes. Of each lane: threads, batch_rows (rows in flight), batch_tokens (tokens in one
+    forward), cache_positions (rows x positions cached)."""
 
+    lanes: int
+    threads_per_lane: int
     batch_rows: int
     batch_tokens: int
     cache_positions: int
 
 
 def choose_sizes(decoder: Decoder, config: EngineConfig) -> Sizes:
-    """The configured sizes; what is left out is chosen here."""
+    """The configured sizes, shared out among the lanes; what is left out is chosen here."""
+    threads = torch.get_num_threads()
+    lanes = _lanes(decoder.device, threads, config.max_batch_rows)
     per_position = KVCache.bytes_per_position(decoder.spec, len(decoder.layers), decoder.dtype)
-    budget = int(config.kv_cache_gb * 1e9) if config.kv_cache_gb else int(_free_bytes(decoder.device) * MEMORY_SHARE)
-    rows = config.max_batch_rows or best_rows(decoder)
-    tokens = config.max_batch_tokens or max(1024 if decoder.device.type == "cpu" else 8192, rows)
-    return Sizes(rows, tokens, max(budget // per_position, KEY_BLOCK))
+    free = config.kv_cache_gb * 1e9 if config.kv_cache_gb else free_bytes(decoder.device) * MEMORY_SHARE
+    rows = -(-config.max_batch_rows // lanes) if config.max_batch_rows else best_rows(decoder)
+    tokens = config.max_batch_tokens or (CPU_TOKENS if decoder.device.type == "cpu" else GPU_TOKENS)
+    return Sizes(
+        lanes=lanes,
+        threads_per_lane=threads // lanes,
+        batch_rows=rows,
+        batch_tokens=max(tokens // lanes, rows),
+        cache_positions=max(int(free / per_position / lanes), KEY_BLOCK),
+    )
+
+
+def _lanes(device: torch.device, threads: int, max_batch_rows: int | None) -> int:
+    if device.type != "cpu":
+        return 1
+    return threads if max_batch_rows is None else max(1, min(threads, max_batch_rows // LANE_ROWS))
 
 
 def best_rows(decoder: Decoder) -> int:
@@ -55,16 +75,11 @@ def _step_seconds(decoder: Decoder, rows: int) -> float:
     cache = decoder.new_cache()
     cache.reserve(rows, KEY_BLOCK)
     index = torch.arange(rows, device=decoder.device)
-    batch = TokenBatch(torch.zeros_like(index), torch.zeros_like(index), index, [Group(0, rows, 1, 0, KEY_BLOCK)], index)
+    zeros = torch.zeros_like(index)
+    batch = TokenBatch(zeros, zeros, index, [Group(0, rows, 1, 0, KEY_BLOCK)], index)
     best = float("inf")
     for _ in range(3):
         start = time.perf_counter()
         decoder.forward(batch, cache)[0, 0].item()  # waits for the device
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

@@ -19,7 +19,7 @@ from rayskip.model import embedded
 if TYPE_CHECKING:
     import torch
 
-    from rayskip.model.spec import Spec, Weights
+    from rayskip.model.spec import Family, Spec, Weights
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.model", "*.txt", "*.jinja"]
 BLOCK = 1 << 20
@@ -43,9 +43,24 @@ def resolve(path: str, revision: str | None = None) -> Path:
 
 def load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Spec, Weights]:
     """Read a checked folder's config and weights, cast to `dtype` on `device`."""
+    from safetensors.torch import load_file
+
+    family, config, spec = _family(folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= {name: tensor.to(dtype) for name, tensor in load_file(file, device=str(device)).items()}
+    return spec, family.weights(config, spec, tensors)
+
+
+def read_spec(folder: Path) -> Spec:
+    """What a checked folder's config says of the decoder; reads no weights."""
+    return _family(folder)[2]
+
+
+def _family(folder: Path) -> tuple[Family, Any, Spec]:
+    """A folder's family, transformers config and spec, with the end tokens of its generation config."""
     from dataclasses import replace
 
-    from safetensors.torch import load_file
     from transformers import AutoConfig
 
     from rayskip.model.families import FAMILIES
@@ -53,13 +68,10 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Spec, 
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     family = FAMILIES[_model_type(folder)]
-    tensors = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= {name: tensor.to(dtype) for name, tensor in load_file(file, device=str(device)).items()}
     spec = family.spec(config)
     if ends := end_tokens(_Json(folder / "generation_config.json")):
         spec = replace(spec, eos_token_ids=ends)
-    return spec, family.weights(config, spec, tensors)
+    return family, config, spec
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -125,13 +137,17 @@ def _check_header(file: Path) -> None:
     with file.open("rb") as source:
         header = int.from_bytes(source.read(8), "little")
     if size < 8 or header > min(size - 8, HEADER_LIMIT):
-        raise ModelError(f"{file}: not a whole safetensors file (header of {header} bytes in a file of {size})")
+        raise ModelError(
+            f"{file}: not a whole safetensors file (header of {header} bytes in a file of {size})"
+        )
 
 
 def _download(path: str, revision: str | None) -> Path:
     """Fetch a hub id's safetensors, config and tokenizer into the hub's own cache."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
-        raise ModelError(f"model.path: no folder {path}{_nearest(path)}; give a folder, a hub id (owner/name) or {embedded.NAME}")
+        raise ModelError(
+            f"model.path: no folder {path}{_nearest(path)}; give a folder, a hub id (owner/name) or {embedded.NAME}"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
@@ -140,12 +156,18 @@ def _download(path: str, revision: str | None) -> Path:
     except RepositoryNotFoundError as error:
         raise ModelError(f"model.path: no folder and no hub model {path}") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(f"model.path: no folder {path}{_nearest(path)}, and the hub cannot be reached") from error
+        raise ModelError(
+            f"model.path: no folder {path}{_nearest(path)}, and the hub cannot be reached"
+        ) from error
 
 
 def _nearest(path: str) -> str:
     """' (did you mean …)' from the names beside a missing folder, and the embedded model's."""
     missing = Path(path).expanduser()
-    beside = [entry.name for entry in missing.parent.iterdir() if entry.is_dir()] if missing.parent.is_dir() else []
+    beside = (
+        [entry.name for entry in missing.parent.iterdir() if entry.is_dir()]
+        if missing.parent.is_dir()
+        else []
+    )
     near = difflib.get_close_matches(missing.name, [*beside, embedded.NAME], n=1)
     return f" (did you mean {near[0]}?)" if near else ""

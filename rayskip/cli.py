@@ -1,0 +1,138 @@
+"""The command line: parse, wire, run. Does not know how anything is done.
+
+Everything heavy is imported inside the commands, so that --help and a wrong option answer at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from rayskip.errors import Interrupted, RayskipError
+
+app = typer.Typer(
+    name="rayskip",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Batch generation over a dataset, on Ray replicas, committed exactly once.",
+    epilog="Exit codes: 0 done; 1 the job failed; 2 something given is wrong (one line says what); "
+    "75 interrupted, the same command resumes.",
+)
+
+Config = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file; paths in it start here, not there.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Override a key, such as sampling.max_tokens=64. Repeatable."
+    ),
+]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a job: local, s3:// or gs://.")]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit; without `args`, with this process's own."""
+    try:
+        app(args)
+    except RayskipError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        import rayskip
+
+        print(rayskip.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what OUT holds and start over.")] = False,
+) -> None:
+    """Run a job, or go on where it stopped. Prints the report."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop)
+    from rayskip.config_file import load_config
+
+    job = load_config(config, overrides or ())
+    from rayskip.driver.report import format_report
+    from rayskip.job import run as run_job
+    from rayskip.view import live_view
+
+    with live_view(job.name) as on_progress:
+        report = run_job(job, fresh, on_progress)
+    print(format_report(report))
+    print(f"committed to {job.output.path}")
+
+
+@app.command()
+def plan(config: Config, overrides: Overrides = None) -> None:
+    """Check everything and show what a run would do; loads no weights, needs no GPU."""
+    from rayskip.config_file import load_config
+
+    job = load_config(config, overrides or ())
+    from rayskip.preview import format_preview, preview
+
+    print(format_preview(preview(job)))
+
+
+@app.command()
+def status(out: Out) -> None:
+    """How far the job in OUT is."""
+    from rayskip.driver.status import status as read_status
+    from rayskip.view import format_status
+
+    print(format_status(read_status(out)))
+
+
+@app.command()
+def verify(out: Out) -> None:
+    """Check a finished job: hashes, row counts, every row exactly once."""
+    from rayskip.driver.verify import verify as verify_job
+
+    found = verify_job(out)
+    print(
+        f"{found.name}: whole. {found.rows:,} rows ({found.rows_failed:,} failed) exactly once "
+        f"in {found.files:,} files, {found.bytes:,} bytes, all hashes match"
+    )
+
+
+@app.command()
+def model(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m-instruct, a folder or a hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+) -> None:
+    """Print the local safetensors folder of a model, preparing it first."""
+    from rayskip.model.checkpoint import resolve
+
+    print(resolve(name, revision))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a config, for editors."""
+    import json
+
+    from rayskip.config import JobConfig
+
+    print(json.dumps(JobConfig.model_json_schema(), indent=2))
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Before and after the driver listens to signals itself."""
+    raise Interrupted(f"stopped by {signal.Signals(number).name}; the same command resumes")

@@ -1,0 +1,223 @@
+"""From a YAML file and `--set` overrides to a JobConfig, and from pydantic's errors to one line for people.
+
+Does not know what the values do. Paths in a config are relative to the current directory, not to the file.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from rayskip.config import JobConfig
+from rayskip.errors import ConfigError
+
+Mapping = dict[Any, Any]
+
+# What a value should be, for the pydantic errors whose own words are made for programmers.
+_WANTED = {
+    "int_type": "an integer",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "string_type": "text",
+    "string_too_short": "a text that is not empty",
+    "tuple_type": "a list",
+    "too_long": "a shorter list",
+}
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """The job that a YAML file describes, after overrides of the form "sampling.max_tokens=64".
+
+    An override's value is read as YAML. Raises ConfigError, one line naming the file, the key and what would
+    be right.
+    """
+    values = _read(Path(path))
+    for override in overrides:
+        _set(values, override)
+    try:
+        return JobConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_explain(error.errors())}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that refuses a key given twice; YAML's own would let the last one win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != _MERGE and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f'key "{key.value}" is given twice', key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> Mapping:
+    try:
+        values = _parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file{_nearest_file(path)}") from error
+    except IsADirectoryError as error:
+        raise ConfigError(f"{path}: is a folder; name a YAML file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys such as {_names(JobConfig)}, got {_kind(values)}")
+    return values
+
+
+def _parse(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # safe: a SafeLoader
+
+
+def _set(values: Mapping, override: str) -> None:
+    """Put one "a.b=c" into the nested values."""
+    key, equals, text = override.partition("=")
+    names = key.strip().split(".")
+    if not equals or not all(names):
+        raise ConfigError(f"--set {override}: expected key=value, such as sampling.max_tokens=64")
+    try:
+        value = _parse(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not YAML ({_one_line(error)})") from error
+    section = values
+    for name in names[:-1]:
+        section = section.setdefault(name, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f'--set {override}: "{name}" is {_kind(section)}, not a section')
+    section[names[-1]] = value
+
+
+def _explain(errors: Sequence[ErrorDetails]) -> str:
+    """One line for the first thing that is wrong; a union's branches count as one thing."""
+    # An unknown key is the likeliest cause of a missing one, so it is named first.
+    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+    names, field = _locate(first["loc"])
+    key = ".".join(names)
+    match first["type"]:
+        case "extra_forbidden":
+            return f'unknown key "{key}"; {_suggest(names)}'
+        case "missing":
+            return f'missing key "{key}"{_explained(field)}'
+        case "model_type" | "model_attributes_type":
+            section = _section(names)
+            return f'"{key}" is a section with keys such as {_names(section)}, got {_kind(first["input"])}'
+        case "value_error":
+            reason = str(first["ctx"]["error"])
+            return f'"{key}": {reason}' if key else reason
+    # Every branch of a union has its own error, deeper ones for the items of a list.
+    alike = [error for error in errors if _locate(error["loc"])[0][: len(names)] == names]
+    wanted = " or ".join(dict.fromkeys(_wanted(error, len(names)) for error in alike))
+    return f'"{key}" should be {wanted}{_optional(field)}, got {_shown(first["input"])}{_explained(field)}'
+
+
+def _wanted(error: ErrorDetails, depth: int) -> str:
+    """What a value should be; an error below `depth` is about an item of it."""
+    if len(_locate(error["loc"])[0]) > depth:
+        return "a list"
+    return _WANTED.get(error["type"]) or error["msg"].removeprefix("Input should be ")
+
+
+def _locate(loc: Iterable[int | str]) -> tuple[list[str], FieldInfo | None]:
+    """The config's own names in an error's location (union branches are in it too), and the last's field."""
+    section: type[BaseModel] | None = JobConfig
+    names: list[str] = []
+    field: FieldInfo | None = None
+    for part in loc:
+        if section is not None:
+            names.append(str(part))
+            field = section.model_fields.get(str(part))
+            section = _model(field) if field else None
+        elif isinstance(part, int):
+            names.append(str(part))
+    return names, field
+
+
+def _section(names: Sequence[str]) -> type[BaseModel]:
+    """The innermost section on the way along `names`."""
+    section: type[BaseModel] = JobConfig
+    for name in names:
+        field = section.model_fields.get(name)
+        section = (_model(field) if field else None) or section
+    return section
+
+
+def _model(field: FieldInfo) -> type[BaseModel] | None:
+    kind = field.annotation
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _suggest(names: Sequence[str]) -> str:
+    """The nearest name beside the unknown one, or the place in another section where that name exists."""
+    section = _section(names[:-1])
+    near = difflib.get_close_matches(names[-1], section.model_fields, n=1)
+    if near:
+        return f'did you mean "{near[0]}"?'
+    elsewhere = [
+        f"{outer}.{names[-1]}"
+        for outer, field in JobConfig.model_fields.items()
+        if (model := _model(field)) and names[-1] in model.model_fields
+    ]
+    if elsewhere:
+        return f'did you mean "{elsewhere[0]}"?'
+    return f"known: {', '.join(section.model_fields)}"
+
+
+def _names(section: type[BaseModel]) -> str:
+    return ", ".join(list(section.model_fields)[:4])
+
+
+def _explained(field: FieldInfo | None) -> str:
+    return f" ({field.description})" if field and field.description else ""
+
+
+def _optional(field: FieldInfo | None) -> str:
+    return " or null" if field and type(None) in get_args(field.annotation) else ""
+
+
+def _kind(value: object) -> str:
+    """What a YAML value is, in words."""
+    match value:
+        case None:
+            return "nothing"
+        case dict():
+            return "a section"
+        case list():
+            return "a list"
+    return _shown(value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value) if isinstance(value, str) else str("null" if value is None else value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    """A YAML error as `line 3: …`."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return " ".join(str(error).split())
+    line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+    return line + str(error.problem or "not valid YAML")
+
+
+def _nearest_file(path: Path) -> str:
+    beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

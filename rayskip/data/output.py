@@ -1,0 +1,242 @@
+"""Output rows: one fixed, nullable schema per job, and the file formats it is written in.
+
+Does not know storage, commits or models. The same rows give the same bytes, on any machine and in any run.
+Every input row has as many output rows as it has samples, also when it failed.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import decimal
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rayskip.config import InputConfig, JobConfig
+from rayskip.data.records import BROKEN_ROW, Generation, Shard, TokenLogprob
+from rayskip.errors import InputError
+
+_TOP = pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())])
+_LOGPROB = pa.struct([("token_id", pa.int32()), ("logprob", pa.float32()), ("top", pa.list_(_TOP))])
+
+# Every column that can follow the input's, in output order.
+_COLUMNS: dict[str, pa.DataType] = {
+    "row_file": pa.string(),
+    "row_index": pa.int64(),
+    "sample_index": pa.int32(),
+    "text": pa.string(),
+    "token_ids": pa.list_(pa.int32()),
+    "finish_reason": pa.string(),
+    "prompt_tokens": pa.int32(),
+    "completion_tokens": pa.int32(),
+    "logprobs": pa.list_(_LOGPROB),
+    "error_type": pa.string(),
+    "error_message": pa.string(),
+}
+
+_IDENTITY = ("row_file", "row_index", "sample_index")
+
+_MODEL = b"rayskip.model"
+"""Schema metadata: the job's model.path. Parquet keeps it in its footer, openai lines carry it."""
+
+
+def output_columns(job: JobConfig) -> list[str]:
+    """Names of the columns after the input's: token_ids only if asked, logprobs only if any row may ask."""
+    wanted = set(_COLUMNS)
+    if not job.output.token_ids:
+        wanted.discard("token_ids")
+    if job.sampling.logprobs is None and not _has_row_params(job.input):
+        wanted.discard("logprobs")
+    return [name for name in _COLUMNS if name in wanted]
+
+
+def _has_row_params(config: InputConfig) -> bool:
+    return config.sampling_params is not None or config.format == "openai"
+
+
+def check_output(job: JobConfig, columns: Iterable[str]) -> None:
+    """Refuse an input whose columns would meet an output column's name. Raises InputError."""
+    clash = [name for name in columns if name in output_columns(job)]
+    if clash:
+        raise InputError(
+            f"{job.input.path}: the output adds a column named {clash[0]!r} and the input has one already; "
+            f"rename it in the data (all clashes: {', '.join(clash)})"
+        )
+
+
+def output_table(table: pa.Table, rows: Sequence[Generation], shard: Shard, job: JobConfig) -> pa.Table:
+    """The shard's input columns, repeated per sample, beside its generations.
+
+    table: the shard's rows, from `read_shard`. rows: sorted by (row_index, sample_index), at least one per
+    input row. Raises ValueError when a row is missing: no output may lose one.
+    """
+    if sorted({row.row_index for row in rows}) != list(range(shard.start, shard.stop)):
+        raise ValueError(f"shard {shard.index}: generations do not cover rows {shard.start} to {shard.stop}")
+    kept = table.drop_columns([BROKEN_ROW]) if BROKEN_ROW in table.column_names else table
+    repeated = kept.take(pa.array([row.row_index - shard.start for row in rows], pa.int64()))
+    columns = {field.name: repeated[field.name] for field in kept.schema}
+    fields = [field.with_nullable(True) for field in kept.schema]
+    for name in output_columns(job):
+        columns[name] = pa.array([_value(row, name, shard) for row in rows], _COLUMNS[name])
+        fields.append(pa.field(name, _COLUMNS[name]))
+    schema = pa.schema(fields, {_MODEL: job.model.path.encode()})
+    return pa.table(list(columns.values()), schema=schema)
+
+
+def _value(row: Generation, column: str, shard: Shard) -> Any:
+    if column == "row_file":
+        return shard.name
+    if column == "logprobs":
+        return None if row.logprobs is None else [_logprob(token) for token in row.logprobs]
+    return getattr(row, column)
+
+
+def _logprob(token: TokenLogprob) -> dict[str, Any]:
+    top = [{"token_id": token_id, "logprob": logprob} for token_id, logprob in token.top]
+    return {"token_id": token.token_id, "logprob": token.logprob, "top": top}
+
+
+def to_parquet(table: pa.Table) -> bytes:
+    """zstd; one row group per file, since a shard is small. How the input was chunked leaves no trace."""
+    sink = io.BytesIO()
+    pq.write_table(table.combine_chunks(), sink, compression="zstd", row_group_size=max(1, table.num_rows))
+    return sink.getvalue()
+
+
+def to_jsonl(table: pa.Table) -> bytes:
+    """One object per row, every column in every object; bytes as base64, NaN and infinities as null."""
+    return b"".join(_line(row) for row in table.to_pylist())
+
+
+def to_openai(table: pa.Table) -> bytes:
+    """One line of the OpenAI batch output format per input row; its samples are the choices.
+
+    custom_id is the input's, or "FILE:ROW". A token of the log-probabilities is written "token_id:ID". Beside
+    OpenAI's own keys a line has the row's identity, row_file and row_index, and its number of samples.
+    """
+    model = (table.schema.metadata or {}).get(_MODEL, b"").decode()
+    by_row = groupby(table.to_pylist(), key=lambda row: row["row_index"])
+    return b"".join(_line(_openai(list(samples), model)) for _, samples in by_row)
+
+
+def _openai(samples: list[dict[str, Any]], model: str) -> dict[str, Any]:
+    first = samples[0]
+    identity = f"{first['row_file']}:{first['row_index']}"
+    request = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
+    failed = next((row for row in samples if row["error_type"] is not None), None)
+    head = {
+        "id": f"batch_req_{request}",
+        "custom_id": first.get("custom_id") or identity,
+        "row_file": first["row_file"],
+        "row_index": first["row_index"],
+        "samples": len(samples),
+    }
+    if failed:
+        error = {"code": failed["error_type"], "message": failed["error_message"]}
+        return head | {"response": None, "error": error}
+    body = {
+        "id": f"chatcmpl-{request}",
+        "object": "chat.completion",
+        "created": 0,  # the same job gives the same bytes
+        "model": model,
+        "choices": [_choice(row) for row in samples],
+        "usage": _usage(samples),
+    }
+    response = {"status_code": 200, "request_id": request, "body": body}
+    return head | {"response": response, "error": None}
+
+
+def _choice(row: dict[str, Any]) -> dict[str, Any]:
+    logprobs = row.get("logprobs")
+    return {
+        "index": row["sample_index"],
+        "message": {"role": "assistant", "content": row["text"]},
+        "finish_reason": row["finish_reason"],
+        "logprobs": None if logprobs is None else {"content": [_openai_logprob(token) for token in logprobs]},
+    }
+
+
+def _openai_logprob(token: dict[str, Any]) -> dict[str, Any]:
+    def named(entry: dict[str, Any]) -> dict[str, Any]:
+        return {"token": f"token_id:{entry['token_id']}", "logprob": entry["logprob"], "bytes": None}
+
+    return named(token) | {"top_logprobs": [named(entry) for entry in token["top"]]}
+
+
+def _usage(samples: list[dict[str, Any]]) -> dict[str, int]:
+    prompt = samples[0]["prompt_tokens"]
+    completion = sum(row["completion_tokens"] for row in samples)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _line(value: Any) -> bytes:
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of an Arrow value."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case bytes():
+            return base64.b64encode(value).decode()
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case datetime.date() | datetime.time():
+            return value.isoformat()
+        case datetime.timedelta():
+            return value.total_seconds()
+        case decimal.Decimal():
+            return str(value)
+    return str(value)
+
+
+ENCODERS: dict[str, Callable[[pa.Table], bytes]] = {
+    "parquet": to_parquet,
+    "jsonl": to_jsonl,
+    "openai": to_openai,
+}
+
+SUFFIXES: dict[str, str] = {"parquet": "parquet", "jsonl": "jsonl", "openai": "jsonl"}
+
+
+def encode(format: str, table: pa.Table) -> bytes:
+    """The whole file of an output table."""
+    return ENCODERS[format](table)
+
+
+def read_output(format: str, files: Iterable[bytes]) -> pa.Table:
+    """The rows of a finished job's data files, in the order given. openai: one row per line."""
+    if format == "parquet":
+        return pa.concat_tables([pq.read_table(pa.BufferReader(data)) for data in files])
+    return pa.Table.from_pylist([line for data in files for line in _lines(data)])
+
+
+def read_identities(data: bytes, format: str) -> list[tuple[str, int, int]]:
+    """(row_file, row_index, sample_index) of every output row in a data file, in its order."""
+    if format == "parquet":
+        table = pq.read_table(pa.BufferReader(data), columns=list(_IDENTITY))
+        return list(zip(*(table[name].to_pylist() for name in _IDENTITY), strict=True))
+    if format == "openai":
+        return [
+            (line["row_file"], line["row_index"], sample)
+            for line in _lines(data)
+            for sample in range(line["samples"])
+        ]
+    return [(line["row_file"], line["row_index"], line["sample_index"]) for line in _lines(data)]
+
+
+def _lines(data: bytes) -> Iterator[dict[str, Any]]:
+    return map(json.loads, data.splitlines())

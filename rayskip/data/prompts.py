@@ -1,0 +1,275 @@
+"""A row becomes a Prompt: its source column, its chat template, its own sampling parameters, its tokens.
+
+Does not know files or models. Text from the data is data: it is never rendered as a template, and a special
+token written in it is encoded as plain text. Only the job's own template and the model's chat template may
+write special tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import jinja2.meta
+import jinja2.nodes
+from jinja2.sandbox import SandboxedEnvironment
+from pydantic import ValidationError
+
+from rayskip.config import InputConfig, SamplingParams
+from rayskip.data.records import BROKEN_ROW, Prompt
+from rayskip.data.tokenizer import Encoder
+from rayskip.errors import InputError, ModelError, RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
+
+OPENAI_PARAMS = "sampling_params"
+"""Column that holds the sampling fields of an openai batch line."""
+
+SOURCES = ("prompt", "messages", "prompt_token_ids")
+"""Ways to give a prompt by column; also the columns looked for when the config names none, in this order."""
+
+_DATA_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+"""What a template raises when a row's values are not what its expressions expect."""
+
+
+def row_key(seed: int, name: str, row_index: int) -> int:
+    """Random key of a row: the first 64 bits, big-endian, of blake2b over "seed NUL name NUL row_index".
+
+    name: the file's path below the input's root. The same on every machine, in every Python.
+    """
+    identity = f"{seed}\0{name}\0{row_index}".encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big")
+
+
+def prompt_source(config: InputConfig, columns: Iterable[str]) -> tuple[str, str]:
+    """Which of SOURCES or "template" gives the prompt, and the column (or template text) it is in.
+
+    Raises InputError when no column of the data can be the prompt.
+    """
+    for kind in (*SOURCES, "template"):
+        if (value := getattr(config, kind)) is not None:
+            return kind, value
+    present = list(columns)
+    for kind in SOURCES:
+        if kind in present:
+            return kind, kind
+    raise InputError(
+        f"{config.path}: none of the columns {', '.join(SOURCES)} is in the data; name the prompt's column "
+        f"with input.prompt, input.messages or input.prompt_token_ids (columns: {', '.join(present)})"
+    )
+
+
+def check_input(config: InputConfig, columns: Iterable[str]) -> None:
+    """Refuse, before any row is read, a config that names a column the data lacks or a template with a fault.
+
+    Raises InputError that names the nearest column.
+    """
+    present = [column for column in columns if column != BROKEN_ROW]
+    kind, source = prompt_source(config, present)
+    needed = [(f"input.{kind}", source)] if kind != "template" else []
+    if kind == "template":
+        names = jinja2.meta.find_undeclared_variables(_parse(source))
+        needed = [("input.template", name) for name in sorted(names)]
+    if config.sampling_params is not None:
+        needed.append(("input.sampling_params", config.sampling_params))
+    for key, column in needed:
+        if column not in present:
+            close = get_close_matches(column, present, 1)
+            hint = f"did you mean {close[0]!r}?" if close else f"columns: {', '.join(present)}"
+            raise InputError(f"{config.path}: {key} names {column!r}, which is no column of the data; {hint}")
+
+
+def _parse(template: str) -> jinja2.nodes.Template:
+    try:
+        return SandboxedEnvironment().parse(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"input.template: line {error.lineno}: {error.message}") from error
+
+
+class PromptBuilder:
+    """Turns rows into prompts; made once per replica, may be called from several threads.
+
+    tokenizer: None when the model has none; then only prompt_token_ids work. max_model_len: positions of the
+    context. Raises InputError for a template with a syntax error.
+    """
+
+    def __init__(
+        self,
+        config: InputConfig,
+        sampling: SamplingParams,
+        tokenizer: PreTrainedTokenizerBase | None,
+        max_model_len: int,
+    ) -> None:
+        self._config = config
+        self._params = sampling
+        self._params_column = config.sampling_params or (OPENAI_PARAMS if config.format == "openai" else None)
+        self._max_model_len = max_model_len
+        self._encoder = Encoder(tokenizer) if tokenizer is not None else None
+        self._template = self._compile(config.template) if config.template is not None else None
+
+    def build(self, row: Row, row_index: int, name: str) -> Prompt:
+        """The prompt of row `row_index` of file `name`.
+
+        Raises RowError when the row is bad; InputError or ModelError when no row of the job can be a prompt.
+        """
+        if (reason := row.get(BROKEN_ROW)) is not None:
+            raise RowError("invalid_row", reason)
+        params = self._row_params(row)
+        token_ids = self._token_ids(row)
+        if not token_ids:
+            raise RowError("empty_prompt", "the prompt is empty")
+        if len(token_ids) + 1 > self._max_model_len:
+            raise RowError(
+                "prompt_too_long",
+                f"the prompt has {len(token_ids)} tokens; with one to generate "
+                f"the context holds {self._max_model_len - 1}",
+            )
+        return Prompt(row_index, token_ids, params, row_key(params.seed, name, row_index))
+
+    def _row_params(self, row: Row) -> SamplingParams:
+        """The job's sampling parameters with the row's own over them."""
+        column = self._params_column
+        own = merge_params(self._params, row.get(column)) if column else self._params
+        if own.stop and self._encoder is None:
+            raise ModelError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
+        return own
+
+    def _token_ids(self, row: Row) -> list[int]:
+        kind, source = prompt_source(self._config, row)
+        if self._template is not None:
+            return self._from_template(row, self._template)
+        value = row.get(source)
+        if value is None:
+            raise RowError("null_prompt", f"column {source!r} is null")
+        if kind == "prompt_token_ids":
+            return _token_list(value, source)
+        if kind == "messages":
+            return self._chat(_messages(value, source))
+        text = _text(value, f"column {source!r}")
+        return self._chat(_user(text)) if self._config.chat else self._text_encoder.data(text)
+
+    def _from_template(self, row: Row, template: jinja2.Template) -> list[int]:
+        """With `chat` the result is the user's message, without it the template is the job's own text."""
+        try:
+            text = template.render(row)
+        except _DATA_FAULTS as error:
+            raise RowError("template_error", f"input.template: {type(error).__name__}: {error}") from error
+        text = _text(text, "what input.template renders")
+        return self._chat(_user(text)) if self._config.chat else self._text_encoder.trusted(text, start=True)
+
+    def _compile(self, template: str) -> jinja2.Template:
+        _parse(template)
+        sandbox = SandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=self._finalize)
+        return sandbox.from_string(template)
+
+    def _finalize(self, value: object) -> object:
+        """For every value a template writes. Undefined stays as it is, so that writing it fails."""
+        if self._config.chat or isinstance(value, jinja2.Undefined):
+            return value
+        return self._text_encoder.shield(str(value))
+
+    def _chat(self, messages: list[Row]) -> list[int]:
+        if self._config.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self._config.system}, *messages]
+        try:
+            return self._text_encoder.chat(messages)
+        except _DATA_FAULTS as error:
+            raise RowError("bad_messages", f"the chat template refuses the messages: {error}") from error
+
+    @property
+    def _text_encoder(self) -> Encoder:
+        if self._encoder is None:
+            raise ModelError("the model's folder has no tokenizer; give the prompts as prompt_token_ids")
+        return self._encoder
+
+
+def merge_params(base: SamplingParams, own: Any) -> SamplingParams:
+    """`base` with a row's own values over it: a dict, an Arrow map (pairs) or a JSON object as text.
+
+    A null value is one not given. Raises RowError "invalid_sampling_params" that names the key.
+    """
+    if own is None:
+        return base
+    given = {key: value for key, value in _mapping(own).items() if value is not None}
+    if not given:
+        return base
+    try:
+        return SamplingParams.model_validate(base.model_dump() | given)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        wrong = f"{key}: {fault['msg']}, got {fault['input']!r}"
+        raise RowError("invalid_sampling_params", wrong) from error
+
+
+def _mapping(own: Any) -> dict[str, Any]:
+    if isinstance(own, str):
+        try:
+            own = json.loads(own)
+        except json.JSONDecodeError as error:
+            raise RowError("invalid_sampling_params", f"not JSON: {error}") from error
+    if isinstance(own, list) and all(isinstance(pair, tuple) for pair in own):
+        own = dict(own)
+    if not isinstance(own, dict):
+        raise RowError("invalid_sampling_params", f"an object is needed, got {type(own).__name__}")
+    return own
+
+
+def _user(text: str) -> list[Row]:
+    return [{"role": "user", "content": text}]
+
+
+def _text(value: Any, what: str) -> str:
+    """`value` as text that UTF-8 can hold; bytes are taken as UTF-8."""
+    try:
+        text = value.decode() if isinstance(value, bytes) else value
+        if not isinstance(text, str):
+            raise RowError("bad_prompt", f"{what} is not text but {type(value).__name__}")
+        text.encode()
+    except UnicodeError as error:
+        raise RowError("invalid_utf8", f"{what} is not valid UTF-8: {error}") from error
+    if not text:
+        raise RowError("empty_prompt", f"{what} is empty")
+    return text
+
+
+def _token_list(value: Any, column: str) -> list[int]:
+    if not isinstance(value, list) or not all(isinstance(token, int) and token >= 0 for token in value):
+        raise RowError("bad_token_id", f"column {column!r} must hold a list of token ids, integers from 0")
+    return value
+
+
+def _messages(value: Any, column: str) -> list[Row]:
+    """The messages without their null fields (Arrow gives every message every field)."""
+    if not isinstance(value, list):
+        raise RowError("bad_messages", f"column {column!r} must hold a list of {{role, content}}")
+    if not value:
+        raise RowError("empty_prompt", f"column {column!r} has no messages")
+    return [_message(message, f"message {index} of column {column!r}") for index, message in enumerate(value)]
+
+
+def _message(value: Any, what: str) -> Row:
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        raise RowError("bad_messages", f"{what} must be an object with a role")
+    message = {key: item for key, item in value.items() if item is not None}
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(_part(part, what) for part in content)
+    if not isinstance(content, str):
+        raise RowError("bad_messages", f"{what} must have text as its content")
+    # An empty turn is a legal one; what may not be empty is the conversation.
+    return message | {"content": _text(content, what) if content else ""}
+
+
+def _part(part: Any, what: str) -> str:
+    """A piece of a message in OpenAI's form."""
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    raise RowError("bad_messages", f"{what}: only parts of type text can be read")

@@ -1,0 +1,105 @@
+"""A lane: one thread's share of the engine. Its own rows and cache; the decoder is shared.
+
+On CPU a replica runs one lane per core, each on one thread: the many small operations of a step then need no
+barrier between threads, which costs more than they do. On a GPU there is one lane.
+
+Does not know requests, text or how rows are handed out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from rayskip.decode.randomness import uniform
+from rayskip.decode.sampling import Choice, Draw, choose
+from rayskip.engine.scheduler import Scheduler, StepPlan
+from rayskip.engine.sequence import Sequence
+from rayskip.engine.sizes import Sizes
+from rayskip.model.forward import Decoder, Group, TokenBatch
+from rayskip.model.kv_cache import key_blocks
+from rayskip.stats import Stats
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step chose, for every row whose newest token ran, and what it cost."""
+
+    choices: list[tuple[Sequence, Choice]]
+    stats: Stats
+
+
+class Lane:
+    """Schedules and runs steps. `plan` and `retire` are bookkeeping, for the engine's thread; `run` is the
+    tensor work, for the lane's own."""
+
+    def __init__(self, decoder: Decoder, sizes: Sizes, waiting: deque[Sequence]) -> None:
+        self._decoder = decoder
+        self._sizes = sizes
+        self._cache = decoder.new_cache()
+        self.scheduler = Scheduler(sizes.batch_rows, sizes.batch_tokens, sizes.cache_positions, waiting)
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """One forward over the plan's tokens; chooses the next token of every row whose newest token ran."""
+        start = time.perf_counter()
+        self._reserve()
+        for copy in plan.copies:
+            self._cache.copy(copy.source, copy.target, copy.length)
+        batch = token_batch(plan, self._decoder.device)
+        logits = self._decoder.forward(batch, self._cache)
+        middle = time.perf_counter()
+        last = [chunk.sequence for chunk in plan.chunks if chunk.last]
+        choices = choose(logits, [_draw(row) for row in last]) if last else []
+        stats = self._count(plan, len(batch.token_ids))
+        stats.seconds["decode" if plan.decoding == len(plan.chunks) else "prefill"] = middle - start
+        stats.seconds["sample"] = time.perf_counter() - middle
+        return StepResult(list(zip(last, choices, strict=True)), stats)
+
+    def _reserve(self) -> None:
+        """Room for a full batch of rows as long as the longest in flight, so that the cache seldom grows."""
+        running = self.scheduler.running
+        length = max(row.reserved for row in running)
+        fitting = max(self._sizes.cache_positions // length, 1)
+        self._cache.reserve(max(len(running), min(self._sizes.batch_rows, fitting)), length)
+
+    def _count(self, plan: StepPlan, tokens: int) -> Stats:
+        return Stats(
+            steps=1,
+            step_rows=len(plan.chunks),
+            step_slots=self._sizes.batch_rows,
+            prefix_tokens=plan.reused,
+            layer_tokens=tokens * len(self._decoder.layers),
+            padding_tokens=-tokens % self._decoder.tile if self._decoder.tile else 0,
+        )
+
+
+def token_batch(plan: StepPlan, device: torch.device) -> TokenBatch:
+    """A plan's chunks as packed tensors: the decoding rows are one group, every prefilling row its own."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    outputs: list[int] = []
+    groups: list[Group] = []
+    if plan.decoding:
+        longest = max(chunk.stop for chunk in plan.chunks[: plan.decoding])
+        groups.append(Group(0, plan.decoding, 1, 0, key_blocks(longest)))
+    for number, chunk in enumerate(plan.chunks):
+        width = chunk.stop - chunk.start
+        if number >= plan.decoding:
+            groups.append(Group(len(ids), 1, width, chunk.sequence.slot, key_blocks(chunk.stop)))
+        ids += chunk.sequence.tokens(chunk.start, chunk.stop)
+        positions += range(chunk.start, chunk.stop)
+        slots += [chunk.sequence.slot] * width
+        if chunk.last:
+            outputs.append(len(ids) - 1)
+    packed = torch.tensor([ids, positions, slots], device=device)
+    return TokenBatch(packed[0], packed[1], packed[2], groups, torch.tensor(outputs, dtype=torch.long, device=device))
+
+
+def _draw(row: Sequence) -> Draw:
+    seen = row.tokens(0, row.length) if row.params.repetition_penalty != 1 else ()
+    chance = uniform(row.prompt.key, row.sample, len(row.generated)) if row.params.temperature else 0.0
+    return Draw(row.params, chance, seen)

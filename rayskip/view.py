@@ -1,0 +1,99 @@
+"""What people see of a run: a live view on a terminal, plain lines elsewhere; a job's state.
+
+Does not know where the numbers come from, and decides nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from rayskip.driver.progress import Progress
+from rayskip.driver.status import JobStatus
+
+LINE_EVERY_S = 5.0
+
+
+@contextmanager
+def live_view(name: str, console: Console | None = None) -> Iterator[Callable[[Progress], None]]:
+    """What to call with each snapshot of job `name`; shown on stderr, or on `console`."""
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield PlainLines(name, console)
+        return
+    with Live(console=console, refresh_per_second=4, transient=True) as live:
+        yield lambda progress: live.update(progress_table(name, progress))
+
+
+class PlainLines:
+    """One line per snapshot: when the phase changes, and at most every LINE_EVERY_S else."""
+
+    def __init__(self, name: str, console: Console) -> None:
+        self._name = name
+        self._console = console
+        self._phase = ""
+        self._next = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.phase == self._phase and now < self._next:
+            return
+        self._phase, self._next = progress.phase, now + LINE_EVERY_S
+        facts = ", ".join(f"{key} {value}" for key, value in _facts(progress).items())
+        self._console.print(
+            f"{self._name}: {progress.phase}: {facts}", soft_wrap=True, highlight=False, markup=False
+        )
+
+
+def progress_table(name: str, progress: Progress) -> Table:
+    """The live view of one snapshot."""
+    table = Table.grid(padding=(0, 2))
+    table.add_row(f"[bold]{name}[/]", progress.phase)
+    table.add_row("", ProgressBar(total=max(1, progress.rows_total), completed=progress.rows, width=50))
+    for key, value in _facts(progress).items():
+        table.add_row(key, value)
+    return table
+
+
+def format_status(status: JobStatus) -> str:
+    """A job's state, one aligned line per fact."""
+    facts = {
+        "job": status.name,
+        "state": "finished" if status.finished else "not finished; the same run command resumes",
+        "shards": f"{status.shards:,} of {status.shards_total:,} committed",
+        "rows": f"{status.rows:,} of {status.rows_total:,}, {status.rows_failed:,} failed",
+        "completion tokens": f"{status.completion_tokens:,}",
+    }
+    if status.driver:
+        facts["last driver"] = (
+            f"process {status.driver.pid} on {status.driver.host}, since {status.driver.started}"
+        )
+    return "\n".join(f"{key:<18} {value}" for key, value in facts.items())
+
+
+def _facts(progress: Progress) -> dict[str, str]:
+    return {
+        "rows": f"{progress.rows:,}/{progress.rows_total:,}",
+        "tokens": f"{progress.tokens:,}",
+        "tok/s": f"{progress.tok_s_now:,.0f} now {progress.tok_s:,.0f} overall",
+        "elapsed": _clock(progress.elapsed_s),
+        "ETA": _clock(progress.eta_s),
+        "replicas": f"{progress.replicas}/{progress.replicas_total}",
+        "retries": f"{progress.retries:,}",
+        "errors": f"{progress.rows_failed:,}",
+    }
+
+
+def _clock(seconds: float | None) -> str:
+    """Hours, minutes and seconds; "-" for what is not known."""
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -1,0 +1,186 @@
+"""The command line in its own process, and what it shows: fast help, exit codes, errors in one line."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import rayskip
+from rayskip.config import JobConfig
+from rayskip.driver.progress import Progress
+from rayskip.preview import histogram
+from rayskip.view import live_view
+
+ROOT = Path(__file__).parent.parent
+MAIN = "from rayskip.cli import main; main()"
+ROWS = 40
+
+
+def cli(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", MAIN, *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A config with relative paths, beside its data."""
+    rows = [{"id": row, "text": f"Name a colour, number {row}. " * (1 + row % 5)} for row in range(ROWS)]
+    rows.append({"id": ROWS, "text": None})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "name": "colours",
+        "model": {"path": "smollm2-135m-instruct"},
+        "input": {"path": "rows.jsonl", "prompt": "text", "chat": True},
+        "sampling": {"max_tokens": 4},
+        "engine": {"max_batch_rows": 16},
+        "output": {"path": "out", "shard_rows": 16},
+    }
+    path = tmp_path / "job.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
+
+
+def test_help_answers_in_under_a_second() -> None:
+    def seconds() -> float:
+        began = time.monotonic()
+        found = cli("--help")
+        assert found.returncode == 0
+        assert "75" in found.stdout
+        return time.monotonic() - began
+
+    assert min(seconds() for _ in range(3)) < 1.0
+
+
+def test_importing_rayskip_and_its_cli_loads_nothing_heavy() -> None:
+    heavy = "{'torch', 'transformers', 'ray', 'datasets', 'pyarrow', 'pydantic'}"
+    code = f"import sys, rayskip.cli; sys.exit(str({heavy} & sys.modules.keys() or ''))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_a_config_error_comes_before_anything_loads(job: Path) -> None:
+    code = (
+        "import sys\n"
+        "from rayskip.cli import main\n"
+        "try: main()\n"
+        "finally: print({'torch', 'ray', 'pyarrow'} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", code, "run", str(job), "--set", "sampling.max_token=3"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 2
+    assert found.stdout == "set()\n"
+    assert found.stderr == f'error: {job}: unknown key "sampling.max_token"; did you mean "max_tokens"?\n'
+
+
+def test_public_names() -> None:
+    assert rayskip.__all__ == ["Engine", "JobConfig", "SamplingParams", "__version__"]
+    assert rayskip.JobConfig is JobConfig
+    assert rayskip.__version__
+    with pytest.raises(AttributeError, match="no attribute 'Engin'"):
+        _ = rayskip.Engin
+
+
+def test_schema_is_the_configs_json_schema() -> None:
+    found = cli("schema")
+    assert json.loads(found.stdout) == JobConfig.model_json_schema()
+
+
+def test_model_prints_a_folder_of_safetensors(smollm2: Path) -> None:
+    found = cli("model", "smollm2-135m-instruct")
+    assert found.stdout == f"{smollm2}\n"
+    assert list(smollm2.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["model", "no/such/folder"], "error: model.path: no folder no/such/folder"),
+        (["status", "nowhere"], "error: nowhere: no job.json there"),
+        (["verify", "nowhere"], "error: nowhere: no job.json there"),
+        (["plan", "job.yaml", "--set", "input.path=row.jsonl"], "error: "),
+        (["plan", "job.yaml", "--set", "input.prompt=txt"], "error: "),
+        (["run", "job.yaml", "--set", "model.path=smollm"], "error: model.path: no folder smollm"),
+        (["run", "job.yaml", "--set", "output.path=ftp://x"], "error: ftp://x: use a local path"),
+    ],
+)
+def test_a_users_error_is_one_line_and_exit_2(job: Path, args: list[str], said: str) -> None:
+    found = cli(*args, cwd=job.parent)
+    assert found.returncode == 2
+    assert found.stderr.startswith(said)
+    assert found.stderr.count("\n") == 1
+
+
+def test_an_unknown_option_is_exit_2() -> None:
+    found = cli("run", "job.yaml", "--frehs")
+    assert found.returncode == 2
+    assert "Traceback" not in found.stderr
+
+
+def test_plan_shows_prompts_lengths_and_bad_rows(job: Path) -> None:
+    found = cli("plan", job.name, cwd=job.parent)
+    assert found.stderr == ""
+    assert f"{ROWS + 1} rows in 3 shards" in found.stdout
+    assert found.stdout.count("Name a colour, number 0.") == 1
+    assert "prompt 3:" in found.stdout
+    assert "null_prompt: 1 rows, such as rows.jsonl row 40" in found.stdout
+    assert f"at most {ROWS * 4} completion tokens" in found.stdout
+    assert not (job.parent / "out").exists()
+
+
+@pytest.mark.timeout(240)
+def test_a_job_from_run_to_verify_and_again(job: Path) -> None:
+    ran = cli("run", job.name, cwd=job.parent)
+    assert ran.returncode == 0, ran.stderr
+    assert "committed to out" in ran.stdout
+    assert "colours: finished: rows 41/41" in ran.stderr
+    assert "finished" in cli("status", "out", cwd=job.parent).stdout
+    verified = cli("verify", "out", cwd=job.parent)
+    assert verified.returncode == 0, verified.stderr
+    assert "41 rows (1 failed) exactly once in 3 files" in verified.stdout
+
+    again = [sys.executable, str(ROOT / "jobs" / "generate.py"), job.name]
+    found = subprocess.run(again, cwd=job.parent, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, ran.stdout), found.stderr
+
+
+def progress(phase: str, rows: int) -> Progress:
+    return Progress(phase, 61.0, rows, 200, 5000, 400.0, 350.0, None, 1, 2, 3, 4)
+
+
+def test_plain_lines_are_few_when_not_on_a_terminal() -> None:
+    shown = io.StringIO()
+    with live_view("bench", Console(file=shown)) as on_progress:
+        for rows in range(100):
+            on_progress(progress("generating", rows))
+        on_progress(progress("finished", 200))
+    assert shown.getvalue().splitlines() == [
+        "bench: generating: rows 0/200, tokens 5,000, tok/s 400 now 350 overall, elapsed 0:01:01, ETA -, "
+        "replicas 1/2, retries 3, errors 4",
+        "bench: finished: rows 200/200, tokens 5,000, tok/s 400 now 350 overall, elapsed 0:01:01, ETA -, "
+        "replicas 1/2, retries 3, errors 4",
+    ]
+
+
+def test_a_terminal_gets_a_live_view() -> None:
+    shown = io.StringIO()
+    with live_view("bench", Console(file=shown, force_terminal=True, width=100)) as on_progress:
+        on_progress(progress("generating", 150))
+    assert "150/200" in shown.getvalue()
+    assert "400 now 350 overall" in shown.getvalue()
+
+
+def test_histogram_counts_every_length_once() -> None:
+    assert histogram([1, 2, 3, 9]) == [
+        f"        1 to       1        1  {'#' * 20}",
+        f"        2 to       3        2  {'#' * 40}",
+        "        4 to       7        0  ",
+        f"        8 to      15        1  {'#' * 20}",
+    ]
+    assert histogram([]) == ["  no prompt can run"]

@@ -1,0 +1,154 @@
+"""A config file is read strictly, and what is wrong with it is said in one line that names the place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rayskip.config import JobConfig
+from rayskip.config_file import load_config
+from rayskip.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+JOB = """\
+name: bench
+model: {path: smollm2-135m-instruct}
+input: {path: rows.jsonl, messages: messages}
+output: {path: out/bench}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads(path: Path) -> None:
+    assert load_config(path).name
+
+
+def test_sections_left_out_have_defaults(config: Path) -> None:
+    job = load_config(config)
+    assert job.model.dtype == "bfloat16"
+    assert job.sampling.max_tokens == 128
+    assert job.cluster.replica_range == (1, 1)
+
+
+def test_a_job_comes_back_from_its_own_json(config: Path) -> None:
+    job = load_config(config)
+    assert JobConfig.model_validate_json(job.model_dump_json()) == job
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(config: Path) -> None:
+    overrides = [
+        "sampling.max_tokens=3",
+        "sampling.max_tokens=7",
+        "cluster.replicas=[1, 2]",
+        "sampling.stop=[a=b]",
+        "model.revision=null",
+    ]
+    job = load_config(config, overrides)
+    assert job.sampling.max_tokens == 7
+    assert job.cluster.replica_range == (1, 2)
+    assert job.sampling.stop == ("a=b",)
+    assert job.model.revision is None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sampling.max_token=3", 'unknown key "sampling.max_token"; did you mean "max_tokens"?'),
+        ("samplin.max_tokens=3", 'unknown key "samplin"; did you mean "sampling"?'),
+        ("max_tokens=3", 'unknown key "max_tokens"; did you mean "sampling.max_tokens"?'),
+        ("zzz=1", 'unknown key "zzz"; known: name, model, input'),
+        ("sampling.max_tokens=many", "\"sampling.max_tokens\" should be an integer, got 'many'"),
+        ("sampling.max_tokens=0", '"sampling.max_tokens" should be greater than or equal to 1, got 0'),
+        ("sampling=3", '"sampling" is a section with keys such as max_tokens'),
+        ("engine=null", '"engine" is a section with keys such as max_batch_rows'),
+        ("engine.max_batch_rows=x", "\"engine.max_batch_rows\" should be an integer or null, got 'x'"),
+        ("model.dtype=int8", "\"model.dtype\" should be 'bfloat16', 'float32' or 'float16', got 'int8'"),
+        ("retry.max_failed_rows=few", '"retry.max_failed_rows" should be an integer or a number or null'),
+        ("retry.max_failed_rows=1.5", '"retry.max_failed_rows" should be an integer or less than'),
+        ("cluster.replicas=[1, x]", "\"cluster.replicas\" should be an integer or a list, got [1, 'x']"),
+        ("cluster.replicas=[3, 2]", '"cluster": replicas must be at least 1 and [min, max] in order'),
+        ("sampling.stop=[a, 3]", '"sampling.stop.1" should be text, got 3'),
+        ("sampling.stop=['']", '"sampling.stop": a stop string may not be empty'),
+        (
+            "input.prompt=text",
+            '"input": name one of prompt, messages, prompt_token_ids, template; got prompt',
+        ),
+        ("name=''", '"name" should be a text that is not empty'),
+        ("model={}", 'missing key "model.path" (smollm2-135m-instruct, a local folder'),
+    ],
+)
+def test_a_wrong_key_or_value_is_said_in_one_line(config: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(config, [override])
+    assert str(error.value).startswith(f"{config}: {said}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("fresh", "expected key=value"),
+        ("=3", "expected key=value"),
+        ("sampling..seed=3", "expected key=value"),
+        ("model.path.x=3", "\"path\" is 'smollm2-135m-instruct', not a section"),
+        ("sampling.top_p=[", "the value is not YAML"),
+    ],
+)
+def test_a_wrong_override_is_named(config: Path, override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(config, [override])
+    assert str(error.value).startswith(f"--set {override}: {said}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "expected keys such as name, model, input, sampling, got nothing"),
+        ("- name: x\n", "expected keys such as name, model, input, sampling, got a list"),
+        ("name: a\nname: b\n", 'line 2: key "name" is given twice'),
+        ("name: [a\n", "line 2: "),
+        ("name: !!python/object:os.system x\n", "line 1: could not determine a constructor"),
+        (JOB.replace("output: {path", "output: {paht"), 'unknown key "output.paht"; did you mean "path"?'),
+        (JOB.replace("output: ", "outptu: "), 'unknown key "outptu"; did you mean "output"?'),
+    ],
+)
+def test_a_broken_file_is_said_in_one_line(config: Path, text: str, said: str) -> None:
+    config.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        load_config(config)
+    assert str(error.value).startswith(f"{config}: {said}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_merged_key_may_be_overridden(config: Path) -> None:
+    config.write_text(
+        JOB + "retry: {<<: {max_shard_attempts: 9, shard_timeout_s: 7}, max_shard_attempts: 2}\n"
+    )
+    retry = load_config(config).retry
+    assert (retry.max_shard_attempts, retry.shard_timeout_s) == (2, 7)
+
+
+def test_a_missing_file_names_the_nearest(config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"jbo\.yaml: no such file; did you mean .*job\.yaml\?"):
+        load_config(config.with_name("jbo.yaml"))
+
+
+def test_a_folder_is_no_config(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a folder; name a YAML file"):
+        load_config(tmp_path)
+
+
+def test_a_file_that_is_not_text_is_refused(config: Path) -> None:
+    config.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(config)

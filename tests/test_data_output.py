@@ -1,0 +1,158 @@
+"""Output rows: one schema, every input row kept, the same bytes each time, and readable in every format."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayskip.config import JobConfig
+from rayskip.data.output import (
+    ENCODERS,
+    SUFFIXES,
+    check_output,
+    encode,
+    output_columns,
+    output_table,
+    read_identities,
+    read_output,
+)
+from rayskip.data.records import BROKEN_ROW, Generation, Shard, TokenLogprob
+from rayskip.errors import InputError
+
+
+def job(**sections: Any) -> JobConfig:
+    base: dict[str, Any] = {"input": {"path": "in"}, "output": {"path": "out"}, "sampling": {}}
+    merged = {name: base[name] | sections.get(name, {}) for name in base}
+    return JobConfig.model_validate({"name": "j", "model": {"path": "m"}} | merged)
+
+
+def good(row: int, sample: int = 0, **fields: Any) -> Generation:
+    return Generation(row, sample, "stop", "text", [1, 2], prompt_tokens=3, completion_tokens=2, **fields)
+
+
+def bad(row: int, sample: int = 0) -> Generation:
+    return Generation(row, sample, "error", error_type="null_prompt", error_message="column 'q' is null")
+
+
+def shard(start: int, stop: int) -> Shard:
+    return Shard(4, "/data/in/a.jsonl", "a.jsonl", start, stop)
+
+
+TABLE = pa.table({"id": ["x", "y"], "q": ["hi", None]})
+ROWS = [good(10, 0), good(10, 1), bad(11, 0), bad(11, 1)]
+
+
+def table(config: JobConfig | None = None, rows: list[Generation] = ROWS, data: pa.Table = TABLE) -> pa.Table:
+    return output_table(data, rows, shard(10, 12), config or job())
+
+
+def test_every_row_keeps_its_columns_per_sample() -> None:
+    made = table()
+    assert made.column_names == ["id", "q", *output_columns(job())]
+    assert made["id"].to_pylist() == ["x", "x", "y", "y"]
+    assert made.select(["row_file", "row_index", "sample_index", "error_type"]).to_pylist()[3] == {
+        "row_file": "a.jsonl",
+        "row_index": 11,
+        "sample_index": 1,
+        "error_type": "null_prompt",
+    }
+
+
+def test_schema_does_not_depend_on_the_rows() -> None:
+    config = job(output={"token_ids": True}, sampling={"logprobs": 1})
+    logprobs = [TokenLogprob(1, -0.5, [(1, -0.5)]), TokenLogprob(2, -1.0)]
+    full = table(config, [good(10, logprobs=logprobs), good(11, logprobs=[])])
+    empty = table(config, [bad(10), bad(11)])
+    assert full.schema.equals(empty.schema, check_metadata=True)
+    assert all(field.nullable for field in full.schema)
+    assert full["logprobs"][0].as_py()[0] == {
+        "token_id": 1,
+        "logprob": -0.5,
+        "top": [{"token_id": 1, "logprob": -0.5}],
+    }
+
+
+def test_optional_columns_are_there_when_a_row_may_ask() -> None:
+    assert not {"token_ids", "logprobs"} & set(output_columns(job()))
+    assert "token_ids" in output_columns(job(output={"token_ids": True}))
+    assert "logprobs" in output_columns(job(input={"sampling_params": "s"}))
+
+
+def test_reason_of_a_broken_row_is_no_column() -> None:
+    data = TABLE.append_column(BROKEN_ROW, pa.array([None, "not JSON"]))
+    assert table(data=data).equals(table())
+
+
+def test_a_lost_row_is_a_defect() -> None:
+    with pytest.raises(ValueError, match="rows 10 to 12"):
+        table(rows=[good(10)])
+
+
+def test_clash_of_names_is_refused() -> None:
+    with pytest.raises(InputError, match="'text'"):
+        check_output(job(), ["id", "text"])
+    check_output(job(), ["id", "token_ids"])
+
+
+@pytest.mark.parametrize("format", ENCODERS)
+def test_same_rows_give_the_same_bytes_however_chunked(format: str) -> None:
+    chunked = pa.concat_tables([TABLE.slice(0, 1), TABLE.slice(1)])
+    assert encode(format, table()) == encode(format, table(data=chunked))
+    assert SUFFIXES[format]
+
+
+@pytest.mark.parametrize("format", ENCODERS)
+@given(samples=st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=6), text=st.text())
+def test_identities_are_read_back(format: str, samples: list[tuple[int, bool]], text: str) -> None:
+    """Also when the data holds line separators, quotes and NULs."""
+    rows = [
+        good(row, sample) if fine else bad(row, sample)
+        for row, (count, fine) in enumerate(samples)
+        for sample in range(count)
+    ]
+    data = pa.table({"q": pa.array([text] * len(samples), pa.string())})
+    made = output_table(data, rows, shard(0, len(samples)), job())
+    encoded = encode(format, made)
+    assert read_identities(encoded, format) == [("a.jsonl", row.row_index, row.sample_index) for row in rows]
+    if rows and format != "openai":
+        assert read_output(format, [encoded])["q"].to_pylist() == [text] * len(rows)
+
+
+def test_parquet_is_read_back_whole() -> None:
+    assert read_output("parquet", [encode("parquet", table())] * 2).equals(pa.concat_tables([table()] * 2))
+
+
+def test_jsonl_writes_values_json_cannot_hold() -> None:
+    day = datetime.date(2026, 1, 2)
+    data = pa.table({"f": [float("nan"), 1.5], "b": [b"\xff", None], "d": [day, None]})
+    first, second = map(json.loads, encode("jsonl", table(rows=[good(10), bad(11)], data=data)).splitlines())
+    assert (first["f"], first["b"], first["d"]) == (None, "/w==", "2026-01-02")
+    assert second["text"] is None
+    assert first.keys() == second.keys()
+
+
+def test_openai_lines() -> None:
+    data = pa.table({"custom_id": ["one", "two"]})
+    config = job(sampling={"logprobs": 1})
+    rows = [good(10, 0, logprobs=[TokenLogprob(7, -0.5, [(8, -1.0)])]), good(10, 1), bad(11)]
+    first, second = map(json.loads, encode("openai", table(config, rows, data)).splitlines())
+    assert (first["custom_id"], first["error"], first["response"]["status_code"]) == ("one", None, 200)
+    body = first["response"]["body"]
+    assert body["model"] == "m"
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "text"}
+    assert body["choices"][0]["logprobs"]["content"][0]["token"] == "token_id:7"
+    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert second["response"] is None
+    assert second["custom_id"] == "two"
+    assert second["error"] == {"code": "null_prompt", "message": "column 'q' is null"}
+
+
+def test_openai_lines_without_custom_id_are_named_by_row() -> None:
+    assert json.loads(encode("openai", table()).splitlines()[0])["custom_id"] == "a.jsonl:10"

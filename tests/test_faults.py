@@ -1,0 +1,193 @@
+"""Real jobs on a local Ray cluster, killed and stopped: every row once, the same bytes as undisturbed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from s3_server import s3_server
+
+from rayskip.data.storage import open_storage
+from rayskip.driver.records import Manifest
+from rayskip.driver.report import Report
+from rayskip.driver.status import status
+from rayskip.driver.verify import verify
+
+pytestmark = pytest.mark.timeout(240)
+
+SUBJECTS = (
+    "a lighthouse",
+    "two old friends",
+    "the last train",
+    "a broken clock",
+    "rain in June",
+    "a lost dog",
+)
+ROWS, SHARD_ROWS = 60, 5
+COMMAND = "from rayskip.cli import main; main()"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts of unequal lengths, and one row that cannot run."""
+    path = tmp_path_factory.mktemp("data") / "stories.jsonl"
+    prompts = [f"Story {i}: write about {SUBJECTS[i % 6]}. " * (1 + i % 4) for i in range(ROWS - 1)]
+    lines = [json.dumps({"id": i, "prompt": prompt}) for i, prompt in enumerate([*prompts, None])]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def write_config(data: Path, folder: Path, out: str, replicas: int = 1) -> Path:
+    job = {
+        "name": "faults",
+        "model": {"path": "smollm2-135m-instruct"},
+        "input": {"path": str(data), "prompt": "prompt"},
+        "sampling": {"max_tokens": 40, "temperature": 0.8, "seed": 7, "ignore_eos": True},
+        "engine": {"max_batch_rows": 8},
+        "cluster": {"replicas": replicas, "cpus_per_replica": 1},
+        "output": {"path": out, "shard_rows": SHARD_ROWS, "token_ids": True},
+    }
+    path = folder / "job.yaml"
+    path.write_text(json.dumps(job))  # JSON is YAML
+    return path
+
+
+@contextmanager
+def driver(config: Path) -> Iterator[subprocess.Popen[str]]:
+    """A driver process, dead with all its children at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND, "run", str(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        for child in descendants(process.pid):
+            child.kill()
+        process.kill()
+        process.communicate()
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def finish(config: Path) -> None:
+    """Run the same command to its end."""
+    with driver(config) as process:
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+
+
+def wait_for_commits(process: subprocess.Popen[str], out: Path, count: int = 1) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("_commits/*.json"))) < count:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def hashes(out: str) -> list[str]:
+    """sha256 of the finished job's files, in row order; the job passes `verify`."""
+    assert verify(out).rows == ROWS
+    data = open_storage(out).get("manifest.json")
+    assert data is not None
+    return [file.sha256 for file in Manifest.model_validate_json(data).files]
+
+
+def report(out: Path) -> Report:
+    return Report.model_validate_json((out / "report.json").read_bytes())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(write_config(data, folder, str(folder / "out")))
+    facts = report(folder / "out")
+    assert (facts.rows, facts.rows_failed, facts.retries) == (ROWS, 1, 0)
+    assert facts.completion_tokens == (ROWS - 1) * 40
+    assert facts.completion_tok_s > 0 and facts.load_s > 0 and facts.generate_s < facts.wall_s
+    return hashes(str(folder / "out"))
+
+
+def test_a_killed_replica_is_replaced(data: Path, undisturbed: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with driver(write_config(data, tmp_path, str(out))) as process:
+        wait_for_commits(process, out)
+        replicas = [child for child in descendants(process.pid) if child.cmdline()[:1] and is_replica(child)]
+        assert len(replicas) == 1
+        replicas[0].kill()
+        output, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, output
+    assert hashes(str(out)) == undisturbed
+    assert report(out).retries >= 1
+
+
+def is_replica(process: psutil.Process) -> bool:
+    return process.cmdline()[0].startswith("ray::Replica")
+
+
+def test_a_killed_driver_leaves_nothing_behind_and_its_job_resumes(
+    data: Path, undisturbed: list[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    config = write_config(data, tmp_path, str(out))
+    with driver(config) as process:
+        wait_for_commits(process, out, 2)
+        children = descendants(process.pid)
+        process.kill()
+        _, alive = psutil.wait_procs(children, timeout=60)
+        assert not alive
+    assert not status(str(out)).finished
+    finish(config)
+    assert hashes(str(out)) == undisturbed
+    assert report(out).shards_resumed >= 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_exits_75_and_the_same_command_resumes(
+    data: Path, undisturbed: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    config = write_config(data, tmp_path, str(out))
+    with driver(config) as process:
+        wait_for_commits(process, out)
+        began = time.monotonic()
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, output
+        assert time.monotonic() - began < 20
+        assert "Traceback" not in output
+    committed = status(str(out)).shards
+    assert 1 <= committed < ROWS // SHARD_ROWS
+    finish(config)
+    assert hashes(str(out)) == undisturbed
+    assert report(out).shards_resumed == committed
+
+
+def test_two_replicas_give_the_same_bytes(data: Path, undisturbed: list[str], tmp_path: Path) -> None:
+    finish(write_config(data, tmp_path, str(tmp_path / "out"), replicas=2))
+    assert hashes(str(tmp_path / "out")) == undisturbed
+    assert report(tmp_path / "out").replicas == 2
+
+
+def test_the_same_job_from_and_to_s3(data: Path, undisturbed: list[str], tmp_path: Path) -> None:
+    with s3_server() as bucket:
+        open_storage(f"{bucket}/in").put(data.name, data.read_bytes())
+        config = write_config(Path("unused"), tmp_path, f"{bucket}/out")
+        config.write_text(config.read_text().replace('"unused"', json.dumps(f"{bucket}/in/{data.name}")))
+        finish(config)
+        assert hashes(f"{bucket}/out") == undisturbed
