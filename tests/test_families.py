@@ -1,4 +1,4 @@
-"""Every family against transformers: the same greedy tokens and logits in float32, ragged prompts in one batch."""
+"""Every family against transformers in float32: logits, and greedy tokens of ragged prompts in one batch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from reference import reference_logits
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -22,6 +24,8 @@ from transformers import (
 
 from rayskip.config import EngineConfig, ModelConfig, SamplingParams
 from rayskip.engine import Engine
+from rayskip.errors import ModelError
+from rayskip.model.checkpoint import load
 from rayskip.model.families import FAMILIES
 
 SIZES: dict[str, Any] = {
@@ -45,27 +49,56 @@ ROPE_LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+ROPE_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 WINDOWS = ["sliding_attention", "full_attention"] * 2
 PLAIN = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
+OPT_SIZES = {
+    **{key: PLAIN[key] for key in PLAIN if key not in ("intermediate_size", "initializer_range")},
+    "ffn_dim": 80,
+    "init_std": 0.3,
+}
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "llama-scaled-rope": LlamaConfig(**SIZES, rope_parameters=ROPE_LLAMA3, tie_word_embeddings=True),
     "mistral": MistralConfig(**SIZES, sliding_window=8, head_dim=8),
     "qwen2": Qwen2Config(**SIZES),
+    "qwen2-windows": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=2),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
-    "gemma2": Gemma2Config(**SIZES, head_dim=8, sliding_window=8, layer_types=WINDOWS, query_pre_attn_scalar=12),
+    "gemma2": Gemma2Config(
+        **SIZES, head_dim=8, sliding_window=8, layer_types=WINDOWS, query_pre_attn_scalar=12
+    ),
     "gemma3_text": Gemma3TextConfig(
         **SIZES, head_dim=8, sliding_window=8, layer_types=WINDOWS, query_pre_attn_scalar=12
     ),
+    "gemma3": Gemma3Config(
+        text_config={
+            **SIZES,
+            "head_dim": 8,
+            "sliding_window": 8,
+            "layer_types": WINDOWS,
+            "query_pre_attn_scalar": 12,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+            },
+        },
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=1,
+        boi_token_index=196,
+        eoi_token_index=197,
+        image_token_index=198,
+    ),
     "gpt_neox": GPTNeoXConfig(**PLAIN, rotary_pct=0.5),
     "gpt_neox-sequential": GPTNeoXConfig(**PLAIN, use_parallel_residual=False),
-    "opt": OPTConfig(
-        **{key: value for key, value in PLAIN.items() if key not in ("intermediate_size", "initializer_range")},
-        ffn_dim=80,
-        word_embed_proj_dim=48,
-        init_std=0.3,
-    ),
+    "opt": OPTConfig(**OPT_SIZES, word_embed_proj_dim=48),
 }
 PROMPT_LENGTHS = (1, 5, 17, 33, 40)
 NEW_TOKENS = 24
@@ -86,11 +119,24 @@ def _peer(config: PreTrainedConfig) -> Any:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
+def test_reference_logits_equal_transformers(name: str, tmp_path: Path) -> None:
+    peer = _peer(CONFIGS[name])
+    peer.save_pretrained(tmp_path)
+    token_ids = torch.randint(3, 190, (45,), generator=torch.Generator().manual_seed(2)).tolist()
+
+    spec, weights = load(tmp_path, torch.float32, torch.device("cpu"))
+
+    with torch.no_grad():
+        expected = peer(torch.tensor([token_ids])).logits[0]
+    torch.testing.assert_close(reference_logits(spec, weights, token_ids), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     peer = _peer(CONFIGS[name])
     peer.save_pretrained(tmp_path)
     generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, 199, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
+    prompts = [torch.randint(3, 190, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
     engine = Engine.load(ModelConfig(path=str(tmp_path), dtype="float32"), EngineConfig(max_batch_rows=4))
     params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=3)
 
@@ -111,3 +157,19 @@ def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
         assert generation.logprobs is not None
         measured = torch.tensor([entry.logprob for entry in generation.logprobs])
         torch.testing.assert_close(measured, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (OPTConfig(**OPT_SIZES, word_embed_proj_dim=24), "word_embed_proj_dim"),
+        (OPTConfig(**OPT_SIZES, word_embed_proj_dim=48, do_layer_norm_before=False), "norms after"),
+        (LlamaConfig(**SIZES, hidden_act="tanh"), "activation 'tanh'"),
+        (LlamaConfig(**SIZES, rope_parameters=ROPE_DYNAMIC), "rope_type 'dynamic'"),
+    ],
+    ids=["projected-embeddings", "post-norm", "activation", "dynamic-rope"],
+)
+def test_unsupported_variant_is_refused(config: PreTrainedConfig, problem: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=problem):
+        load(tmp_path, torch.float32, torch.device("cpu"))

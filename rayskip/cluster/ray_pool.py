@@ -60,7 +60,7 @@ class RayPool:
 
         cluster = self._job.cluster
         replica, self._started = self._started, self._started + 1
-        actor = (
+        actor: Any = (
             self._ray.remote(Replica)
             .options(
                 num_cpus=cluster.cpus_per_replica,

@@ -220,14 +220,19 @@ def encode(format: str, table: pa.Table) -> bytes:
 def read_output(format: str, files: Iterable[bytes]) -> pa.Table:
     """The rows of a finished job's data files, in the order given. openai: one row per line."""
     if format == "parquet":
-        return pa.concat_tables([pq.read_table(pa.BufferReader(data)) for data in files])
+        return pa.concat_tables([_read_parquet(data) for data in files])
     return pa.Table.from_pylist([line for data in files for line in _lines(data)])
+
+
+def _read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
+    # One thread: pyarrow 26's pool aborts one in four processes that end soon after a threaded read.
+    return pq.read_table(pa.BufferReader(data), columns=columns, use_threads=False)
 
 
 def read_identities(data: bytes, format: str) -> list[tuple[str, int, int]]:
     """(row_file, row_index, sample_index) of every output row in a data file, in its order."""
     if format == "parquet":
-        table = pq.read_table(pa.BufferReader(data), columns=list(_IDENTITY))
+        table = _read_parquet(data, list(_IDENTITY))
         return list(zip(*(table[name].to_pylist() for name in _IDENTITY), strict=True))
     if format == "openai":
         return [

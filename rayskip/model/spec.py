@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rayskip.errors import ModelError
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
@@ -117,8 +119,8 @@ class Family:
     """One model_type: how its config becomes a Spec and its checkpoint Weights.
 
     spec(config): config is the transformers config object.
-    weights(config, spec, tensors): tensors maps checkpoint names, as stored in safetensors, to tensors already
-    in the compute dtype and on the device.
+    weights(config, spec, tensors): tensors maps checkpoint names, as stored in safetensors, to tensors in the
+    compute dtype and on the device; each is read when it is asked for.
     """
 
     spec: Callable[[Any], Spec]
@@ -128,5 +130,6 @@ class Family:
 def stacked(*parts: Dense) -> Dense:
     """Several products over the same input as one; biases must be all there or all missing."""
     biases = [part.bias for part in parts if part.bias is not None]
-    bias = torch.cat(biases) if len(biases) == len(parts) else None
-    return Dense(torch.cat([part.weight for part in parts]), bias)
+    if len(biases) not in (0, len(parts)):
+        raise ModelError(f"the checkpoint has a bias for {len(biases)} of {len(parts)} products of one input")
+    return Dense(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)

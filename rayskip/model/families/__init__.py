@@ -1,17 +1,30 @@
-"""model_type -> family, one line each. A family's file holds only what differs."""
+"""model_type -> the module of its family, one line each. A family's file holds only what differs.
+
+Modules are named, not imported: asking whether a model is known loads neither torch nor transformers.
+"""
 
 from __future__ import annotations
 
-from rayskip.model.families import gemma, gpt_neox, llama, opt
-from rayskip.model.spec import Family
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-FAMILIES: dict[str, Family] = {
-    "llama": llama.FAMILY,
-    "mistral": llama.FAMILY,
-    "qwen2": llama.FAMILY,
-    "qwen3": llama.FAMILY,
-    "gemma2": gemma.FAMILY,
-    "gemma3_text": gemma.FAMILY,
-    "gpt_neox": gpt_neox.FAMILY,
-    "opt": opt.FAMILY,
+if TYPE_CHECKING:
+    from rayskip.model.spec import Family
+
+FAMILIES: dict[str, str] = {
+    "llama": "rayskip.model.families.llama",
+    "mistral": "rayskip.model.families.llama",
+    "qwen2": "rayskip.model.families.llama",
+    "qwen3": "rayskip.model.families.llama",
+    "gemma2": "rayskip.model.families.gemma",
+    "gemma3": "rayskip.model.families.gemma",
+    "gemma3_text": "rayskip.model.families.gemma",
+    "gpt_neox": "rayskip.model.families.gpt_neox",
+    "opt": "rayskip.model.families.opt",
 }
+
+
+def family(model_type: str) -> Family:
+    """The family of a model_type in FAMILIES."""
+    found: Family = import_module(FAMILIES[model_type]).FAMILY
+    return found

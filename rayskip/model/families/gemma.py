@@ -1,6 +1,7 @@
-"""Gemma 2 and 3 (text): norms around both branches, GELU, windows on most layers.
+"""Gemma 2 and 3: norms around both branches, GELU, windows on most layers.
 
 Gemma 2 caps scores and logits; Gemma 3 norms queries and keys and turns windowed layers with another base.
+Of a Gemma 3 that also sees images (model_type gemma3) only the language model is read.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
-from rayskip.model.families.parts import Tensors, end_tokens, head_dim, rope
-from rayskip.model.spec import Dense, Family, Layer, Rope, Spec, Weights, stacked
+from rayskip.model.families.parts import Tensors, activation, head_dim, rope
+from rayskip.model.spec import Family, Layer, Norm, Rope, Spec, Weights, stacked
 
 
 def spec(config: Any) -> Spec:
+    config = config.get_text_config()
     return Spec(
         model_type=config.model_type,
         hidden=config.hidden_size,
@@ -25,34 +27,34 @@ def spec(config: Any) -> Spec:
         head_dim=head_dim(config),
         vocab=config.vocab_size,
         max_positions=config.max_position_embeddings,
-        activation="gelu_tanh",
+        activation=activation(config.hidden_activation),
         gated=True,
         scale=config.query_pre_attn_scalar**-0.5,
         embed_scale=config.hidden_size**0.5,
         attn_softcap=config.attn_logit_softcapping,
         logit_softcap=config.final_logit_softcapping,
-        eos_token_ids=end_tokens(config),
     )
 
 
 def weights(config: Any, spec: Spec, tensors: Mapping[str, Tensor]) -> Weights:
-    named = Tensors(tensors, "model.", "language_model.model.")
+    config = config.get_text_config()
+    named = Tensors(tensors, "model.language_model.", "language_model.model.", "model.")
     embed = named["embed_tokens.weight"]
     return Weights(
         embed=embed,
-        head=Dense(embed),
+        head=named.head(embed, config),
         layers=[_layer(config, named, index) for index in range(config.num_hidden_layers)],
         final_norm=named.rms_norm("norm", config.rms_norm_eps, offset=1.0),
-        ropes=_ropes(config, spec),
+        ropes=_ropes(config),
     )
 
 
-def _ropes(config: Any, spec: Spec) -> dict[str, Rope]:
+def _ropes(config: Any) -> dict[str, Rope]:
     if config.model_type == "gemma2":
-        table = rope(Gemma2RotaryEmbedding(config), spec.max_positions)
+        table = rope(config, Gemma2RotaryEmbedding(config))
         return dict.fromkeys(set(config.layer_types), table)
     rotary = Gemma3RotaryEmbedding(config)
-    return {kind: rope(rotary, spec.max_positions, kind) for kind in set(config.layer_types)}
+    return {kind: rope(config, rotary, kind) for kind in set(config.layer_types)}
 
 
 def _layer(config: Any, named: Tensors, index: int) -> Layer:
@@ -61,7 +63,7 @@ def _layer(config: Any, named: Tensors, index: int) -> Layer:
     has_head_norms = f"{attention}.q_norm.weight" in named
     kind = config.layer_types[index]
 
-    def norm(name: str) -> Any:
+    def norm(name: str) -> Norm:
         return named.rms_norm(name, config.rms_norm_eps, offset=1.0)
 
     return Layer(

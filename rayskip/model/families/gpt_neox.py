@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia): LayerNorm, parallel branches, rotary on part of each head, query-key-value fused per head."""
+"""GPT-NeoX (Pythia): LayerNorm, parallel branches, partial rotary, query-key-value fused per head."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ from typing import Any
 from torch import Tensor
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
-from rayskip.errors import ModelError
-from rayskip.model.families.parts import Tensors, end_tokens, rope
-from rayskip.model.spec import Activation, Dense, Family, Layer, Spec, Weights
-
-ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "relu": "relu"}
+from rayskip.model.families.parts import Tensors, activation, rope
+from rayskip.model.spec import Dense, Family, Layer, Spec, Weights
 
 
 def spec(config: Any) -> Spec:
-    if config.hidden_act not in ACTIVATIONS:
-        raise ModelError(f"gpt_neox with hidden_act {config.hidden_act!r} is not supported; known: {sorted(ACTIVATIONS)}")
     dim = config.hidden_size // config.num_attention_heads
     return Spec(
         model_type=config.model_type,
@@ -27,11 +22,10 @@ def spec(config: Any) -> Spec:
         head_dim=dim,
         vocab=config.vocab_size,
         max_positions=config.max_position_embeddings,
-        activation=ACTIVATIONS[config.hidden_act],
+        activation=activation(config.hidden_act),
         gated=False,
         scale=dim**-0.5,
         parallel=config.use_parallel_residual,
-        eos_token_ids=end_tokens(config),
     )
 
 
@@ -40,10 +34,10 @@ def weights(config: Any, spec: Spec, tensors: Mapping[str, Tensor]) -> Weights:
     embed = named["embed_in.weight"]
     return Weights(
         embed=embed,
-        head=Dense(embed) if config.tie_word_embeddings else Dense(named["embed_out.weight"]),
+        head=named.head(embed, config, "embed_out"),
         layers=[_layer(config, spec, named, index) for index in range(config.num_hidden_layers)],
         final_norm=named.layer_norm("final_layer_norm", config.layer_norm_eps),
-        ropes={"default": rope(GPTNeoXRotaryEmbedding(config), spec.max_positions)},
+        ropes={"default": rope(config, GPTNeoXRotaryEmbedding(config))},
     )
 
 

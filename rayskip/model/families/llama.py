@@ -1,4 +1,4 @@
-"""Llama and what shares its shape: SmolLM, Vicuna, TinyLlama, Mistral, Qwen2 (biases) and Qwen3 (head norms)."""
+"""Llama and what shares its shape: SmolLM, Vicuna, Mistral, Qwen2 (biases) and Qwen3 (head norms)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from rayskip.model.families.parts import Tensors, end_tokens, head_dim, rope
-from rayskip.model.spec import Dense, Family, Layer, Spec, Weights, stacked
+from rayskip.model.families.parts import Tensors, activation, head_dim, rope
+from rayskip.model.spec import Family, Layer, Spec, Weights, stacked
 
 
 def spec(config: Any) -> Spec:
@@ -22,10 +22,9 @@ def spec(config: Any) -> Spec:
         head_dim=dim,
         vocab=config.vocab_size,
         max_positions=config.max_position_embeddings,
-        activation="silu",
+        activation=activation(config.hidden_act),
         gated=True,
         scale=dim**-0.5,
-        eos_token_ids=end_tokens(config),
     )
 
 
@@ -34,10 +33,10 @@ def weights(config: Any, spec: Spec, tensors: Mapping[str, Tensor]) -> Weights:
     embed = named["embed_tokens.weight"]
     return Weights(
         embed=embed,
-        head=Dense(embed) if config.tie_word_embeddings else named.dense("lm_head"),
+        head=named.head(embed, config),
         layers=[_layer(config, named, index) for index in range(config.num_hidden_layers)],
         final_norm=named.rms_norm("norm", config.rms_norm_eps),
-        ropes={"default": rope(LlamaRotaryEmbedding(config), spec.max_positions)},
+        ropes={"default": rope(config, LlamaRotaryEmbedding(config))},
     )
 
 

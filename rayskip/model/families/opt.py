@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from rayskip.errors import ModelError
-from rayskip.model.families.parts import Tensors, end_tokens
-from rayskip.model.spec import Dense, Family, Layer, Spec, Weights, stacked
+from rayskip.model.families.parts import Tensors, activation
+from rayskip.model.spec import Family, Layer, Spec, Weights, stacked
 
 POSITION_OFFSET = 2
 """Rows at the head of the position table that stand for padding."""
@@ -18,10 +18,10 @@ EPS = 1e-5
 
 
 def spec(config: Any) -> Spec:
-    if not config.do_layer_norm_before or config.word_embed_proj_dim != config.hidden_size:
-        raise ModelError("opt with norms after the branches or projected embeddings (opt-350m) is not supported")
-    if config.activation_function != "relu" or config._remove_final_layer_norm:
-        raise ModelError("opt must use relu and a final norm")
+    if config.word_embed_proj_dim != config.hidden_size:
+        raise ModelError("opt with projected embeddings (word_embed_proj_dim, as opt-350m) is not supported")
+    if not config.do_layer_norm_before or config._remove_final_layer_norm:
+        raise ModelError("opt with norms after the branches or without a final norm is not supported")
     dim = config.hidden_size // config.num_attention_heads
     return Spec(
         model_type=config.model_type,
@@ -31,10 +31,9 @@ def spec(config: Any) -> Spec:
         head_dim=dim,
         vocab=config.vocab_size,
         max_positions=config.max_position_embeddings,
-        activation="relu",
+        activation=activation(config.activation_function),
         gated=False,
         scale=dim**-0.5,
-        eos_token_ids=end_tokens(config),
     )
 
 
@@ -43,7 +42,7 @@ def weights(config: Any, spec: Spec, tensors: Mapping[str, Tensor]) -> Weights:
     embed = named["embed_tokens.weight"]
     return Weights(
         embed=embed,
-        head=Dense(embed) if config.tie_word_embeddings else named.dense("lm_head"),
+        head=named.head(embed, config),
         layers=[_layer(named, index) for index in range(config.num_hidden_layers)],
         final_norm=named.layer_norm("final_layer_norm", EPS),
         ropes={},

@@ -1,0 +1,43 @@
+# Two commands do everything, set-up included: `make demo` and `make test`.
+
+PYTHON ?= python3
+# A uv on the PATH serves if it runs and is new enough for this project; else a private one is installed. A
+# virtual environment, because many systems refuse packages outside of one.
+UV := $(shell uv tree --frozen --universal --depth 0 >/dev/null 2>&1 && echo uv || echo .tools/bin/uv)
+# Removed with the environment; newer than the lock file when the environment matches it.
+SYNCED := .venv/.synced
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(SYNCED)  ## Install everything the lock file names into .venv
+
+demo: $(SYNCED)  ## Run the main job over the shipped tickets with the embedded model
+	.venv/bin/rayskip run configs/quickstart.yaml
+
+test: $(SYNCED)  ## Run the tests
+	.venv/bin/pytest
+
+check: $(SYNCED)  ## Check format, lint, types and import contracts
+	.venv/bin/ruff format --check
+	.venv/bin/ruff check
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: $(SYNCED)  ## Format, and fix what lint can fix
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+clean:  ## Remove the environment, the private uv and all output
+	rm -rf .venv .tools out
+
+$(SYNCED): pyproject.toml uv.lock $(filter .tools/bin/uv,$(UV))
+	$(UV) sync --frozen
+	touch $@
+
+.tools/bin/uv:
+	$(PYTHON) -m venv .tools
+	.tools/bin/pip install --quiet uv

@@ -1,0 +1,93 @@
+"""The slow, obvious forward: one sequence, no cache, no packing, one head at a time.
+
+Written from the spec alone and sharing no code with `rayskip.model.forward`, whose tests it judges.
+
+Shapes: T tokens, d hidden, D head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rayskip.model.spec import Dense, Layer, Norm, Rope, Spec, Weights
+
+
+@torch.no_grad()
+def reference_logits(spec: Spec, weights: Weights, token_ids: list[int]) -> Tensor:
+    """Logits of every position of one sequence: [T, V]."""
+    x = weights.embed[token_ids] * spec.embed_scale  # [T, d]
+    if weights.positions is not None:
+        x = x + weights.positions[: len(token_ids)]
+    for layer in weights.layers:
+        rope = weights.ropes[layer.rope] if layer.rope is not None else None
+        attended = _norm(_attention(spec, layer, rope, _norm(x, layer.attn_norm)), layer.post_attn_norm)
+        between = x if spec.parallel else x + attended
+        fed = _norm(_mlp(spec, layer, _norm(between, layer.mlp_norm)), layer.post_mlp_norm)
+        x = x + attended + fed
+    return _softcap(_dense(_norm(x, weights.final_norm), weights.head), spec.logit_softcap)
+
+
+def _attention(spec: Spec, layer: Layer, rope: Rope | None, x: Tensor) -> Tensor:
+    sizes = [spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim]
+    queries, keys, values = (
+        part.unflatten(-1, (-1, spec.head_dim)) for part in _dense(x, layer.qkv).split(sizes, dim=-1)
+    )
+    outputs = []
+    for head in range(spec.heads):
+        group = head // (spec.heads // spec.kv_heads)
+        query = _rotate(_norm(queries[:, head], layer.q_norm), rope)  # [T, D]
+        key = _rotate(_norm(keys[:, group], layer.k_norm), rope)
+        scores = _softcap(query @ key.T * spec.scale, spec.attn_softcap)  # [T, T]
+        for position in range(len(x)):
+            first = 0 if layer.window is None else max(0, position - layer.window + 1)
+            scores[position, :first] = -torch.inf
+            scores[position, position + 1 :] = -torch.inf
+        outputs.append(scores.softmax(dim=-1) @ values[:, group])
+    return _dense(torch.cat(outputs, dim=-1), layer.out)
+
+
+def _mlp(spec: Spec, layer: Layer, x: Tensor) -> Tensor:
+    up = _dense(x, layer.up)
+    if not spec.gated:
+        return _dense(_activate(spec, up), layer.down)
+    gate, up = up.chunk(2, dim=-1)
+    return _dense(_activate(spec, gate) * up, layer.down)
+
+
+def _activate(spec: Spec, x: Tensor) -> Tensor:
+    if spec.activation == "silu":
+        return x * x.sigmoid()
+    if spec.activation == "relu":
+        return x.clamp(min=0)
+    if spec.activation == "gelu":
+        return x * (1 + torch.erf(x / 2**0.5)) / 2
+    return x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
+
+
+def _dense(x: Tensor, dense: Dense) -> Tensor:
+    y = x @ dense.weight.T
+    return y if dense.bias is None else y + dense.bias
+
+
+def _norm(x: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
+        return x
+    if norm.kind == "layer":
+        x = x - x.mean(dim=-1, keepdim=True)
+    x = x / (x.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+    return x if norm.bias is None else x + norm.bias
+
+
+def _rotate(x: Tensor, rope: Rope | None) -> Tensor:
+    """Turn the pairs (i, i + R/2) of the first R dims of x [T, D] by the position's angles."""
+    if rope is None:
+        return x
+    size = rope.cos.shape[-1]
+    cos, sin = rope.cos[: len(x), : size // 2], rope.sin[: len(x), : size // 2]
+    left, right, rest = x.split([size // 2, size // 2, x.shape[-1] - size], dim=-1)
+    return torch.cat([left * cos - right * sin, right * cos + left * sin, rest], dim=-1)
+
+
+def _softcap(x: Tensor, cap: float | None) -> Tensor:
+    return x if cap is None else cap * torch.tanh(x / cap)

@@ -1,0 +1,38 @@
+"""The shipped configs over the shipped data: every row becomes a prompt."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rayskip.config_file import load_config
+from rayskip.data.output import check_output
+from rayskip.data.prompts import PromptBuilder, check_input
+from rayskip.data.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+QUICKSTART_ROWS = 200
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_config_loads_and_writes_below_out(path: Path) -> None:
+    job = load_config(path)
+    assert job.output.path.startswith("out/")
+    # Data outside the repository is the user's to fetch; data inside is ours to ship.
+    if not job.input.path.startswith("../"):
+        assert (ROOT / job.input.path).is_file()
+
+
+def test_every_quickstart_row_is_a_prompt(smollm2: Path) -> None:
+    job = load_config(ROOT / "configs/quickstart.yaml")
+    rows = [json.loads(line) for line in (ROOT / job.input.path).read_text(encoding="utf-8").splitlines()]
+    assert len(rows) >= QUICKSTART_ROWS
+    assert len({row["id"] for row in rows}) == len({row["ticket"] for row in rows}) == len(rows)
+    check_input(job.input, rows[0])
+    check_output(job, rows[0])
+    builder = PromptBuilder(job.input, job.sampling, load_tokenizer(smollm2), 2048)
+    prompts = [builder.build(row, index, "quickstart.jsonl") for index, row in enumerate(rows)]
+    assert len({tuple(prompt.token_ids) for prompt in prompts}) == len(rows)

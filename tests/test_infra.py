@@ -1,0 +1,101 @@
+"""The files that start the job elsewhere: they parse, and what they name exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import ray
+import yaml
+
+from rayskip.config_file import load_config
+
+ROOT = Path(__file__).parent.parent
+INFRA = ROOT / "infra"
+DOCKERFILE = (INFRA / "Dockerfile").read_text()
+RAYJOB = yaml.safe_load((INFRA / "rayjob.yaml").read_text())
+CLUSTER_TEXT = (INFRA / "ray-cluster.yaml").read_text()
+CLUSTER = yaml.safe_load(CLUSTER_TEXT)
+
+
+def check_entrypoint(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python SCRIPT CONFIG [--set KEY=VALUE]...`: the script exists, the config loads so overridden."""
+    python, script, config, *options = command
+    assert python == "python"
+    assert (ROOT / script).is_file()
+    assert options[::2] == ["--set"] * (len(options) // 2)
+    monkeypatch.chdir(ROOT)
+    assert load_config(config, options[1::2]).output.path.startswith("s3://")
+
+
+def comment_commands(text: str) -> str:
+    """The commands in a file's leading comment, with their continuation lines joined."""
+    comment = "\n".join(line[1:] for line in text.splitlines() if line.startswith("#"))
+    return re.sub(r"\\\n\s*", "", comment)
+
+
+def containers() -> list[dict[str, Any]]:
+    spec = RAYJOB["spec"]["rayClusterSpec"]
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    return [container for group in groups for container in group["template"]["spec"]["containers"]]
+
+
+def test_rayjob_runs_the_job_of_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (RAYJOB["apiVersion"], RAYJOB["kind"]) == ("ray.io/v1", "RayJob")
+    env, chdir, *command = shlex.split(RAYJOB["spec"]["entrypoint"])
+    assert (env, chdir) == ("env", "--chdir=" + re.findall(r"^WORKDIR (.+)$", DOCKERFILE, re.M)[-1])
+    check_entrypoint(command, monkeypatch)
+
+
+def test_rayjob_names_the_locked_ray_and_one_image() -> None:
+    assert RAYJOB["spec"]["rayClusterSpec"]["rayVersion"] == version("ray")
+    assert len({container["image"] for container in containers()}) == 1
+
+
+def test_rayjob_replicas_fit_their_pods() -> None:
+    overrides = re.findall(r"--set (\S+)", RAYJOB["spec"]["entrypoint"])
+    cluster = load_config(ROOT / "configs/quickstart.yaml", overrides).cluster
+    (workers,) = RAYJOB["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert cluster.cpus_per_replica <= float(limits["cpu"])
+    assert cluster.gpus_per_replica <= limits["nvidia.com/gpu"]
+    assert cluster.replica_range == (workers["minReplicas"], workers["maxReplicas"])
+
+
+def test_cluster_file_fits_rays_schema() -> None:
+    schema = Path(ray.__file__).parent / "autoscaler" / "ray-schema.json"
+    jsonschema.validate(CLUSTER, json.loads(schema.read_text()))
+    assert CLUSTER["head_node_type"] in CLUSTER["available_node_types"]
+
+
+def test_cluster_files_comment_submits_a_job_that_exists(monkeypatch: pytest.MonkeyPatch) -> None:
+    (command,) = re.findall(r"ray job submit .* -- (.+)", comment_commands(CLUSTER_TEXT))
+    check_entrypoint(shlex.split(command), monkeypatch)
+
+
+def test_dockerfile_copies_what_exists() -> None:
+    copied = [name for line in re.findall(r"^COPY (.+)$", DOCKERFILE, re.M) for name in line.split()[:-1]]
+    assert {"rayskip", "jobs", "configs"} <= set(copied)
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    for name in copied:
+        assert (ROOT / name).exists(), name
+        assert f"!{name}" in ignored, name
+
+
+def test_ci_runs_the_checks_and_the_tests_of_the_makefile() -> None:
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    targets = re.findall(r"^make (\w+)$", script.read_text(), re.M)
+    assert targets == ["check", "test"]
+    planned = subprocess.run(
+        ["make", "--dry-run", *targets, "demo"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "rayskip run configs/quickstart.yaml" in planned.stdout
