@@ -32,7 +32,9 @@ class InputConfig(Section):
     those three columns that the data has is used.
     """
 
-    path: str = Field(description="file, glob, folder, save_to_disk folder, s3:// or gs:// url, or hub dataset name")
+    path: str = Field(
+        description="file, glob, folder, save_to_disk folder, s3:// or gs:// url, or hub dataset name"
+    )
     format: Literal["parquet", "arrow", "jsonl", "openai", "csv", "datasets", "hub"] | None = Field(
         None, description="read from the suffix when left out"
     )
@@ -48,9 +50,13 @@ class InputConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> InputConfig:
-        named = [k for k in ("prompt", "messages", "prompt_token_ids", "template") if getattr(self, k) is not None]
+        named = [
+            k for k in ("prompt", "messages", "prompt_token_ids", "template") if getattr(self, k) is not None
+        ]
         if len(named) > 1:
-            raise ValueError(f"name one of prompt, messages, prompt_token_ids, template; got {' and '.join(named)}")
+            raise ValueError(
+                f"name one of prompt, messages, prompt_token_ids, template; got {' and '.join(named)}"
+            )
         return self
 
 
@@ -67,7 +73,9 @@ class SamplingParams(Section):
     stop_token_ids: tuple[int, ...] = ()
     seed: int = Field(0, description="the job seed; a row's stream is hash(seed, row, sample)")
     n: int = Field(1, ge=1, description="samples per row")
-    logprobs: int | None = Field(None, ge=0, le=20, description="log-probabilities of the token and this many others")
+    logprobs: int | None = Field(
+        None, ge=0, le=20, description="log-probabilities of the token and this many others"
+    )
     ignore_eos: bool = False
 
     @field_validator("stop", mode="before")
@@ -88,7 +96,9 @@ class EngineConfig(Section):
 
     max_batch_rows: int | None = Field(None, ge=1, description="most rows that generate at once")
     max_batch_tokens: int | None = Field(None, ge=16, description="most tokens in one forward")
-    max_model_len: int | None = Field(None, ge=1, description="longest prompt + completion; the model's own by default")
+    max_model_len: int | None = Field(
+        None, ge=1, description="longest prompt + completion; the model's own by default"
+    )
     kv_cache_gb: float | None = Field(None, gt=0, description="memory for the KV cache")
 
 
@@ -139,7 +149,9 @@ class RetryConfig(Section):
     max_failed_rows: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="stop the job past this many (integer) or this share (0.0 to 1.0) of failed rows"
     )
-    shard_timeout_s: float = Field(3600, gt=0, description="a shard that takes longer is redone on another replica")
+    shard_timeout_s: float = Field(
+        3600, gt=0, description="a shard that takes longer is redone on another replica"
+    )
 
 
 class OutputConfig(Section):

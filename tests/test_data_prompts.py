@@ -81,6 +81,12 @@ def test_null_fields_and_text_parts_of_messages_are_read(tokenizer: PreTrainedTo
     assert tokens(made, row) == tokens(made, {"m": user("hi")})
 
 
+def test_lists_may_be_json_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    made = builder(tokenizer, messages="m")
+    assert tokens(made, {"m": json.dumps(user("hi"))}) == tokens(made, {"m": user("hi")})
+    assert tokens(builder(tokenizer, prompt_token_ids="t"), {"t": "[5, 6]"}) == [5, 6]
+
+
 def test_system_message_is_put_before_chats_that_have_none(tokenizer: PreTrainedTokenizerBase) -> None:
     with_system = [{"role": "system", "content": "s"}, *user("hi")]
     made = builder(tokenizer, messages="m", system="s")

@@ -149,9 +149,9 @@ class PromptBuilder:
         if value is None:
             raise RowError("null_prompt", f"column {source!r} is null")
         if kind == "prompt_token_ids":
-            return _token_list(value, source)
+            return _token_list(_from_json(value), source)
         if kind == "messages":
-            return self._chat(_messages(value, source))
+            return self._chat(_messages(_from_json(value), source))
         text = _text(value, f"column {source!r}")
         return self._chat(_user(text)) if self._config.chat else self._text_encoder.data(text)
 
@@ -238,6 +238,14 @@ def _text(value: Any, what: str) -> str:
     if not text:
         raise RowError("empty_prompt", f"{what} is empty")
     return text
+
+
+def _from_json(value: Any) -> Any:
+    """A list may come as JSON text: all that CSV has, and JSONL when its rows differ in their types."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError:
+        return value
 
 
 def _token_list(value: Any, column: str) -> list[int]:

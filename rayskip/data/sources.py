@@ -1,29 +1,36 @@
 """The input as a whole: which files, how many rows, one schema; and the plan's shards over it.
 
 Holds memory per file and per thousand rows of text formats, never per row. Picklable: a replica gets it once.
+Does not know what the columns mean.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import pyarrow as pa
 
 from rayskip.config import InputConfig
-from rayskip.data.formats import FORMATS, SUFFIXES
-from rayskip.data.locate import Located, locate
-from rayskip.data.records import Shard
-from rayskip.errors import InputError
+from rayskip.data.formats import FORMATS, SUFFIXES, Scan
+from rayskip.data.locate import GLOB, Located, first_line, locate, read_if_there
+from rayskip.data.records import BROKEN_ROW, Shard
+from rayskip.errors import InputError, StorageBusy
+
+_SCANS = 8
+"""Files looked at together: in a bucket, waiting is most of the work."""
+
+_OPENAI = {"custom_id", "method", "url", "body"}
 
 
 @dataclass(frozen=True)
 class InputFile:
     """name: the file's part of the row identity. fingerprint: changes when the content does.
-    marks: byte offsets that find rows again (text formats)."""
+    marks: what its format needs to find rows again."""
 
     url: str
     name: str
@@ -49,24 +56,22 @@ class Source:
 
 
 def discover(config: InputConfig) -> Source:
-    """Find and count the input. Raises InputError naming the file that is missing, corrupt or unlike the rest."""
+    """Find and count the input. Raises InputError naming the file that is missing, corrupt or different."""
     kind, located = _locate(config)
-    files, schemas = [], []
-    for file in located:
-        scan = FORMATS[kind].scan(file.url)
-        files.append(InputFile(file.url, file.name, scan.rows, file.stamp, scan.marks))
-        schemas.append(scan.schema)
-    try:
-        schema = pa.unify_schemas(schemas, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise InputError(f"{config.path}: the files' columns do not agree ({error})") from error
+    with ThreadPoolExecutor(_SCANS) as pool:
+        scans = list(pool.map(lambda file: FORMATS[kind].scan(file.url), located))
+    schema = _schema(kind, scans, config)
+    files = [
+        InputFile(file.url, file.name, scan.rows, file.stamp, scan.marks)
+        for file, scan in zip(located, scans, strict=True)
+    ]
     if not any(file.rows for file in files):
-        raise InputError(f"{config.path}: no rows")
+        raise InputError(f"input.path: {config.path} has no rows")
     return Source(kind, files, schema)
 
 
 def plan_shards(source: Source, shard_rows: int, max_rows: int | None = None) -> Iterator[Shard]:
-    """Cut the first `max_rows` rows (all by default) into shards of at most `shard_rows`; none spans two files."""
+    """Cut the first `max_rows` rows (default: all) into shards of at most `shard_rows`, each of one file."""
     left = source.rows if max_rows is None else min(max_rows, source.rows)
     index = 0
     for file in source.files:
@@ -78,61 +83,108 @@ def plan_shards(source: Source, shard_rows: int, max_rows: int | None = None) ->
 
 
 def read_shard(shard: Shard, source: Source) -> pa.Table:
-    """The shard's rows: every input column, and BROKEN_ROW, null for a row that could be read."""
+    """The shard's rows: every input column, and BROKEN_ROW, null for a row that could be read.
+
+    Raises InputError when the file is no longer what it was, StorageBusy when it cannot be reached.
+    """
     marks = source.file(shard.name).marks
-    return FORMATS[source.format].read(shard.file, marks, shard.start, shard.stop, source.schema)
+    try:
+        table = FORMATS[source.format].read(shard.file, marks, shard.start, shard.stop, source.schema)
+    except (FileNotFoundError, pa.ArrowException) as error:
+        raise InputError(f"{shard.file}: changed since the job was planned ({first_line(error)})") from error
+    except OSError as error:
+        raise StorageBusy(f"{shard.file}: cannot be read ({first_line(error)})") from error
+    if table.num_rows != shard.rows:
+        raise InputError(f"{shard.file}: changed since the job was planned (it has fewer rows)")
+    return table
+
+
+def _schema(kind: str, scans: Sequence[Scan], config: InputConfig) -> pa.Schema:
+    try:
+        schema = FORMATS[kind].unify([scan.schema for scan in scans])
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise InputError(f"{config.path}: the files' columns do not agree ({first_line(error)})") from error
+    if BROKEN_ROW in schema.names:
+        raise InputError(f"{config.path}: the column name {BROKEN_ROW} is taken; rename it in the data")
+    if kind == "jsonl" and config.format is None and set(schema.names) >= _OPENAI:
+        raise InputError(
+            f"{config.path}: these look like OpenAI batch lines; set input.format to openai to run them "
+            "or to jsonl to read them as they are"
+        )
+    return schema
 
 
 def _locate(config: InputConfig) -> tuple[str, list[Located]]:
     """The format, and the files."""
-    folder = Path(config.path)
     if config.format == "hub" or (config.format is None and _is_hub_name(config.path)):
         return "hub", _hub(config)
-    if config.format == "datasets" or (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
-        return "datasets", _saved(folder, config.split)
+    if config.format in (None, "datasets") and not GLOB & set(config.path):
+        saved = _saved(config)
+        if saved:
+            return "datasets", saved
+    if config.format == "datasets":
+        raise InputError(f"{config.path}: not a folder written by datasets' save_to_disk (no state.json)")
     located = locate(config.path)
     return config.format or _format_of(located), located
 
 
-def _format_of(located: list[Located]) -> str:
-    suffixes = {PurePosixPath(file.name).suffix for file in located}
-    kinds = {SUFFIXES.get(suffix) for suffix in suffixes}
-    kind = kinds.pop()
-    if kinds or kind is None:
-        known = ", ".join(SUFFIXES)
+def _format_of(located: Sequence[Located]) -> str:
+    found = {SUFFIXES.get(_suffix(file.name)): file.name for file in located}
+    if None in found:
         raise InputError(
-            f"input.path: cannot tell the format of {located[0].url} from {', '.join(sorted(suffixes)) or 'no suffix'}; "
-            f"set input.format, or give files of one of {known}"
+            f"input.path: cannot tell the format of {found[None]} from its suffix; set input.format, or name "
+            f"files that end in {', '.join(SUFFIXES)}"
         )
-    return kind
+    if len(found) > 1:
+        raise InputError(f"input.path: files of several formats, such as {' and '.join(found.values())}")
+    return next(kind for kind in found if kind)
 
 
-def _saved(folder: Path, split: str) -> list[Located]:
-    """The data files of a folder written by `save_to_disk`, in its own order."""
-    if (folder / "dataset_dict.json").exists():
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-        if split not in splits:
-            raise InputError(f"{folder}: has no split {split!r}; input.split may be {', '.join(splits)}")
-        folder = folder / split
-    if not (folder / "state.json").exists():
-        raise InputError(f"{folder}: not a folder written by datasets' save_to_disk (no state.json)")
-    state = json.loads((folder / "state.json").read_text())
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _saved(config: InputConfig) -> list[Located]:
+    """The data files of a folder that `save_to_disk` wrote, in its order; none if it is no such folder."""
+    folder = config.path.rstrip("/")
+    if (index := read_if_there(f"{folder}/dataset_dict.json")) is not None:
+        splits = json.loads(index)["splits"]
+        if config.split not in splits:
+            raise InputError(
+                f"{folder}: has no split {config.split!r}; input.split may be {', '.join(splits)}"
+            )
+        folder = f"{folder}/{config.split}"
+    if (data := read_if_there(f"{folder}/state.json")) is None:
+        return []
+    state = json.loads(data)
     if state.get("_indices_files"):
-        raise InputError(f"{folder}: saved with an index over its rows; call flatten_indices() before save_to_disk()")
-    return [located for entry in state["_data_files"] for located in locate(str(folder / entry["filename"]))]
+        raise InputError(f"{folder}: its rows are chosen by an index; save it again after flatten_indices()")
+    return [file for entry in state["_data_files"] for file in locate(f"{folder}/{entry['filename']}")]
 
 
 def _is_hub_name(path: str) -> bool:
-    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not Path(path).exists() and not PurePosixPath(path).suffix
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) or _suffix(path) in SUFFIXES:
+        return False
+    try:
+        locate(path)
+    except InputError:
+        return True
+    return False
 
 
 def _hub(config: InputConfig) -> list[Located]:
-    """The Arrow files that `datasets` keeps of a hub dataset's split, fetched on first use."""
+    """The Arrow files that `datasets` keeps of a hub dataset's split, fetched on first use.
+
+    Replicas on other machines read them too, so there the cache must be on a shared file system.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     try:
         dataset = load_dataset(config.path, split=config.split)
     except (DatasetsError, OSError, ValueError) as error:
-        raise InputError(f"input.path: no file {config.path}, and the hub does not give it ({error})") from error
-    return [located for entry in dataset.cache_files for located in locate(entry["filename"])]
+        raise InputError(
+            f"input.path: {config.path} is no file or folder here, and the hub does not give it "
+            f"({first_line(error)})"
+        ) from error
+    return [file for entry in dataset.cache_files for file in locate(entry["filename"])]

@@ -101,7 +101,9 @@ def _pick(scores: Tensor, draws: Sequence[Draw], width: int) -> list[int]:
         return _invert((probs * keep).double(), draws)
     kept, ids = probs.topk(width, dim=-1)  # [R, K], descending
     weights = truncate(kept, draws)
-    tokens: list[int] = ids.gather(1, torch.tensor(_invert(weights, draws), device=ids.device)[:, None])[:, 0].tolist()
+    tokens: list[int] = ids.gather(1, torch.tensor(_invert(weights, draws), device=ids.device)[:, None])[
+        :, 0
+    ].tolist()
     for row in _nucleus_too_wide(kept, draws, probs.shape[-1]):
         order = probs[row : row + 1].sort(dim=-1, descending=True, stable=True)
         index = _invert(truncate(order.values, draws[row : row + 1]), draws[row : row + 1])[0]
@@ -131,7 +133,9 @@ def _nucleus_too_wide(kept: Tensor, draws: Sequence[Draw], vocab: int) -> list[i
         return []
     mass = kept.double().sum(dim=-1).tolist()
     return [
-        row for row, draw in enumerate(draws) if draw.params.top_k <= 0 and draw.params.temperature and mass[row] < draw.params.top_p
+        row
+        for row, draw in enumerate(draws)
+        if draw.params.top_k <= 0 and draw.params.temperature and mass[row] < draw.params.top_p
     ]
 
 
@@ -140,7 +144,9 @@ def _invert(weights: Tensor, draws: Sequence[Draw]) -> list[int]:
     cumulative = weights.cumsum(dim=-1)
     target = _column(draws, None, weights) * cumulative[:, -1:]
     index = (cumulative <= target).sum(dim=-1)
-    last = (weights > 0).long().mul(torch.arange(1, weights.shape[1] + 1, device=weights.device)).amax(dim=-1) - 1
+    last = (weights > 0).long().mul(torch.arange(1, weights.shape[1] + 1, device=weights.device)).amax(
+        dim=-1
+    ) - 1
     result: list[int] = torch.minimum(index, last).tolist()
     return result
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from rayskip.config import SamplingParams
 
-
-class Decodes(Protocol):
-    """The part of a tokenizer that turns ids into text."""
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class Stopper:
     """Ends completions. Text needs a tokenizer; without one (token ids in, token ids out) there is none."""
 
-    def __init__(self, tokenizer: Decodes | None, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
 
@@ -29,7 +26,9 @@ class Stopper:
         cuts = [at for at in (text.find(stop) for stop in params.stop) if at >= 0]
         return text[: min(cuts)] if cuts else text
 
-    def reason(self, token_ids: Sequence[int], params: SamplingParams, room: int) -> Literal["stop", "length"] | None:
+    def reason(
+        self, token_ids: Sequence[int], params: SamplingParams, room: int
+    ) -> Literal["stop", "length"] | None:
         """Why the completion ends with its newest token, if it does.
 
         room: tokens that the context still has place for.
@@ -53,4 +52,4 @@ class Stopper:
     def _decode(self, token_ids: Sequence[int]) -> str:
         if self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
-        return self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))

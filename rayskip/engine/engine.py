@@ -19,7 +19,7 @@ import torch
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.data.records import FinishReason, Generation, Prompt
-from rayskip.data.tokenizer import load_tokenizer
+from rayskip.data.tokenizer import Encoder, load_tokenizer
 from rayskip.decode.sampling import Choice
 from rayskip.decode.stopping import Stopper
 from rayskip.engine.lane import Lane, StepResult
@@ -36,6 +36,10 @@ from rayskip.stats import Stats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+PromptLike = str | Seq[int] | Seq[dict[str, str]]
+"""A prompt as text, as token ids or as chat messages."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Engine:
         engine = engine or EngineConfig()
         self.decoder = decoder
         self.tokenizer = tokenizer
+        self._encoder = Encoder(tokenizer) if tokenizer is not None else None
         self.decode = decode or DecodeConfig()
         longest = decoder.spec.max_positions
         self.max_model_len = min(engine.max_model_len or longest, longest)
@@ -76,7 +81,10 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self._lanes = [Lane(decoder, self.sizes, self._waiting) for _ in range(self.sizes.lanes)]
         self._threads = ThreadPoolExecutor(
-            self.sizes.lanes, "lane", initializer=torch.set_num_threads, initargs=(self.sizes.threads_per_lane,)
+            self.sizes.lanes,
+            "lane",
+            initializer=torch.set_num_threads,
+            initargs=(self.sizes.threads_per_lane,),
         )
         self._steps: dict[Future[StepResult], tuple[Lane, StepPlan]] = {}
         self._stopper = Stopper(tokenizer, decoder.spec.eos_token_ids)
@@ -112,7 +120,7 @@ class Engine:
             "dtype": str(dtype).removeprefix("torch."),
             "max_model_len": self.max_model_len,
             **dataclasses.asdict(self.sizes),
-            "row_tile": self.decoder.tile,
+            "row_rule": dataclasses.asdict(self.decoder.row_rule),
             "batch_invariant": is_batch_invariant(spec, dtype, device),
         }
 
@@ -139,7 +147,9 @@ class Engine:
         """Keep every lane stepping and wait for one to finish its forward; returns the requests that ended."""
         self._start_steps()
         finished, _ = wait(self._steps, return_when=FIRST_COMPLETED)
-        return [done for future in finished for done in self._collect(*self._steps.pop(future), future.result())]
+        return [
+            done for future in finished for done in self._collect(*self._steps.pop(future), future.result())
+        ]
 
     def run(self) -> Iterator[Completion]:
         """Step until nothing is left."""
@@ -148,7 +158,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Seq[str | Seq[int] | Seq[dict[str, str]]],
+        prompts: Seq[PromptLike],
         params: SamplingParams | Seq[SamplingParams] | None = None,
     ) -> list[list[Generation]]:
         """Generations of each prompt (text, token ids or chat messages), one per sample, in prompt order.
@@ -164,7 +174,9 @@ class Engine:
             try:
                 places[self.add(Prompt(index, self._token_ids(prompt), own, key))] = index
             except RowError as error:
-                results[index] = [Generation(index, 0, "error", error_type=error.kind, error_message=str(error))]
+                results[index] = [
+                    Generation(index, 0, "error", error_type=error.kind, error_message=str(error))
+                ]
         for done in self.run():
             results[places[done.request_id]] = done.generations
         return [results[index] for index in range(len(prompts))]
@@ -180,17 +192,17 @@ class Engine:
         if not 0 <= min(token_ids) <= max(token_ids) < self.decoder.spec.vocab:
             raise RowError("bad_token_id", f"token ids must be in [0, {self.decoder.spec.vocab})")
 
-    def _token_ids(self, prompt: str | Seq[int] | Seq[dict[str, str]]) -> list[int]:
-        if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
-            return [int(token) for token in prompt]  # type: ignore[call-overload]
-        if self.tokenizer is None:
+    def _token_ids(self, prompt: PromptLike) -> list[int]:
+        """Text is encoded as it stands, messages through the chat template, both without special tokens of their
+        own (see `Encoder`)."""
+        ids = [part for part in prompt if isinstance(part, int)]
+        if len(ids) == len(prompt):
+            return ids
+        if self._encoder is None:
             raise RowError("no_tokenizer", "the model's folder has no tokenizer; give token ids")
         if isinstance(prompt, str):
-            return list(self.tokenizer.encode(prompt))
-        ids = self.tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return [int(token) for token in ids]
+            return self._encoder.data(prompt)
+        return self._encoder.chat([part for part in prompt if isinstance(part, dict)])
 
     def _start_steps(self) -> None:
         """Give every idle lane its next step. Rows are shared out evenly, so that no lane sits out the tail."""
@@ -204,6 +216,7 @@ class Engine:
     def _collect(self, lane: Lane, plan: StepPlan, result: StepResult) -> Iterator[Completion]:
         """Append what a step chose, and take out the rows that ended."""
         self._stats += result.stats
+        self._stats.completion_tokens += sum(choice.token_id is not None for _, choice in result.choices)
         with self._stats.timed("sample"):
             for chunk in plan.chunks:
                 chunk.sequence.computed = chunk.stop
@@ -225,8 +238,9 @@ class Engine:
             self._finish(row, reason)
         return reason is not None
 
-    def _finish(self, row: Sequence, reason: FinishReason, error: tuple[str | None, str | None] = (None, None)) -> None:
-        self._stats.completion_tokens += len(row.generated)
+    def _finish(
+        self, row: Sequence, reason: FinishReason, error: tuple[str | None, str | None] = (None, None)
+    ) -> None:
         self._requests[row.request_id].samples[row.sample] = Generation(
             row_index=row.prompt.row_index,
             sample_index=row.sample,
@@ -251,5 +265,7 @@ class Engine:
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The folder's tokenizer; None where it has none (token ids in, token ids out)."""
-    has_one = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
+    has_one = any(
+        (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    )
     return load_tokenizer(folder) if has_one else None

@@ -72,7 +72,7 @@ class Lane:
             step_slots=self._sizes.batch_rows,
             prefix_tokens=plan.reused,
             layer_tokens=tokens * len(self._decoder.layers),
-            padding_tokens=-tokens % self._decoder.tile if self._decoder.tile else 0,
+            padding_tokens=self._decoder.row_rule.padding(tokens),
         )
 
 
@@ -96,7 +96,9 @@ def token_batch(plan: StepPlan, device: torch.device) -> TokenBatch:
         if chunk.last:
             outputs.append(len(ids) - 1)
     packed = torch.tensor([ids, positions, slots], device=device)
-    return TokenBatch(packed[0], packed[1], packed[2], groups, torch.tensor(outputs, dtype=torch.long, device=device))
+    return TokenBatch(
+        packed[0], packed[1], packed[2], groups, torch.tensor(outputs, dtype=torch.long, device=device)
+    )
 
 
 def _draw(row: Sequence) -> Draw:

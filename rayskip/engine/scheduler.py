@@ -58,7 +58,9 @@ class Scheduler:
     rows x the longest reservation. waiting: rows that have not started, taken from the left; lanes share it.
     """
 
-    def __init__(self, max_rows: int, max_tokens: int, cache_positions: int, waiting: deque[Sequence]) -> None:
+    def __init__(
+        self, max_rows: int, max_tokens: int, cache_positions: int, waiting: deque[Sequence]
+    ) -> None:
         self.max_rows = max_rows
         self.max_tokens = max(max_tokens, max_rows)
         self.cache_positions = cache_positions

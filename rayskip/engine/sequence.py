@@ -49,7 +49,9 @@ class Sequence:
     def tokens(self, start: int, stop: int) -> list[int]:
         """Known tokens [start, stop)."""
         prompt = len(self.prompt.token_ids)
-        return self.prompt.token_ids[start:stop] + self.generated[max(start - prompt, 0) : max(stop - prompt, 0)]
+        return (
+            self.prompt.token_ids[start:stop] + self.generated[max(start - prompt, 0) : max(stop - prompt, 0)]
+        )
 
     def common_prefix(self, other: Sequence) -> int:
         """How many leading prompt tokens two sequences share."""

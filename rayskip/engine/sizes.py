@@ -12,7 +12,7 @@ from rayskip.engine.memory import free_bytes
 from rayskip.model.forward import Decoder, Group, TokenBatch
 from rayskip.model.kv_cache import KEY_BLOCK, KVCache
 
-CANDIDATES = (16, 32, 64, 128, 256)
+CANDIDATES = (32, 64, 128, 256)
 WORTH = 1.05
 """A batch twice as large must make this many times the tokens per second: past that it only adds memory and a
 longer tail."""
@@ -21,7 +21,7 @@ MEMORY_SHARE = 0.4
 LANE_ROWS = 8
 """Fewest rows worth a lane of their own."""
 CPU_TOKENS, GPU_TOKENS = 1024, 8192
-"""Tokens in one forward when max_batch_tokens is not set: past these a longer prefill is no faster per token."""
+"""Tokens in one forward when max_batch_tokens is not set: a longer prefill is no faster per token."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,9 @@ def choose_sizes(decoder: Decoder, config: EngineConfig) -> Sizes:
     lanes = _lanes(decoder.device, threads, config.max_batch_rows)
     per_position = KVCache.bytes_per_position(decoder.spec, len(decoder.layers), decoder.dtype)
     free = config.kv_cache_gb * 1e9 if config.kv_cache_gb else free_bytes(decoder.device) * MEMORY_SHARE
-    rows = -(-config.max_batch_rows // lanes) if config.max_batch_rows else best_rows(decoder)
+    rows = (
+        -(-config.max_batch_rows // lanes) if config.max_batch_rows else best_rows(decoder, threads // lanes)
+    )
     tokens = config.max_batch_tokens or (CPU_TOKENS if decoder.device.type == "cpu" else GPU_TOKENS)
     return Sizes(
         lanes=lanes,
@@ -59,15 +61,20 @@ def _lanes(device: torch.device, threads: int, max_batch_rows: int | None) -> in
     return threads if max_batch_rows is None else max(1, min(threads, max_batch_rows // LANE_ROWS))
 
 
-def best_rows(decoder: Decoder) -> int:
-    """The smallest candidate that no larger one beats by enough, by timed decode steps."""
-    chosen, rate = 0, 0.0
-    for rows in CANDIDATES:
-        measured = rows / _step_seconds(decoder, rows)
-        if measured < rate * WORTH:
-            break
-        chosen, rate = rows, measured
-    return chosen
+def best_rows(decoder: Decoder, threads: int) -> int:
+    """The smallest candidate that the next one does not beat by enough, by timed decode steps of one lane."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        chosen, rate = 0, 0.0
+        for rows in CANDIDATES:
+            measured = rows / _step_seconds(decoder, rows)
+            if measured < rate * WORTH:
+                break
+            chosen, rate = rows, measured
+        return chosen
+    finally:
+        torch.set_num_threads(before)
 
 
 def _step_seconds(decoder: Decoder, rows: int) -> float:

@@ -68,12 +68,15 @@ def _measured(per_head: int, kv_heads: int, dim: int, dtype: torch.dtype, device
         q = queries[:count, :, start : start + width].flatten(2, 3) * dim**-0.5
         positions = torch.arange(start, start + width, device=device).repeat_interleave(per_head)
         mask = causal_mask(positions.expand(count, -1), length, None, dtype)
-        return attend(q, keys[:count, :, :, :length], values[:count, :, :length], mask)[0].unflatten(1, (width, -1))
+        out = attend(q, keys[:count, :, :, :length], values[:count, :, :length], mask)[0]
+        return out.view(kv_heads, width, per_head, dim)
 
     for position in POSITIONS:
         alone = run(position, 1, 1, (position // KEY_BLOCK + 1) * KEY_BLOCK)[:, 0]
         for width in WIDTHS:
             start = max(0, position - width // 2)
-            if not all(torch.equal(run(start, width, count, LENGTH)[:, position - start], alone) for count in ROWS):
+            if not all(
+                torch.equal(run(start, width, count, LENGTH)[:, position - start], alone) for count in ROWS
+            ):
                 return False
     return True

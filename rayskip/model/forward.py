@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rayskip.model.attention import attend, causal_mask, softcap
 from rayskip.model.kv_cache import KVCache
-from rayskip.model.linear import Linear, row_tile
+from rayskip.model.linear import Linear, row_rule
 from rayskip.model.spec import Activation, Layer, Norm, Rope, Spec, Weights
 
 
@@ -69,9 +69,9 @@ class Decoder:
         self.device = weights.embed.device
         self.head = Linear(weights.head)
         self.layers = [_PackedLayer(layer) for layer in weights.layers]
-        self.tile = row_tile(self._linears())
+        self.row_rule = row_rule(self._linears())
         for linear in self._linears():
-            linear.tile = self.tile
+            linear.rule = self.row_rule
         self._ropes = {
             name: Rope(rope.cos.to(self.device, self.dtype), rope.sin.to(self.device, self.dtype))
             for name, rope in weights.ropes.items()
@@ -130,13 +130,13 @@ class Decoder:
     ) -> Tensor:
         spec, own = self.spec, layer.own
         heads = layer.qkv(x).view(len(x), -1, spec.head_dim)  # [N, Hq + 2 Hkv, D]
-        qk, v = heads.split((spec.heads + spec.kv_heads, spec.kv_heads), dim=1)
+        qk, v = torch.split(heads, [spec.heads + spec.kv_heads, spec.kv_heads], dim=1)
         if own.q_norm is not None and own.k_norm is not None:
-            q, k = qk.split((spec.heads, spec.kv_heads), dim=1)
+            q, k = torch.split(qk, [spec.heads, spec.kv_heads], dim=1)
             qk = torch.cat((normalise(q, own.q_norm), normalise(k, own.k_norm)), dim=1)
         if rope is not None:
             qk = rotate(qk, *rope)
-        q, k = qk.split((spec.heads, spec.kv_heads), dim=1)
+        q, k = torch.split(qk, [spec.heads, spec.kv_heads], dim=1)
         cache.write(index, batch.slots, batch.positions, k, v)
         q = q * spec.scale
         parts = [
@@ -199,8 +199,11 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864, halves layout) of the first R dims of x [N, H, D]; cos, sin [N, 1, R]."""
-    turned, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), dim=-1)
+    """Rotary embedding (arXiv 2104.09864, halves layout) of the first R dims of x [N, H, D].
+
+    cos, sin: [N, 1, R].
+    """
+    turned, rest = torch.split(x, [cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     left, right = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-right, left), dim=-1) * sin
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned

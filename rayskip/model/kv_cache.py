@@ -56,7 +56,9 @@ class KVCache:
             return
         layers, heads, dim = self._shape
         keys = torch.zeros(layers, slots, heads, dim, length, dtype=self.keys.dtype, device=self.keys.device)
-        values = torch.zeros(layers, slots, heads, length, dim, dtype=self.keys.dtype, device=self.keys.device)
+        values = torch.zeros(
+            layers, slots, heads, length, dim, dtype=self.keys.dtype, device=self.keys.device
+        )
         keys[:, : self.slots, :, :, : self.length] = self.keys
         values[:, : self.slots, :, : self.length] = self.values
         self.keys, self.values = keys, values

@@ -1,13 +1,14 @@
 """Matrix products whose result for a row does not depend on the other rows.
 
 Invariant 3 (batch invariance) starts here: a library picks its kernel by the number of rows, and two
-kernels may add in another order. `row_tile` measures, on the running machine and with the model's own
-weights, whether that happens; where it does, products run over tiles of a fixed number of rows.
+kernels may add in another order. `row_rule` measures, on the running machine and with the model's own
+weights, whether that happens, and finds the cheapest rule under which it does not.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,25 @@ from torch import Tensor
 from rayskip.model.spec import Dense
 
 TILE = 64
-PROBE_ROWS = (1, 2, 3, 7, 16, 33, 64, 100, 128, 200, 256, 511)
+PROBE_ROWS = 128
+PROBES = (1, 2, 3, 5, 7, 16, 33, 64, 100, 128)
+"""Row counts whose products are compared, over every window of PROBE_ROWS rows."""
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """least: fewer rows are padded to so many. tile: rows run in tiles of exactly so many; None, all at once."""
+
+    least: int = 1
+    tile: int | None = None
+
+    def padding(self, rows: int) -> int:
+        """Rows computed in vain beside `rows`."""
+        return -rows % self.tile if self.tile else max(0, self.least - rows)
+
+
+RULES = (RowRule(), RowRule(least=2), RowRule(least=16), RowRule(tile=TILE))
+"""From the cheapest on. The last holds by construction: every product has the same shape."""
 
 
 class Linear:
@@ -25,20 +44,22 @@ class Linear:
     On CPU the weight is repacked once for oneDNN, so that no call pays for the layout.
     """
 
-    def __init__(self, dense: Dense, tile: int | None = None) -> None:
+    def __init__(self, dense: Dense) -> None:
         self.bias = dense.bias
-        self.tile = tile
+        self.rule = RowRule()
         self.out_features, self.in_features = dense.weight.shape
-        self._packed = dense.weight.device.type == "cpu" and dense.weight.dtype != torch.float16
+        self.device, self.dtype = dense.weight.device, dense.weight.dtype
+        self._packed = self.device.type == "cpu" and self.dtype != torch.float16
         self._weight = _pack(dense.weight) if self._packed else dense.weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, in] -> [N, out]."""
-        if self.tile is None:
-            return self._product(x)
         rows = x.shape[0]
-        padded = F.pad(x, (0, 0, 0, -rows % self.tile))
-        return torch.cat([self._product(part) for part in padded.split(self.tile)])[:rows]
+        if padding := self.rule.padding(rows):
+            x = F.pad(x, (0, 0, 0, padding))
+        if self.rule.tile is None:
+            return self._product(x)[:rows]
+        return torch.cat([self._product(part) for part in torch.split(x, self.rule.tile)])[:rows]
 
     def _product(self, x: Tensor) -> Tensor:
         if not self._packed:
@@ -52,18 +73,25 @@ def _pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def row_tile(linears: Iterable[Linear]) -> int | None:
-    """The tile these products need on this machine: None when every probed row count gives the same bits.
+def row_rule(linears: Iterable[Linear]) -> RowRule:
+    """The cheapest of RULES under which every probed row count gives the same bits on this machine.
 
     One product of each shape stands for all of that shape.
     """
     by_shape = {(linear.out_features, linear.in_features): linear for linear in linears}
-    return None if all(map(_rows_are_independent, by_shape.values())) else TILE
+    least = max((_fewest_rows(linear) for linear in by_shape.values()), default=1)
+    return next(rule for rule in RULES if rule.tile or rule.least >= least)
 
 
-def _rows_are_independent(linear: Linear) -> bool:
-    weight = linear._weight
+def _fewest_rows(linear: Linear) -> int:
+    """The smallest row count from which on the probed counts agree with tiles of TILE rows."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(max(PROBE_ROWS), linear.in_features, generator=generator).to(weight.device, weight.dtype)
-    reference = torch.cat([linear._product(part) for part in F.pad(x, (0, 0, 0, -len(x) % TILE)).split(TILE)])
-    return all(torch.equal(linear._product(x[:rows]), reference[:rows]) for rows in PROBE_ROWS)
+    x = torch.randn(PROBE_ROWS, linear.in_features, generator=generator).to(linear.device, linear.dtype)
+
+    def windows(rows: int) -> Tensor:
+        whole = PROBE_ROWS // rows * rows
+        return torch.cat([linear._product(part) for part in torch.split(x[:whole], rows)])
+
+    reference = windows(TILE)
+    differing = [rows for rows in PROBES if not torch.equal(found := windows(rows), reference[: len(found)])]
+    return max(differing, default=0) + 1

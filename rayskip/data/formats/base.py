@@ -1,93 +1,165 @@
-"""What every input format answers, and what the text formats share: lines found again by byte offset."""
+"""What every input format answers, and what they share: plain schemas, broken rows, lines found by offset.
+
+Does not know which files a job reads, or how its rows become prompts.
+"""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-from pyarrow import fs
 
 from rayskip.data.locate import filesystem
 from rayskip.data.records import BROKEN_ROW
+from rayskip.errors import InputError
 
 MARK_ROWS = 1000
-"""Rows between two remembered byte offsets: planning a text file keeps 8 bytes per so many rows."""
+"""Rows between two remembered byte offsets of a text file: planning keeps a number per so many rows."""
+
+_BUFFER = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+
+NO_FIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
+"""What Arrow raises for a value that is not of a column's type, or text that UTF-8 cannot hold."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What one pass over a file found. marks: byte offset of every MARK_ROWS-th row (text formats)."""
+    """What one pass over a file found. marks: whatever helps the format to find a range of rows again."""
 
     rows: int
     schema: pa.Schema
     marks: tuple[int, ...] = ()
 
 
+def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """One schema that holds every file's columns. Raises ArrowInvalid or ArrowTypeError if none does."""
+    return pa.unify_schemas(list(schemas), promote_options="permissive")
+
+
 @dataclass(frozen=True)
 class Format:
     """scan(url): raises InputError for a file that cannot be read as a whole.
 
-    read(url, scan marks, start, stop, schema): rows [start, stop) under the job's schema, with the column
-    BROKEN_ROW saying why a row could not be read.
+    read(url, marks, start, stop, schema): rows [start, stop) under the job's schema, with the column
+    BROKEN_ROW saying why a row could not be read. Raises OSError or ArrowException when the file changed.
+    unify(schemas): the job's schema from its files'.
     """
 
     scan: Callable[[str], Scan]
     read: Callable[[str, tuple[int, ...], int, int, pa.Schema], pa.Table]
+    unify: Callable[[Sequence[pa.Schema]], pa.Schema] = unify
 
 
-def open_file(url: str) -> pa.NativeFile:
-    """A file for random access; memory-mapped when it is local."""
-    store, path = filesystem(url)
-    return pa.memory_map(path) if isinstance(store, fs.LocalFileSystem) else store.open_input_file(path)
+def plain_schema(schema: pa.Schema, url: str) -> pa.Schema:
+    """The schema without metadata, extension types and dictionaries: what any process can read and unify."""
+    twice = {name for name in schema.names if schema.names.count(name) > 1}
+    if twice:
+        raise InputError(f"{url}: has several columns named {', '.join(sorted(twice))}")
+    return pa.schema([(field.name, _plain_type(field.type)) for field in schema])
 
 
-def with_broken(table: pa.Table, reasons: Sequence[str | None]) -> pa.Table:
-    """Add the BROKEN_ROW column."""
-    return table.append_column(BROKEN_ROW, pa.array(reasons, pa.string()))
+def _plain_type(kind: pa.DataType) -> pa.DataType:
+    if isinstance(kind, pa.BaseExtensionType):
+        return kind.storage_type
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
-def read_lines(url: str, offset: int = 0) -> Iterator[bytes]:
-    """Lines with their line ends, from a byte offset that begins one."""
-    store, path = filesystem(url)
-    with store.open_input_file(path) as source:
-        source.seek(offset)
-        rest = b""
-        while block := source.read(1 << 22):
-            lines = (rest + block).splitlines(keepends=True) if b"\r" not in block else _split(rest + block)
-            rest = lines.pop() if not lines[-1].endswith(b"\n") else b""
-            yield from lines
-        if rest:
-            yield rest
+def refuse_ray_types(metadata: bytes, url: str) -> None:
+    """Ray's extension types carry pickled code: look at the raw schema, before anything interprets it."""
+    if b"ray.data." in metadata:
+        raise InputError(
+            f"{url}: has Ray extension types (ray.data.*), which are not read; save plain columns"
+        )
 
 
-def _split(data: bytes) -> list[bytes]:
-    """Split after newlines alone: a lone carriage return may stand inside a value."""
-    parts = data.split(b"\n")
-    lines = [part + b"\n" for part in parts[:-1]]
-    return lines + [parts[-1]] if parts[-1] else lines
+def rows_between(batches: Iterable[pa.RecordBatch], start: int, stop: int, schema: pa.Schema) -> pa.Table:
+    """Rows [start, stop) of consecutive batches, holding no others. schema: the batches' own."""
+    kept, before = [], 0
+    for batch in batches:
+        low, high = max(start, before), min(stop, before + batch.num_rows)
+        if low < high:
+            kept.append(batch.slice(low - before, high - low))
+        before += batch.num_rows
+        if before >= stop:
+            break
+    return pa.Table.from_batches(kept, schema)
 
 
-def columns_of(rows: Sequence[dict[str, Any] | None], schema: pa.Schema, reasons: list[str | None]) -> pa.Table:
-    """Rows as a table of `schema`; a row with a value that does not fit becomes broken (`reasons` is filled in)."""
+def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table under the job's schema. Rows whose text is not UTF-8 are marked broken, the text repaired."""
+    reasons: list[str | None] = [None] * table.num_rows
     columns = []
     for field in schema:
-        values = [row.get(field.name) if row is not None else None for row in rows]
+        if field.name not in table.column_names:
+            columns.append(pa.nulls(table.num_rows, field.type))
+            continue
+        column = table.column(field.name)
+        column = column.cast(_plain_type(column.type))
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid as error:
+            if "UTF8" not in str(error):  # the file is corrupt, and its values not safe to touch
+                raise
+            column = _repaired(field.name, column, reasons)
+        columns.append(column.cast(field.type))
+    return with_broken(columns, schema, reasons)
+
+
+def _repaired(name: str, column: pa.ChunkedArray, reasons: list[str | None]) -> pa.Array:
+    """A text with bad bytes gets U+FFFD in their place; a nested value that holds one becomes null."""
+    values = []
+    for index, scalar in enumerate(column):
+        try:
+            values.append(scalar.as_py())
+        except UnicodeDecodeError as error:
+            reasons[index] = f"column {name!r} is not valid UTF-8"
+            nested = pa.types.is_nested(column.type)
+            values.append(None if nested else error.object.decode("utf-8", "replace"))
+    return pa.array(values, column.type)
+
+
+def table_of(rows: Sequence[dict[str, Any]], schema: pa.Schema, reasons: list[str | None]) -> pa.Table:
+    """Rows as a table of `schema`; a row with a value that does not fit is marked broken in `reasons`."""
+    columns = []
+    for field in schema:
+        values = [row.get(field.name) for row in rows]
         try:
             columns.append(pa.array(values, field.type))
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError):
+        except NO_FIT:
             columns.append(pa.array(_fitting(field, values, reasons), field.type))
-    return with_broken(pa.Table.from_arrays(columns, schema=schema), reasons)
+    return with_broken(columns, schema, reasons)
 
 
-def _fitting(field: pa.Field, values: Iterable[Any], reasons: list[str | None]) -> list[Any]:
+def _fitting(field: pa.Field, values: Sequence[Any], reasons: list[str | None]) -> list[Any]:
     kept = []
     for index, value in enumerate(values):
         try:
             pa.array([value], field.type)
             kept.append(value)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError) as error:
+        except NO_FIT as error:
             reasons[index] = reasons[index] or f"column {field.name!r}: {error}"
             kept.append(None)
     return kept
+
+
+def with_broken(columns: Sequence[pa.Array], schema: pa.Schema, reasons: Sequence[str | None]) -> pa.Table:
+    """A table of `schema` and the column BROKEN_ROW."""
+    broken = pa.field(BROKEN_ROW, pa.string())
+    return pa.Table.from_arrays([*columns, pa.array(reasons, pa.string())], schema=schema.append(broken))
+
+
+def read_lines(url: str, offset: int = 0) -> Iterator[bytes]:
+    """Lines with their line ends, from a byte offset that begins one. Only a newline ends a line."""
+    store, path = filesystem(url)
+    with io.BufferedReader(store.open_input_file(path), _BUFFER) as source:
+        source.seek(offset)
+        yield from source
+
+
+def without_bom(line: bytes) -> bytes:
+    """The first line of a file without the mark that some editors put there."""
+    return line.removeprefix(_BOM)

@@ -1,6 +1,6 @@
-"""CSV with a header line. Every column is text, as written: nothing is guessed, an empty field is an empty text.
+"""CSV with a header line. Every column is text as written: nothing is guessed, an empty field is "".
 
-Quoted fields may hold line breaks, so rows are found by the csv reader, not by line.
+Quoted fields may hold line breaks, so rows are found by the csv reader, not by line. Blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -11,49 +11,60 @@ from itertools import islice
 
 import pyarrow as pa
 
-from rayskip.data.formats.base import MARK_ROWS, Format, Scan, columns_of, read_lines
+from rayskip.data.formats.base import MARK_ROWS, Format, Scan, read_lines, table_of, without_bom
+from rayskip.data.locate import first_line
 from rayskip.errors import InputError
+
+# The module's own limit, 128 KiB, is less than a long prompt. Process-wide, but only ever raised.
+csv.field_size_limit(max(csv.field_size_limit(), 1 << 26))
 
 
 class _Rows:
-    """Rows from a byte offset. offset: where the next row begins."""
+    """Rows from a byte offset. offset: where the row after the last one given begins."""
 
     def __init__(self, url: str, offset: int) -> None:
         self.offset = offset
-        self._rows = csv.reader(self._texts(read_lines(url, offset)), strict=False)
-
-    def _texts(self, lines: Iterator[bytes]) -> Iterator[str]:
-        for line in lines:
-            self.offset += len(line)
-            yield line.decode("utf-8", "surrogateescape")
+        self._reader = csv.reader(self._texts(read_lines(url, offset)))
 
     def __iter__(self) -> Iterator[list[str]]:
-        return (row for row in self._rows if row)
+        return (row for row in self._reader if row)
+
+    def _texts(self, lines: Iterator[bytes]) -> Iterator[str]:
+        """Bytes that are not UTF-8 become surrogates, which no Arrow column takes: the row will be broken."""
+        for line in lines:
+            text = without_bom(line) if self.offset == 0 else line
+            self.offset += len(line)
+            yield text.decode("utf-8", "surrogateescape")
 
 
 def scan(url: str) -> Scan:
+    rows = _Rows(url, 0)
+    count = 0
     try:
-        rows = _Rows(url, 0)
-        header = [name.removeprefix("\ufeff") for name in next(iter(rows), [])]
-        if not header or len(set(header)) != len(header):
-            raise InputError(f"{url}: the first line must name every column once, got {header}")
-        marks, count = [rows.offset], 0
+        header = next(iter(rows), [])
+        marks = [rows.offset]
         for count, _ in enumerate(rows, 1):
             if count % MARK_ROWS == 0:
                 marks.append(rows.offset)
     except (csv.Error, OSError) as error:
-        raise InputError(f"{url}: not a readable CSV file ({error})") from error
+        raise InputError(f"{url}: not a readable CSV file, near row {count} ({first_line(error)})") from error
+    if not header or len(set(header)) != len(header):
+        raise InputError(f"{url}: the first line must name every column once, got {header}")
     return Scan(count, pa.schema([(name, pa.string()) for name in header]), tuple(marks))
 
 
 def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema) -> pa.Table:
-    header = [name.removeprefix("\ufeff") for name in next(iter(_Rows(url, 0)))]
+    header = next(iter(_Rows(url, 0)))
     skip = start % MARK_ROWS
-    fields = list(islice(iter(_Rows(url, marks[start // MARK_ROWS])), skip, skip + stop - start))
-    reasons = [
-        None if len(row) == len(header) else f"{len(row)} fields where the header names {len(header)}" for row in fields
-    ]
-    return columns_of([dict(zip(header, row, strict=False)) for row in fields], schema, reasons)
+    rows = list(islice(_Rows(url, marks[start // MARK_ROWS]), skip, skip + stop - start))
+    reasons = [_fault(row, header) for row in rows]
+    return table_of([dict(zip(header, row, strict=False)) for row in rows], schema, reasons)
+
+
+def _fault(row: list[str], header: list[str]) -> str | None:
+    if len(row) == len(header):
+        return None
+    return f"{len(row)} fields where the header names {len(header)}"
 
 
 FORMAT = Format(scan, read)

@@ -1,87 +1,138 @@
-"""JSON lines. One pass learns the schema of all rows, so that no shard infers another; ranges are found again by
-byte offset. A column whose values have no common type becomes JSON text."""
+"""JSON lines: one object per line, blank lines skipped.
+
+One pass learns the schema of all rows, so that no shard infers another. A column whose values have no common
+type, or whose objects have ever new keys, is text: what is no text in it is written as JSON.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from rayskip.data.formats.base import MARK_ROWS, Format, Scan, columns_of, read_lines
+from rayskip.data.formats.base import (
+    MARK_ROWS,
+    NO_FIT,
+    Format,
+    Scan,
+    read_lines,
+    table_of,
+    unify,
+    without_bom,
+)
+from rayskip.data.locate import first_line
 from rayskip.errors import InputError
 
-_NO_TYPE = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
+MOST_FIELDS = 200
+"""An object with more keys over all rows is taken for a mapping, not for a record."""
+
+Row = dict[str, Any]
 
 
 def scan(url: str) -> Scan:
-    types: dict[str, pa.DataType] = {}
-    marks: list[int] = []
-    rows = offset = 0
-    lines = read_lines(url)
+    schema = pa.schema([])
+    rows, marks = 0, list[int]()
     try:
-        while block := list(islice(lines, MARK_ROWS)):
+        for offset, lines in _blocks(url):
             marks.append(offset)
-            offset += sum(map(len, block))
-            rows += len(block)
-            learn(types, [row for row in map(_parse, block) if isinstance(row, dict)])
+            rows += len(lines)
+            schema = unify_loosely([schema, _infer([row for line in lines if (row := parse(line)[0])])])
     except OSError as error:
-        raise InputError(f"{url}: cannot be read ({error})") from error
-    return Scan(rows, pa.schema(types.items()), tuple(marks))
-
-
-def learn(types: dict[str, pa.DataType], rows: Sequence[dict[str, Any]]) -> None:
-    """Widen `types` so that every value of `rows` fits its column."""
-    for name in dict.fromkeys(name for row in rows for name in row):
-        try:
-            found = pa.infer_type([row.get(name) for row in rows])
-            known = pa.schema([(name, types.get(name, pa.null()))])
-            merged = pa.unify_schemas([known, pa.schema([(name, found)])], promote_options="permissive")
-            types[name] = merged.field(0).type
-        except _NO_TYPE:
-            types[name] = pa.string()
+        raise InputError(f"{url}: cannot be read ({first_line(error)})") from error
+    return Scan(rows, schema, tuple(marks))
 
 
 def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema) -> pa.Table:
-    return parsed(read_range(url, marks, start, stop), schema)
+    texts = [field.name for field in schema if pa.types.is_string(field.type)]
+    rows, reasons = [], list[str | None]()
+    for line in read_range(url, marks, start, stop):
+        row, reason = parse(line)
+        rows.append(row | {name: as_text(row[name]) for name in texts if name in row})
+        reasons.append(reason)
+    return table_of(rows, schema, reasons)
 
 
 def read_range(url: str, marks: tuple[int, ...], start: int, stop: int) -> list[bytes]:
-    """Lines [start, stop)."""
+    """Lines of rows [start, stop)."""
     skip = start % MARK_ROWS
-    return list(islice(read_lines(url, marks[start // MARK_ROWS]), skip, skip + stop - start))
+    lines = (line for _, line in _numbered(url, marks[start // MARK_ROWS]))
+    return list(islice(lines, skip, skip + stop - start))
 
 
-def parsed(lines: Sequence[bytes], schema: pa.Schema) -> pa.Table:
-    """Lines as rows; a line that is no JSON object is a broken row."""
-    texts = [field.name for field in schema if pa.types.is_string(field.type)]
-    rows, reasons = [], []
-    for line in lines:
-        row = _parse(line)
-        reasons.append(None if isinstance(row, dict) else row)
-        rows.append(_as_text(row, texts) if isinstance(row, dict) else None)
-    return columns_of(rows, schema, reasons)
-
-
-def _parse(line: bytes) -> dict[str, Any] | str:
-    """The line's object, or why there is none."""
+def count(url: str) -> tuple[int, tuple[int, ...]]:
+    """Rows and marks, without a look into the lines. Raises InputError."""
     try:
-        value = json.loads(line.decode("utf-8"))
+        blocks = [(offset, len(lines)) for offset, lines in _blocks(url)]
+    except OSError as error:
+        raise InputError(f"{url}: cannot be read ({first_line(error)})") from error
+    return sum(rows for _, rows in blocks), tuple(offset for offset, _ in blocks)
+
+
+def parse(line: bytes) -> tuple[Row, str | None]:
+    """The line's object; or an empty one and why there is none."""
+    try:
+        value = json.loads(line.decode())
     except UnicodeDecodeError as error:
-        return f"not valid UTF-8 at byte {error.start} of the line"
+        return {}, f"not valid UTF-8 at byte {error.start} of the line"
     except (ValueError, RecursionError) as error:
-        return f"not valid JSON: {error}"
-    return value if isinstance(value, dict) else f"not a JSON object but {type(value).__name__}"
+        return {}, f"not valid JSON: {error}"
+    return (value, None) if isinstance(value, dict) else ({}, f"not a JSON object but {type(value).__name__}")
 
 
-def _as_text(row: dict[str, Any], texts: Sequence[str]) -> dict[str, Any]:
-    return row | {
-        name: json.dumps(row[name], ensure_ascii=False)
-        for name in texts
-        if row.get(name) is not None and not isinstance(row[name], str)
-    }
+def as_text(value: Any) -> str | None:
+    """A text or null as it is, anything else as JSON."""
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-FORMAT = Format(scan, read)
+def unify_loosely(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """One schema for all; a column without a common type is text."""
+    columns: dict[str, list[pa.Schema]] = {}
+    for schema in schemas:
+        for field in schema:
+            columns.setdefault(field.name, []).append(pa.schema([field]))
+    return pa.schema([(name, _common(found)) for name, found in columns.items()])
+
+
+def _common(found: Sequence[pa.Schema]) -> pa.DataType:
+    try:
+        kind: pa.DataType = unify(found).field(0).type
+    except NO_FIT:
+        return pa.string()
+    return kind if _fields(kind) <= MOST_FIELDS else pa.string()
+
+
+def _fields(kind: pa.DataType) -> int:
+    children = [kind.field(index).type for index in range(kind.num_fields)]
+    return len(children) + sum(map(_fields, children))
+
+
+def _infer(rows: Sequence[Row]) -> pa.Schema:
+    """Columns of rows, in order of first appearance."""
+    kinds = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        try:
+            kinds[name] = pa.infer_type([row.get(name) for row in rows])
+        except NO_FIT:
+            kinds[name] = pa.string()
+    return pa.schema(kinds.items())
+
+
+def _blocks(url: str) -> Iterator[tuple[int, list[bytes]]]:
+    """MARK_ROWS rows' lines at a time, and the byte offset of the first."""
+    numbered = _numbered(url, 0)
+    while block := list(islice(numbered, MARK_ROWS)):
+        yield block[0][0], [line for _, line in block]
+
+
+def _numbered(url: str, offset: int) -> Iterator[tuple[int, bytes]]:
+    """Lines that are not blank, with their byte offsets."""
+    for line in read_lines(url, offset):
+        if not line.isspace():
+            yield offset, without_bom(line) if offset == 0 else line
+        offset += len(line)
+
+
+FORMAT = Format(scan, read, unify_loosely)

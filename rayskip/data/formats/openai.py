@@ -1,6 +1,7 @@
 """OpenAI batch input lines: {"custom_id", "method", "url", "body"}, body a chat completion request.
 
-They read as columns custom_id, method, url, messages and sampling_params (JSON text of rayskip's names).
+They read as columns custom_id, method, url, messages and sampling_params; the last two are JSON text.
+Does not know whether the messages or parameters are right: that is seen when a row becomes a prompt.
 """
 
 from __future__ import annotations
@@ -10,67 +11,64 @@ from typing import Any
 
 import pyarrow as pa
 
+from rayskip.config import SamplingParams
 from rayskip.data.formats import jsonl
-from rayskip.data.formats.base import Format, Scan, columns_of
+from rayskip.data.formats.base import Format, Scan, table_of
 
 CHAT = "/v1/chat/completions"
 SCHEMA = pa.schema(
-    [
-        ("custom_id", pa.string()),
-        ("method", pa.string()),
-        ("url", pa.string()),
-        ("messages", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
-        ("sampling_params", pa.string()),
-    ]
+    [(name, pa.string()) for name in ("custom_id", "method", "url", "messages", "sampling_params")]
 )
-_LINE = pa.schema([("custom_id", pa.string()), ("method", pa.string()), ("url", pa.string()), ("body", pa.string())])
-_SAME = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop", "seed", "n")
+
+# Requests of one batch may differ in these only; the job decides the model.
+_SAMPLING = frozenset(SamplingParams.model_fields) - {"logprobs"}
+_ELSEWHERE = {"messages", "max_completion_tokens", "logprobs", "top_logprobs"}
+_NO_EFFECT = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 
 
 def scan(url: str) -> Scan:
-    found = jsonl.scan(url)
-    return Scan(found.rows, SCHEMA, found.marks)
+    rows, marks = jsonl.count(url)
+    return Scan(rows, SCHEMA, marks)
 
 
 def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema) -> pa.Table:
-    lines = jsonl.parsed(jsonl.read_range(url, marks, start, stop), _LINE).to_pylist()
-    rows, reasons = [], []
-    for line in lines:
-        *_, reason = line.values()
-        body, fault = _body(line) if reason is None else ({}, reason)
-        reasons.append(fault)
-        rows.append({name: line[name] for name in ("custom_id", "method", "url")} | body)
-    return columns_of(rows, schema, reasons)
+    rows, reasons = [], list[str | None]()
+    for line in jsonl.read_range(url, marks, start, stop):
+        request, reason = jsonl.parse(line)
+        body = request.get("body")
+        if reason is None:
+            reason = _fault(request.get("url"), body)
+        columns = {name: jsonl.as_text(request.get(name)) for name in ("custom_id", "method", "url")}
+        if reason is None and isinstance(body, dict):
+            columns |= {
+                "messages": json.dumps(body["messages"]),
+                "sampling_params": json.dumps(_params(body)),
+            }
+        rows.append(columns)
+        reasons.append(reason)
+    return table_of(rows, schema, reasons)
 
 
-def _body(line: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """Messages and sampling parameters of a request, or why it cannot be run."""
-    if line["url"] != CHAT:
-        return {}, f"url must be {CHAT}, got {line['url']!r}"
-    try:
-        body = json.loads(line["body"] or "null")
-        messages = [{"role": entry["role"], "content": _text(entry["content"])} for entry in body["messages"]]
-    except (KeyError, TypeError, ValueError) as error:
-        return {}, f"body has no chat messages ({type(error).__name__}: {error})"
-    return {"messages": messages, "sampling_params": json.dumps(_params(body))}, None
+def _fault(url: Any, body: Any) -> str | None:
+    """Why a request cannot be run as it is meant."""
+    if url != CHAT:
+        return f"url must be {CHAT!r}, got {url!r}"
+    if not isinstance(body, dict) or "messages" not in body:
+        return "body must be an object with messages"
+    unknown = body.keys() - _SAMPLING - _ELSEWHERE - _NO_EFFECT
+    # Null, 0, false and empty are how clients write "not used".
+    asked = sorted(name for name in unknown if body[name])
+    return f"body asks for {', '.join(asked)}, which rayskip does not do" if asked else None
 
 
 def _params(body: dict[str, Any]) -> dict[str, Any]:
-    params = {name: body[name] for name in _SAME if body.get(name) is not None}
+    """The body's sampling fields under rayskip's names."""
+    params = {name: value for name, value in body.items() if name in _SAMPLING and value is not None}
     if body.get("max_completion_tokens") is not None:
         params["max_tokens"] = body["max_completion_tokens"]
     if body.get("logprobs"):
         params["logprobs"] = body.get("top_logprobs") or 0
     return params
-
-
-def _text(content: Any) -> str:
-    """A message's content: text, or parts that are all text."""
-    if isinstance(content, str):
-        return content
-    if all(part["type"] == "text" for part in content):
-        return "".join(part["text"] for part in content)
-    raise ValueError("only text content is supported")
 
 
 FORMAT = Format(scan, read)

@@ -1,39 +1,53 @@
-"""Parquet: rows counted from the footer, only the row groups of a range are read."""
+"""Parquet: rows are counted from the footer; a row group is read no further than the range's end."""
 
 from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayskip.data.formats.arrow import readable
-from rayskip.data.formats.base import Format, Scan, open_file
+from rayskip.data.formats.base import Format, Scan, conform, plain_schema, refuse_ray_types, rows_between
+from rayskip.data.locate import filesystem, first_line
 from rayskip.errors import InputError
+
+_BATCH = 4096
 
 
 def scan(url: str) -> Scan:
+    store, path = filesystem(url)
     try:
-        with open_file(url) as source:
+        with store.open_input_file(path) as source:
             footer = pq.read_metadata(source)
-            # Ray's own extension types carry pickled code; look before anything interprets the schema.
-            if any(b"ray.data." in value for value in (footer.metadata or {}).values()):
-                raise InputError(f"{url}: has Ray extension types (ray.data.*), which are not read; save plain columns")
-            return Scan(footer.num_rows, footer.schema.to_arrow_schema().remove_metadata())
+            refuse_ray_types(base64.b64decode((footer.metadata or {}).get(b"ARROW:schema", b"")), url)
+            return Scan(footer.num_rows, plain_schema(footer.schema.to_arrow_schema(), url))
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{url}: not a readable Parquet file ({error})") from error
+        raise InputError(f"{url}: not a readable Parquet file ({first_line(error)})") from error
 
 
 def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema) -> pa.Table:
-    with open_file(url) as source:
-        file = pq.ParquetFile(source)
-        first, groups, before = 0, [], 0
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if before < stop and before + rows > start:
-                first = before if not groups else first
-                groups.append(group)
-            before += rows
-        table = file.read_row_groups(groups, columns=[name for name in schema.names if name in file.schema_arrow.names])
-    return readable(table.slice(start - first, stop - start), schema)
+    store, path = filesystem(url)
+    # Buffered: a row group is streamed, so one with a million rows costs no more memory than a batch.
+    with store.open_input_file(path) as source, pq.ParquetFile(source, buffer_size=1 << 20) as file:
+        first, groups = _groups(file.metadata, start, stop)
+        names = [name for name in schema.names if name in file.schema_arrow.names]
+        own = pa.schema([file.schema_arrow.field(name) for name in names])
+        # One thread: pyarrow 26's pool aborts one in four processes that end soon after a threaded read.
+        batches: Iterator[pa.RecordBatch] = file.iter_batches(_BATCH, groups, names, use_threads=False)
+        return conform(rows_between(batches, start - first, stop - first, own), schema)
+
+
+def _groups(footer: pq.FileMetaData, start: int, stop: int) -> tuple[int, list[int]]:
+    """The row groups that hold rows [start, stop), and the file's rows before the first of them."""
+    first, groups, before = 0, list[int](), 0
+    for group in range(footer.num_row_groups):
+        rows = footer.row_group(group).num_rows
+        if before < stop and before + rows > start:
+            first = first if groups else before
+            groups.append(group)
+        before += rows
+    return first, groups
 
 
 FORMAT = Format(scan, read)

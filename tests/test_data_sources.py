@@ -1,0 +1,403 @@
+"""Input files: found, counted, cut into shards and read back, in every format, local and on S3."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pickle
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pyarrow import fs
+from s3_server import s3_server
+
+from rayskip.config import InputConfig
+from rayskip.data.formats import FORMATS
+from rayskip.data.formats.base import MARK_ROWS
+from rayskip.data.records import BROKEN_ROW
+from rayskip.data.sources import InputFile, Source, discover, plan_shards, read_shard
+from rayskip.errors import InputError
+
+Rows = list[dict[str, Any]]
+Write = Callable[[Path, Rows], None]
+
+
+def write_jsonl(path: Path, rows: Rows) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path: Path, rows: Rows) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=700)
+
+
+def write_arrow_file(path: Path, rows: Rows) -> None:
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=300)
+
+
+def write_arrow_stream(path: Path, rows: Rows) -> None:
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=300)
+
+
+WRITERS: dict[str, Write] = {
+    "a.jsonl": write_jsonl,
+    "a.csv": write_csv,
+    "a.parquet": write_parquet,
+    "a.feather": write_arrow_file,
+    "a.arrow": write_arrow_stream,
+}
+
+
+def rows_of(path: object, shard_rows: int = 700, **config: Any) -> Rows:
+    """All rows of an input, read shard by shard under one schema."""
+    source = discover(InputConfig(path=str(path), **config))
+    tables = [read_shard(shard, source) for shard in plan_shards(source, shard_rows)]
+    assert all(table.schema == tables[0].schema for table in tables)
+    return pa.concat_tables(tables).to_pylist()
+
+
+def refused(path: object, **config: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        discover(InputConfig(path=str(path), **config))
+    return str(caught.value)
+
+
+def texts(count: int) -> Rows:
+    return [
+        {"id": f"é{i}", "prompt": f'line\nbreak, "quote" and \r {i}' if i % 3 else ""} for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("count", [1, MARK_ROWS, 2 * MARK_ROWS + 7])
+def test_every_row_is_read_once_and_in_order(tmp_path: Path, name: str, count: int) -> None:
+    """Also over the remembered offsets, row groups and batches, which the shards do not line up with."""
+    rows = texts(count)
+    WRITERS[name](tmp_path / name, rows)
+    assert rows_of(tmp_path / name) == [row | {BROKEN_ROW: None} for row in rows]
+
+
+@given(
+    counts=st.lists(st.integers(0, 50), min_size=1, max_size=6),
+    shard_rows=st.integers(1, 20),
+    max_rows=st.none() | st.integers(1, 200),
+)
+def test_plan_is_a_partition(counts: list[int], shard_rows: int, max_rows: int | None) -> None:
+    files = [InputFile(f"/in/{i}", str(i), count, "") for i, count in enumerate(counts)]
+    shards = list(plan_shards(Source("jsonl", files, pa.schema([])), shard_rows, max_rows))
+    planned = [(shard.name, row) for shard in shards for row in range(shard.start, shard.stop)]
+    assert planned == [(file.name, row) for file in files for row in range(file.rows)][:max_rows]
+    assert all(1 <= shard.rows <= shard_rows for shard in shards)
+    assert [shard.index for shard in shards] == list(range(len(shards)))
+
+
+def test_source_is_picklable(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", texts(3))
+    source = discover(InputConfig(path=str(tmp_path / "a.jsonl")))
+    assert pickle.loads(pickle.dumps(source)) == source
+
+
+class TestFiles:
+    def test_folder_and_glob_in_order_of_name(self, tmp_path: Path) -> None:
+        (tmp_path / "sub").mkdir()
+        for name in ("b.jsonl", "a.jsonl", "sub/c.jsonl", ".hidden.jsonl", "_SUCCESS.jsonl"):
+            write_jsonl(tmp_path / name, [{"prompt": name}])
+
+        def names(path: str) -> list[str]:
+            return [file.name for file in discover(InputConfig(path=f"{tmp_path}{path}")).files]
+
+        assert names("") == names("/") == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+        assert names("/*.jsonl") == ["a.jsonl", "b.jsonl"]
+        assert names("/**/*.jsonl") == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+        assert names("/s*/[ac].jsonl") == ["sub/c.jsonl"]
+        assert names("/b.jsonl") == ["b.jsonl"]
+
+    def test_relative_paths_become_absolute(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write_jsonl(tmp_path / "a.jsonl", texts(1))
+        monkeypatch.chdir(tmp_path)
+        for path in ("a.jsonl", "./a.jsonl", "./*.jsonl", "."):
+            (file,) = discover(InputConfig(path=path)).files
+            assert (file.url, file.name) == (str(tmp_path / "a.jsonl"), "a.jsonl")
+
+    def test_columns_of_files_are_unified(self, tmp_path: Path) -> None:
+        pq.write_table(pa.table({"prompt": ["a"], "n": pa.array([1], pa.int32())}), tmp_path / "a.parquet")
+        pq.write_table(pa.table({"n": pa.array([2], pa.int64()), "extra": ["x"]}), tmp_path / "b.parquet")
+        assert rows_of(tmp_path) == [
+            {"prompt": "a", "n": 1, "extra": None, BROKEN_ROW: None},
+            {"prompt": None, "n": 2, "extra": "x", BROKEN_ROW: None},
+        ]
+
+    def test_fingerprint_changes_with_the_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.jsonl"
+        write_jsonl(path, texts(2))
+        before = discover(InputConfig(path=str(path))).files
+        assert discover(InputConfig(path=str(path))).files == before
+        write_jsonl(path, texts(3)[1:])
+        assert discover(InputConfig(path=str(path))).files[0].fingerprint != before[0].fingerprint
+
+    def test_a_file_that_shrank_is_noticed(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "a.jsonl", texts(5))
+        source = discover(InputConfig(path=str(tmp_path)))
+        (shard,) = plan_shards(source, 5)
+        write_jsonl(tmp_path / "a.jsonl", texts(4))
+        with pytest.raises(InputError, match="changed"):
+            read_shard(shard, source)
+        (tmp_path / "a.jsonl").unlink()
+        with pytest.raises(InputError, match="changed"):
+            read_shard(shard, source)
+
+
+class TestRefused:
+    def test_missing_file_names_the_nearest(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "train.jsonl", texts(1))
+        assert "did you mean train.jsonl?" in refused(tmp_path / "trian.jsonl")
+
+    def test_empty_glob_and_folder(self, tmp_path: Path) -> None:
+        assert "has no files" in refused(tmp_path / "*.jsonl")
+        assert "has no files" in refused(tmp_path)
+
+    def test_unknown_suffix_and_mixed_formats(self, tmp_path: Path) -> None:
+        (tmp_path / "a.txt").write_text("x")
+        assert ".parquet" in refused(tmp_path / "a.txt")
+        write_jsonl(tmp_path / "b.jsonl", texts(1))
+        assert "a.txt" in refused(tmp_path)
+        write_csv(tmp_path / "c.csv", texts(1))
+        assert "several formats" in refused(tmp_path / "[bc].*")
+
+    def test_no_rows(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text("\n \n")
+        assert "no rows" in refused(tmp_path / "a.jsonl")
+
+    @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.feather"])
+    def test_corrupt_file(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).write_bytes(b"ARROW1\0\0 not really")
+        assert f"{name}: not a readable" in refused(tmp_path / name)
+        WRITERS[name](tmp_path / name, texts(50))
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        assert name in refused(tmp_path / name)
+
+    @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.feather"])
+    def test_ray_extension_types(self, tmp_path: Path, name: str) -> None:
+        """What a file looks like that makes Ray unpickle code."""
+        metadata = {"ARROW:extension:name": "ray.data.arrow_pickled_object", "ARROW:extension:metadata": ""}
+        schema = pa.schema([pa.field("prompt", pa.large_binary(), metadata=metadata)])
+        table = pa.Table.from_arrays([pa.array([b"x"], pa.large_binary())], schema=schema)
+        if name == "a.parquet":
+            pq.write_table(table, tmp_path / name)
+        else:
+            make = pa.ipc.new_file if name == "a.feather" else pa.ipc.new_stream
+            with make(tmp_path / name, schema) as writer:
+                writer.write_table(table)
+        assert "ray.data" in refused(tmp_path / name)
+
+    def test_columns_without_a_common_type(self, tmp_path: Path) -> None:
+        pq.write_table(pa.table({"prompt": ["a"]}), tmp_path / "a.parquet")
+        pq.write_table(pa.table({"prompt": [[1]]}), tmp_path / "b.parquet")
+        assert "do not agree" in refused(tmp_path)
+
+    def test_column_names(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text("id,id\n1,2\n")
+        assert "every column once" in refused(tmp_path / "a.csv")
+        write_jsonl(tmp_path / "a.jsonl", [{BROKEN_ROW: "x"}])
+        assert BROKEN_ROW in refused(tmp_path / "a.jsonl")
+
+    def test_scheme_and_hub_name_that_lead_nowhere(self) -> None:
+        assert "s3://" in refused("https://example.org/a.jsonl")
+        assert "hub" in refused("nobody/no-such-dataset")
+
+
+class TestBrokenRows:
+    def test_broken_lines_are_rows(self, tmp_path: Path) -> None:
+        lines = [b'{"prompt": "a"}', b"{", b"\xff", b"[1]", b'{"prompt": "\\ud800"}', b'{"prompt": "b"}']
+        (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+        rows = rows_of(tmp_path / "a.jsonl", shard_rows=2)
+        assert [row["prompt"] for row in rows] == ["a", None, None, None, None, "b"]
+        reasons = [row[BROKEN_ROW] or "" for row in rows]
+        for reason, part in zip(reasons, ["", "JSON", "UTF-8", "list", "surrogates", ""], strict=True):
+            assert part in reason
+            assert bool(part) == bool(reason)
+
+    def test_blank_lines_are_no_rows_and_a_bom_is_no_text(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n  \n{"prompt": "b"}\n\n')
+        assert [row["prompt"] for row in rows_of(tmp_path / "a.jsonl", shard_rows=1)] == ["a", "b"]
+        (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbf"prompt"\r\na\r\n\r\nb\r\n')
+        assert [row["prompt"] for row in rows_of(tmp_path / "a.csv", shard_rows=1)] == ["a", "b"]
+
+    def test_csv_rows_with_too_few_fields_or_wrong_bytes(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_bytes(b"id,prompt\n1,a\n2\n3,\xff\n4,d\n")
+        rows = rows_of(tmp_path / "a.csv")
+        assert [bool(row[BROKEN_ROW]) for row in rows] == [False, True, True, False]
+        assert rows[2]["id"] == "3"
+
+    @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+    def test_invalid_utf8_in_a_string_column(self, tmp_path: Path, name: str) -> None:
+        offsets = pa.array([0, 2, 4, 6], pa.int32()).buffers()[1]
+        bad = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"ok\xff\xfeok")])
+        nested = pa.ListArray.from_arrays(pa.array([0, 1, 2, 3], pa.int32()), bad)
+        table = pa.table({"prompt": bad, "tags": nested})
+        if name == "a.parquet":
+            pq.write_table(table, tmp_path / name)
+        else:
+            with pa.ipc.new_stream(tmp_path / name, table.schema) as writer:
+                writer.write_table(table)
+        rows = rows_of(tmp_path / name)
+        assert [row["prompt"] for row in rows] == ["ok", "\ufffd\ufffd", "ok"]
+        assert [row["tags"] for row in rows] == [["ok"], None, ["ok"]]
+        assert "UTF-8" in rows[1][BROKEN_ROW]
+        assert rows[0][BROKEN_ROW] is rows[2][BROKEN_ROW] is None
+
+
+class TestJsonTypes:
+    def test_types_are_learnt_over_all_rows(self, tmp_path: Path) -> None:
+        """What appears late, in another shard or file, counts for all."""
+        late = MARK_ROWS + 100
+        rows = [
+            {"id": i, "score": 1 if i < late else 0.5, "tag": None if i < late else "t"}
+            for i in range(late + 1)
+        ]
+        write_jsonl(tmp_path / "a.jsonl", rows)
+        write_jsonl(tmp_path / "b.jsonl", [{"id": 0, "new": {"a": [1]}}])
+        read = rows_of(tmp_path)
+        assert read[0] == {"id": 0, "score": 1.0, "tag": None, "new": None, BROKEN_ROW: None}
+        assert read[-1]["new"] == {"a": [1]}
+
+    def test_values_without_a_common_type_are_json_text(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "a.jsonl", [{"x": 1}, {"x": "é"}, {"x": {"k": "é"}}, {}])
+        write_jsonl(tmp_path / "b.jsonl", [{"x": [True]}])
+        assert [row["x"] for row in rows_of(tmp_path)] == ["1", "é", '{"k": "é"}', None, "[true]"]
+
+    def test_objects_with_ever_new_keys_are_json_text(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "a.jsonl", [{"x": {f"k{i}": i}} for i in range(1000)])
+        assert rows_of(tmp_path)[7]["x"] == '{"k7": 7}'
+
+    def test_numbers_too_large_are_kept_as_text(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "a.jsonl", [{"x": 2**70}, {"x": 1}])
+        assert [row["x"] for row in rows_of(tmp_path)] == [str(2**70), "1"]
+
+
+REQUEST = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions"}
+
+
+class TestOpenai:
+    def rows(self, tmp_path: Path, *bodies: Any) -> Rows:
+        write_jsonl(tmp_path / "a.jsonl", [REQUEST | {"body": body} for body in bodies])
+        return rows_of(tmp_path / "a.jsonl", format="openai")
+
+    def test_messages_and_parameters(self, tmp_path: Path) -> None:
+        messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+        params = {"max_completion_tokens": 5, "top_p": 0.5, "stop": ["x"], "n": None}
+        (row,) = self.rows(
+            tmp_path, {"model": "m", "messages": messages, "logprobs": True, "top_logprobs": 2} | params
+        )
+        assert (row["custom_id"], row[BROKEN_ROW]) == ("a", None)
+        assert json.loads(row["messages"]) == messages
+        assert json.loads(row["sampling_params"]) == {
+            "max_tokens": 5,
+            "top_p": 0.5,
+            "stop": ["x"],
+            "logprobs": 2,
+        }
+
+    def test_what_is_not_done_is_not_ignored(self, tmp_path: Path) -> None:
+        body = {"messages": []}
+        format_json = {"response_format": {"type": "json_object"}}
+        rows = self.rows(tmp_path, body | {"presence_penalty": 0}, body | format_json, {"prompt": "x"}, "x")
+        assert rows[0][BROKEN_ROW] is None
+        assert "response_format" in rows[1][BROKEN_ROW]
+        assert "messages" in rows[2][BROKEN_ROW]
+        assert "messages" in rows[3][BROKEN_ROW]
+        write_jsonl(tmp_path / "a.jsonl", [REQUEST | {"url": "/v1/embeddings", "body": body}])
+        assert "/v1/embeddings" in rows_of(tmp_path / "a.jsonl", format="openai")[0][BROKEN_ROW]
+
+    def test_are_pointed_out_when_read_as_plain_lines(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "a.jsonl", [REQUEST | {"body": {"messages": []}}])
+        assert "input.format" in refused(tmp_path / "a.jsonl")
+        assert rows_of(tmp_path / "a.jsonl", format="jsonl")[0]["custom_id"] == "a"
+
+
+class TestSavedDatasets:
+    def test_folder_with_and_without_splits(self, tmp_path: Path) -> None:
+        import datasets
+
+        datasets.disable_progress_bars()
+        data = datasets.Dataset.from_list(texts(2500))
+        data.save_to_disk(str(tmp_path / "one"), num_shards=2)
+        assert [row["id"] for row in rows_of(tmp_path / "one")] == data["id"]
+        datasets.DatasetDict({"train": data, "test": data.select(range(3))}).save_to_disk(
+            str(tmp_path / "two")
+        )
+        assert len(rows_of(tmp_path / "two", split="test")) == 3
+        assert "train, test" in refused(tmp_path / "two", split="tset")
+
+    def test_other_folder_is_refused(self, tmp_path: Path) -> None:
+        assert "save_to_disk" in refused(tmp_path, format="datasets")
+
+
+def test_a_million_rows_are_planned_from_the_footer(tmp_path: Path) -> None:
+    table = pa.table({"prompt": pa.array([f"row {i}" for i in range(1_000_000)])})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=1_000_000)
+    tracemalloc.start()
+    began = time.monotonic()
+    source = discover(InputConfig(path=str(tmp_path / "a.parquet")))
+    shards = list(plan_shards(source, 256))
+    assert time.monotonic() - began < 5
+    assert tracemalloc.get_traced_memory()[1] < 10 << 20
+    tracemalloc.stop()
+    before = pa.total_allocated_bytes()
+    last = read_shard(shards[-1], source)
+    assert last["prompt"][-1].as_py() == "row 999999"
+    # A range of a large row group is streamed: what is kept is the range, not the group.
+    assert pa.total_allocated_bytes() - before < 4 << 20
+
+
+def test_every_configurable_format_has_a_reader() -> None:
+    choices = InputConfig.model_json_schema()["properties"]["format"]["anyOf"][0]["enum"]
+    assert set(choices) == set(FORMATS)
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    with s3_server() as url:
+        yield url
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_s3(tmp_path: Path, bucket: str, name: str) -> None:
+    rows = texts(MARK_ROWS + 10)
+    WRITERS[name](tmp_path / name, rows)
+    root = f"{bucket}/{name}-folder"
+    fs.copy_files(str(tmp_path), f"{bucket.removeprefix('s3://')}/{name}-folder", destination_filesystem=s3())
+    expected = [row | {BROKEN_ROW: None} for row in rows]
+    for path in (f"{root}/{name}", f"{root}/*.{name[2:]}", root, f"{root}/"):
+        assert [file.name for file in discover(InputConfig(path=path)).files] == [name]
+    assert rows_of(f"{root}/{name}") == expected
+    assert f"did you mean {name}?" in refused(f"{root}/{name}x")
+
+
+def s3() -> fs.FileSystem:
+    from rayskip.data.locate import filesystem
+
+    return filesystem("s3://any")[0]
+
+
+def test_s3_bucket_that_does_not_exist(bucket: str) -> None:
+    assert "no-such-bucket" in refused("s3://no-such-bucket/a.jsonl")
