@@ -89,6 +89,11 @@ def test_reason_of_a_broken_row_is_no_column() -> None:
     assert table(data=data).equals(table())
 
 
+def test_error_message_may_quote_what_is_no_utf8() -> None:
+    failed = Generation(10, 0, "error", error_type="invalid_sampling_params", error_message="\ud800: no key")
+    assert table(rows=[failed, bad(11)])["error_message"][0].as_py() == "\\ud800: no key"
+
+
 def test_a_lost_row_is_a_defect() -> None:
     with pytest.raises(ValueError, match="rows 10 to 12"):
         table(rows=[good(10)])

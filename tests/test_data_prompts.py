@@ -182,7 +182,14 @@ def test_row_parameters_go_over_the_jobs(own: Any) -> None:
 
 @pytest.mark.parametrize(
     ("own", "named"),
-    [({"temprature": 1}, "temprature"), ({"top_p": 3}, "top_p"), ("{", "JSON"), (5, "int"), ("[1]", "list")],
+    [
+        ({"temprature": 1}, "temprature"),
+        ('{"\\ud800": 1}', "unicode"),
+        ({"top_p": 3}, "top_p"),
+        ("{", "JSON"),
+        (5, "int"),
+        ("[1]", "list"),
+    ],
 )
 def test_bad_row_parameters_name_the_key(own: Any, named: str) -> None:
     with pytest.raises(RowError, match=named) as caught:

@@ -96,6 +96,9 @@ def _value(row: Generation, column: str, shard: Shard) -> Any:
         return shard.name
     if column == "logprobs":
         return None if row.logprobs is None else [_logprob(token) for token in row.logprobs]
+    if column == "error_message" and row.error_message is not None:
+        # It may quote what was wrong with the row, and that may be what no UTF-8 file can hold.
+        return row.error_message.encode(errors="backslashreplace").decode()
     return getattr(row, column)
 
 

@@ -111,13 +111,19 @@ def _fields(kind: pa.DataType) -> int:
 
 def _infer(rows: Sequence[Row]) -> pa.Schema:
     """Columns of rows, in order of first appearance."""
-    kinds = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        try:
-            kinds[name] = pa.infer_type([row.get(name) for row in rows])
-        except NO_FIT:
-            kinds[name] = pa.string()
-    return pa.schema(kinds.items())
+    names = dict.fromkeys(name for row in rows for name in row)
+    return pa.schema([(name, _kind([row.get(name) for row in rows])) for name in names])
+
+
+def _kind(values: Sequence[Any]) -> pa.DataType:
+    try:
+        kind = pa.infer_type(values)
+        pa.array(values, kind)  # inference does not look at the size of numbers
+    except UnicodeEncodeError:  # one bad text does not change the column, it breaks its row
+        return kind
+    except NO_FIT:
+        return pa.string()
+    return kind
 
 
 def _blocks(url: str) -> Iterator[tuple[int, list[bytes]]]:
