@@ -214,9 +214,15 @@ class TestRefused:
         pq.write_table(pa.table({"prompt": [[1]]}), tmp_path / "b.parquet")
         assert "do not agree" in refused(tmp_path)
 
+    def test_objects_without_keys(self, tmp_path: Path) -> None:
+        write_arrow_stream(tmp_path / "a.arrow", [{"prompt": "a", "meta": {"x": {}}}])
+        assert "column meta" in refused(tmp_path / "a.arrow")
+
     def test_column_names(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_text("id,id\n1,2\n")
         assert "every column once" in refused(tmp_path / "a.csv")
+        (tmp_path / "a.csv").write_bytes(b"id\xff,prompt\n1,2\n")
+        assert "UTF-8" in refused(tmp_path / "a.csv")
         write_jsonl(tmp_path / "a.jsonl", [{BROKEN_ROW: "x"}])
         assert BROKEN_ROW in refused(tmp_path / "a.jsonl")
 
@@ -227,14 +233,26 @@ class TestRefused:
 
 class TestBrokenRows:
     def test_broken_lines_are_rows(self, tmp_path: Path) -> None:
-        lines = [b'{"prompt": "a"}', b"{", b"\xff", b"[1]", b'{"prompt": "\\ud800"}', b'{"prompt": "b"}']
+        lines = [b'{"prompt": "a"}', b"{", b"\xff", b"[1]", b'{"prompt": "\\uD800"}', b'{"prompt": "b"}']
         (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
         rows = rows_of(tmp_path / "a.jsonl", shard_rows=2)
-        assert [row["prompt"] for row in rows] == ["a", None, None, None, None, "b"]
+        assert [row["prompt"] for row in rows] == ["a", None, None, None, "?", "b"]
         reasons = [row[BROKEN_ROW] or "" for row in rows]
         for reason, part in zip(reasons, ["", "JSON", "UTF-8", "list", "surrogates", ""], strict=True):
             assert part in reason
             assert bool(part) == bool(reason)
+
+    def test_half_a_surrogate_pair_breaks_its_row_alone(self, tmp_path: Path) -> None:
+        lines = [
+            '{"id": 1, "\\ud800": 2}',
+            '{"id": 2, "x": {"\\ud800": 3}}',
+            '{"id": 3, "x": {"y": "\\ud83d\\ude00"}}',
+        ]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines))
+        rows = rows_of(tmp_path / "a.jsonl")
+        assert [row["id"] for row in rows] == [1, 2, 3]
+        assert [bool(row[BROKEN_ROW]) for row in rows] == [True, True, False]
+        assert rows[2]["x"]["y"] == "\U0001f600"
 
     def test_blank_lines_are_no_rows_and_a_bom_is_no_text(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n  \n{"prompt": "b"}\n\n')
@@ -288,6 +306,12 @@ class TestJsonTypes:
     def test_objects_with_ever_new_keys_are_json_text(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "a.jsonl", [{"x": {f"k{i}": i}} for i in range(1000)])
         assert rows_of(tmp_path)[7]["x"] == '{"k7": 7}'
+
+    def test_objects_that_never_have_a_key_are_json_text(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "a.jsonl", [{"x": {}, "y": [{}], "z": {}}])
+        write_jsonl(tmp_path / "b.jsonl", [{"z": {"k": 1}}])
+        (row, _) = rows_of(tmp_path)
+        assert (row["x"], row["y"], row["z"]) == ("{}", "[{}]", {"k": None})
 
     def test_numbers_too_large_are_kept_as_text(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "a.jsonl", [{"x": 2**70}, {"x": 1}])

@@ -11,12 +11,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
 from rayskip.decode.randomness import uniform
 from rayskip.decode.sampling import Choice, Draw, choose
-from rayskip.engine.scheduler import Scheduler, StepPlan
+from rayskip.engine.scheduler import Chunk, Scheduler, StepPlan
 from rayskip.engine.sequence import Sequence
 from rayskip.engine.sizes import Sizes
 from rayskip.model.forward import Decoder, Group, TokenBatch
@@ -48,13 +49,14 @@ class Lane:
         self._reserve()
         for copy in plan.copies:
             self._cache.copy(copy.source, copy.target, copy.length)
-        batch = token_batch(plan, self._decoder.device)
+        chunks = sorted(plan.chunks, key=attention_shape)
+        batch = token_batch(chunks, self._decoder.device)
         logits = self._decoder.forward(batch, self._cache)
         middle = time.perf_counter()
-        last = [chunk.sequence for chunk in plan.chunks if chunk.last]
+        last = [chunk.sequence for chunk in chunks if chunk.last]
         choices = choose(logits, [_draw(row) for row in last]) if last else []
         stats = self._count(plan, len(batch.token_ids))
-        stats.seconds["decode" if plan.decoding == len(plan.chunks) else "prefill"] = middle - start
+        stats.seconds["prefill" if plan.prefills else "decode"] = middle - start
         stats.seconds["sample"] = time.perf_counter() - middle
         return StepResult(list(zip(last, choices, strict=True)), stats)
 
@@ -63,7 +65,9 @@ class Lane:
         running = self.scheduler.running
         length = max(row.reserved for row in running)
         fitting = max(self._sizes.cache_positions // length, 1)
-        self._cache.reserve(max(len(running), min(self._sizes.batch_rows, fitting)), length)
+        self._cache.reserve(
+            max(max(row.slot for row in running) + 1, min(self._sizes.batch_rows, fitting)), length
+        )
 
     def _count(self, plan: StepPlan, tokens: int) -> Stats:
         return Stats(
@@ -76,29 +80,33 @@ class Lane:
         )
 
 
-def token_batch(plan: StepPlan, device: torch.device) -> TokenBatch:
-    """A plan's chunks as packed tensors: the decoding rows are one group, every prefilling row its own."""
+def token_batch(chunks: list[Chunk], device: torch.device) -> TokenBatch:
+    """Chunks as packed tensors. Those of one width that read equally many key blocks attend as one group.
+
+    chunks: in the order of their groups, see `attention_shape`.
+    """
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     outputs: list[int] = []
     groups: list[Group] = []
-    if plan.decoding:
-        longest = max(chunk.stop for chunk in plan.chunks[: plan.decoding])
-        groups.append(Group(0, plan.decoding, 1, 0, key_blocks(longest)))
-    for number, chunk in enumerate(plan.chunks):
-        width = chunk.stop - chunk.start
-        if number >= plan.decoding:
-            groups.append(Group(len(ids), 1, width, chunk.sequence.slot, key_blocks(chunk.stop)))
-        ids += chunk.sequence.tokens(chunk.start, chunk.stop)
-        positions += range(chunk.start, chunk.stop)
-        slots += [chunk.sequence.slot] * width
-        if chunk.last:
-            outputs.append(len(ids) - 1)
+    for (width, keys), members in groupby(chunks, attention_shape):
+        start = len(ids)
+        for chunk in members:
+            ids += chunk.sequence.tokens(chunk.start, chunk.stop)
+            positions += range(chunk.start, chunk.stop)
+            slots += [chunk.sequence.slot] * width
+            if chunk.last:
+                outputs.append(len(ids) - 1)
+        groups.append(Group(start, width, torch.tensor(slots[start::width], device=device), keys))
     packed = torch.tensor([ids, positions, slots], device=device)
-    return TokenBatch(
-        packed[0], packed[1], packed[2], groups, torch.tensor(outputs, dtype=torch.long, device=device)
-    )
+    logits_of = torch.tensor(outputs, dtype=torch.long, device=device)
+    return TokenBatch(packed[0], packed[1], packed[2], groups, logits_of)
+
+
+def attention_shape(chunk: Chunk) -> tuple[int, int]:
+    """(tokens, key positions read): depends on nothing but the row itself."""
+    return chunk.stop - chunk.start, key_blocks(chunk.stop)
 
 
 def _draw(row: Sequence) -> Draw:

@@ -1,7 +1,6 @@
 """Which rows run in the next step, in which slots. Pure bookkeeping: no tensors, no I/O.
 
-Rows in flight fill slots 0..n-1 without holes: first the rows that decode, then those that still prefill, in
-order of arrival. A decode step is then one dense range of the cache.
+Every step takes one token of every row that decodes, and as many prompt tokens as still fit.
 """
 
 from __future__ import annotations
@@ -40,15 +39,19 @@ class Chunk:
 
 @dataclass
 class StepPlan:
-    """One step: first the copies, in order; then the chunks, in slot order, the first `decoding` of one token.
+    """One step: first the copies, in order; then the chunks.
 
     reused: prompt tokens that a copy spares.
     """
 
     copies: list[Copy] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
-    decoding: int = 0
     reused: int = 0
+
+    @property
+    def prefills(self) -> bool:
+        """Whether prompt tokens are among the chunks."""
+        return any(chunk.sequence.prefilling for chunk in self.chunks)
 
 
 class Scheduler:
@@ -66,30 +69,19 @@ class Scheduler:
         self.cache_positions = cache_positions
         self.waiting = waiting
         self.running: list[Sequence] = []
-        self._copies: list[Copy] = []
+        self._free = list(reversed(range(max_rows)))
 
     def retire(self, finished: set[int]) -> None:
-        """Take rows out by slot; rows from the end of the decoding range fill their places."""
-        decoding = [row for row in self.running if not row.prefilling]
-        kept: list[Sequence | None] = [None if row.slot in finished else row for row in decoding]
-        while None in kept:
-            last = kept.pop()
-            if last is not None:
-                kept[kept.index(None)] = last
-        prefilling = [row for row in self.running if row.prefilling and row.slot not in finished]
-        self.running = [row for row in kept if row is not None] + prefilling
-        for slot, row in enumerate(self.running):
-            if row.slot != slot:
-                self._copies.append(Copy(row.slot, slot, row.computed))
-                row.slot = slot
+        """Take rows out, by slot."""
+        self.running = [row for row in self.running if row.slot not in finished]
+        self._free += finished
 
     def schedule(self, share: int) -> StepPlan:
         """The next step: every decoding row, then as much prefill as the token budget allows.
 
         share: rows past which none is taken from the queue.
         """
-        plan = StepPlan(self._copies)
-        self._copies = []
+        plan = StepPlan()
         budget = self.max_tokens
         for row in self.running:
             budget -= self._extend(plan, row, budget)
@@ -100,14 +92,13 @@ class Scheduler:
             if shared >= ready + SHARED_PREFIX:
                 break  # its prefix is being computed in this very step: join in the next and copy it
             self.waiting.popleft()
-            row.slot = len(self.running)
+            row.slot = self._free.pop()
             self.running.append(row)
             if source is not None and ready >= SHARED_PREFIX:
                 row.computed = ready
                 plan.copies.append(Copy(source.slot, row.slot, ready))
                 plan.reused += ready
             budget -= self._extend(plan, row, budget)
-        plan.decoding = sum(1 for chunk in plan.chunks if not chunk.sequence.prefilling)
         return plan
 
     def _extend(self, plan: StepPlan, row: Sequence, budget: int) -> int:

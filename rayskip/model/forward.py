@@ -22,14 +22,19 @@ from rayskip.model.spec import Activation, Layer, Norm, Rope, Spec, Weights
 
 @dataclass(frozen=True)
 class Group:
-    """A run of the packed tokens: `rows` rows in slots [slot, slot + rows), `width` tokens of each,
-    row by row, starting at token `start`. They attend to the first `keys` positions of their slots."""
+    """A run of the packed tokens, beginning at token `start`: `width` tokens of each of some rows, row by row.
+
+    slots [rows]: where the rows' keys are; the first `keys` positions of each are read.
+    """
 
     start: int
-    rows: int
     width: int
-    slot: int
+    slots: Tensor
     keys: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.slots)
 
     @property
     def stop(self) -> int:
@@ -153,9 +158,7 @@ class Decoder:
         Queries of one key-value head are stacked, so that its keys are read once.
         """
         spec, group = self.spec, batch.groups[number]
-        rows = slice(group.slot, group.slot + group.rows)
-        keys = cache.keys[layer, rows, :, :, : group.keys]  # [rows, Hkv, D, T]
-        values = cache.values[layer, rows, :, : group.keys]  # [rows, Hkv, T, D]
+        keys, values = cache.read(layer, group.slots, group.keys)  # [rows, Hkv, D, T], [rows, Hkv, T, D]
         per_head = spec.heads // spec.kv_heads
         q = q.view(group.rows, group.width, spec.kv_heads, per_head, spec.head_dim).transpose(1, 2)
         q = q.reshape(group.rows, spec.kv_heads, group.width * per_head, spec.head_dim)

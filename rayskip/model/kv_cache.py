@@ -1,7 +1,7 @@
 """Keys and values of the rows in flight, in preallocated slots.
 
-Row r of a step lives in slot r: rows in flight are kept dense, so a decode step reads the cache in place,
-without gathering. Does not know which row is in which slot, or why one moves.
+Does not know which row is in which slot. Attention reads copies of exactly the positions it needs: a batched
+product of a slice would copy it just the same.
 
 Shapes: L layers, S slots, T positions per slot, Hkv key-value heads, D head dim, N tokens.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rayskip.model.spec import Spec
 
-KEY_BLOCK = 32
+KEY_BLOCK = 64
 """Attention reads key positions in multiples of this. A sum over fewer than 16 positions takes another
 kernel, with another order of addition; past one block, trailing masked positions change no bit."""
 
@@ -67,6 +67,11 @@ class KVCache:
         """Store keys, values [N, Hkv, D] of N tokens at slots [N], positions [N]."""
         self.keys[layer][slots, :, :, positions] = keys
         self.values[layer][slots, :, positions] = values
+
+    def read(self, layer: int, slots: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first `length` positions of slots [R]: keys [R, Hkv, D, length], values [R, Hkv, length, D]."""
+        keys = self.keys[layer, ..., :length].index_select(0, slots)
+        return keys, self.values[layer, :, :, :length].index_select(0, slots)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot to another, in every layer."""

@@ -59,7 +59,19 @@ def plain_schema(schema: pa.Schema, url: str) -> pa.Schema:
     twice = {name for name in schema.names if schema.names.count(name) > 1}
     if twice:
         raise InputError(f"{url}: has several columns named {', '.join(sorted(twice))}")
-    return pa.schema([(field.name, _plain_type(field.type)) for field in schema])
+    plain = pa.schema([(field.name, _plain_type(field.type)) for field in schema])
+    empty = [field.name for field in plain if keyless(field.type)]
+    if empty:
+        raise InputError(
+            f"{url}: the objects in column {empty[0]} have no keys, which Parquet cannot hold; drop it"
+        )
+    return plain
+
+
+def keyless(kind: pa.DataType) -> bool:
+    """Whether a type holds, somewhere, objects that never have a key. Parquet has no such type."""
+    children = [kind.field(index).type for index in range(kind.num_fields)]
+    return any(map(keyless, children)) if children else bool(pa.types.is_struct(kind))
 
 
 def _plain_type(kind: pa.DataType) -> pa.DataType:

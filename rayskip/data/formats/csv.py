@@ -50,7 +50,11 @@ def scan(url: str) -> Scan:
         raise InputError(f"{url}: not a readable CSV file, near row {count} ({first_line(error)})") from error
     if not header or len(set(header)) != len(header):
         raise InputError(f"{url}: the first line must name every column once, got {header}")
-    return Scan(count, pa.schema([(name, pa.string()) for name in header]), tuple(marks))
+    try:
+        schema = pa.schema([(name, pa.string()) for name in header])
+    except UnicodeEncodeError as error:
+        raise InputError(f"{url}: the first line, the columns' names, is not valid UTF-8") from error
+    return Scan(count, schema, tuple(marks))
 
 
 def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema) -> pa.Table:

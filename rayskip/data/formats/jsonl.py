@@ -1,7 +1,7 @@
 """JSON lines: one object per line, blank lines skipped.
 
 One pass learns the schema of all rows, so that no shard infers another. A column whose values have no common
-type, or whose objects have ever new keys, is text: what is no text in it is written as JSON.
+type, or whose objects have ever new keys or never any, is text: what is no text in it is written as JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rayskip.data.formats.base import (
     NO_FIT,
     Format,
     Scan,
+    keyless,
     read_lines,
     table_of,
     unify,
@@ -72,19 +73,37 @@ def count(url: str) -> tuple[int, tuple[int, ...]]:
 
 
 def parse(line: bytes) -> tuple[Row, str | None]:
-    """The line's object; or an empty one and why there is none."""
+    """The line's object, and why it is broken if it is; what is no object gives an empty one."""
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
         return {}, f"not valid UTF-8 at byte {error.start} of the line"
     except (ValueError, RecursionError) as error:
         return {}, f"not valid JSON: {error}"
-    return (value, None) if isinstance(value, dict) else ({}, f"not a JSON object but {type(value).__name__}")
+    if not isinstance(value, dict):
+        return {}, f"not a JSON object but {type(value).__name__}"
+    return _encodable(value) if b"\\ud" in line.lower() else (value, None)
+
+
+def _encodable(row: Row) -> tuple[Row, str | None]:
+    """The row; or, when an escape in it is half a surrogate pair, one with "?" in its place, and the fault."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return json.loads(text.encode(errors="replace")), f"text that is not valid Unicode: {error.reason}"
+    return row, None
 
 
 def as_text(value: Any) -> str | None:
     """A text or null as it is, anything else as JSON."""
     return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def unify_files(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """The job's schema. Objects that never have a key are text, as Parquet cannot hold them."""
+    found = unify_loosely(schemas)
+    return pa.schema([(field.name, pa.string() if keyless(field.type) else field.type) for field in found])
 
 
 def unify_loosely(schemas: Sequence[pa.Schema]) -> pa.Schema:
@@ -119,8 +138,6 @@ def _kind(values: Sequence[Any]) -> pa.DataType:
     try:
         kind = pa.infer_type(values)
         pa.array(values, kind)  # inference does not look at the size of numbers
-    except UnicodeEncodeError:  # one bad text does not change the column, it breaks its row
-        return kind
     except NO_FIT:
         return pa.string()
     return kind
@@ -141,4 +158,4 @@ def _numbered(url: str, offset: int) -> Iterator[tuple[int, bytes]]:
         offset += len(line)
 
 
-FORMAT = Format(scan, read, unify_loosely)
+FORMAT = Format(scan, read, unify_files)
