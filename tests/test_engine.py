@@ -1,0 +1,134 @@
+"""The engine on the embedded model: parity with transformers, batch invariance, sampling, stopping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rayskip.config import EngineConfig, ModelConfig, SamplingParams
+from rayskip.config_file import load_config
+from rayskip.data.prompts import PromptBuilder, row_key
+from rayskip.data.records import Generation, Prompt
+from rayskip.data.sources import discover, plan_shards, read_shard
+from rayskip.engine import Engine
+from rayskip.errors import RowError
+
+ROOT = Path(__file__).parent.parent
+GREEDY = SamplingParams(max_tokens=24)
+
+
+def _engine(folder: Path, dtype: str, **sizes: int) -> Engine:
+    return Engine.load(ModelConfig(path=str(folder), dtype=dtype), EngineConfig(**sizes))
+
+
+def _tickets(engine: Engine, rows: int) -> list[list[int]]:
+    """Token ids of the first rows of the shipped dataset, through its own config."""
+    config = load_config(
+        ROOT / "configs/quickstart.yaml", [f"input.path={ROOT}/configs/data/quickstart.jsonl"]
+    )
+    source = discover(config.input)
+    builder = PromptBuilder(config.input, config.sampling, engine.tokenizer, engine.max_model_len)
+    shard = next(iter(plan_shards(source, rows)))
+    table = read_shard(shard, source).to_pylist()
+    return [builder.build(row, index, shard.name).token_ids for index, row in enumerate(table)]
+
+
+def _tokens(generations: Sequence[Sequence[Generation]]) -> list[list[list[int] | None]]:
+    return [[sample.token_ids for sample in samples] for samples in generations]
+
+
+def test_float32_greedy_tokens_equal_transformers_on_64_prompts(smollm2: Path) -> None:
+    engine = _engine(smollm2, "float32", max_batch_rows=16)
+    prompts = _tickets(engine, 64)
+    peer = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
+
+    ours = engine.generate(prompts, GREEDY)
+
+    for prompt, (generation,) in zip(prompts, ours, strict=True):
+        with torch.inference_mode():
+            theirs = peer.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+        assert generation.token_ids == theirs[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="module")
+def alone(smollm2: Path) -> tuple[list[list[int]], list[list[list[int] | None]]]:
+    """Prompts, and what each generates in bfloat16 with one row at a time and no prefix to share."""
+    engine = _engine(smollm2, "bfloat16", max_batch_rows=1)
+    prompts = _tickets(engine, 24)
+    return prompts, _tokens([engine.generate([prompt], GREEDY)[0] for prompt in prompts])
+
+
+@pytest.mark.parametrize("sizes", [{"max_batch_rows": 5, "max_batch_tokens": 16}, {"max_batch_rows": 24}])
+def test_tokens_do_not_depend_on_the_batch(
+    smollm2: Path,
+    alone: tuple[list[list[int]], list[list[list[int] | None]]],
+    sizes: dict[str, int],
+) -> None:
+    prompts, expected = alone
+    engine = _engine(smollm2, "bfloat16", **sizes)
+    if not engine.info["batch_invariant"]:
+        pytest.skip("this machine's kernels are not batch-invariant; the report says so")
+    assert _tokens(engine.generate(prompts[::-1], GREEDY))[::-1] == expected
+    assert engine.take_stats().prefix_tokens > 0
+
+
+def test_samples_depend_on_seed_row_and_sample_alone(smollm2: Path) -> None:
+    engine = _engine(smollm2, "bfloat16", max_batch_rows=8)
+    ids = _tickets(engine, 6)
+    params = SamplingParams(max_tokens=12, temperature=0.9, top_p=0.95, n=3, seed=7)
+
+    def run(order: Sequence[int]) -> dict[int, list[list[int] | None]]:
+        for row in order:
+            engine.add(Prompt(row, ids[row], params, row_key(7, "rows", row)))
+        return {
+            done.generations[0].row_index: [sample.token_ids for sample in done.generations]
+            for done in engine.run()
+        }
+
+    first, again = run(range(6)), run([3, 5, 0, 1, 4, 2])
+    assert first == again
+    assert all(len(samples) == 3 for samples in first.values())
+    assert len({str(sample) for samples in first.values() for sample in samples}) > 12
+
+
+def test_stop_strings_end_the_text_before_them(smollm2: Path) -> None:
+    engine = _engine(smollm2, "bfloat16", max_batch_rows=2)
+    messages = [{"role": "user", "content": "Count from one to ten in digits."}]
+    ((whole,),) = engine.generate([messages], SamplingParams(max_tokens=40))
+    assert whole.text is not None
+    word = whole.text.split()[3]
+    ((cut,),) = engine.generate([messages], SamplingParams(max_tokens=40, stop=(word,)))
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole.text[: whole.text.index(word)]
+    assert cut.completion_tokens < whole.completion_tokens
+
+
+def test_end_tokens_lengths_and_logprobs(smollm2: Path) -> None:
+    engine = _engine(smollm2, "bfloat16", max_batch_rows=2)
+    messages = [{"role": "user", "content": "Say yes."}]
+    ((ended,),) = engine.generate([messages], SamplingParams(max_tokens=200, logprobs=2))
+    assert ended.finish_reason == "stop"
+    assert ended.token_ids is not None
+    assert ended.token_ids[-1] in engine.decoder.spec.eos_token_ids
+    assert ended.logprobs is not None
+    assert [entry.token_id for entry in ended.logprobs] == ended.token_ids
+    assert all(entry.logprob == entry.top[0][1] <= 0 for entry in ended.logprobs)
+    ((longer,),) = engine.generate(
+        [messages], SamplingParams(max_tokens=ended.completion_tokens + 3, ignore_eos=True)
+    )
+    assert longer.finish_reason == "length"
+    assert longer.completion_tokens == ended.completion_tokens + 3
+
+
+def test_rows_that_cannot_run_are_refused_by_kind(smollm2: Path) -> None:
+    engine = _engine(smollm2, "bfloat16", max_batch_rows=1, max_model_len=32)
+    for ids, kind in (([], "empty_prompt"), ([5] * 32, "prompt_too_long"), ([50_000], "bad_token_id")):
+        with pytest.raises(RowError) as refused:
+            engine.add(Prompt(0, ids, GREEDY, 0))
+        assert refused.value.kind == kind
+    ((full,),) = engine.generate([[5] * 30], SamplingParams(max_tokens=10, ignore_eos=True))
+    assert (full.finish_reason, full.completion_tokens) == ("length", 2)

@@ -1,0 +1,82 @@
+"""Sampling against its definition: a statistic, and hand-made logits."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import torch
+from scipy.stats import chisquare
+
+from rayskip.config import SamplingParams
+from rayskip.decode.randomness import uniform
+from rayskip.decode.sampling import Draw, choose
+
+LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, -3.0])
+
+
+def _draws(params: SamplingParams, rows: int) -> list[Draw]:
+    return [Draw(params, uniform(row, 0, 0), ()) for row in range(rows)]
+
+
+def _counts(params: SamplingParams, rows: int = 6000) -> Counter[int | None]:
+    return Counter(choice.token_id for choice in choose(LOGITS.expand(rows, -1), _draws(params, rows)))
+
+
+def _follows(counts: Counter[int | None], weights: dict[int, float]) -> bool:
+    """Whether the counts could come from these weights (chi-square, 0.1%)."""
+    total, rows = sum(weights.values()), sum(counts.values())
+    if set(counts) - set(weights):
+        return False
+    observed = [counts[token] for token in weights]
+    return bool(chisquare(observed, [rows * weight / total for weight in weights.values()]).pvalue > 1e-3)
+
+
+def _probs(temperature: float = 1.0) -> dict[int, float]:
+    return {token: math.exp(logit / temperature) for token, logit in enumerate(LOGITS.tolist())}
+
+
+def test_plain_sampling_follows_the_softmax() -> None:
+    assert _follows(_counts(SamplingParams(temperature=1)), _probs())
+    assert _follows(_counts(SamplingParams(temperature=0.5)), _probs(0.5))
+    assert not _follows(_counts(SamplingParams(temperature=0.5)), _probs())
+
+
+def test_truncation_keeps_what_it_should() -> None:
+    probs = _probs()
+    assert _follows(_counts(SamplingParams(temperature=1, top_k=2)), {t: probs[t] for t in (0, 4)})
+    assert _follows(_counts(SamplingParams(temperature=1, top_p=0.7)), {t: probs[t] for t in (0, 4)})
+    assert _follows(_counts(SamplingParams(temperature=1, min_p=0.3)), {t: probs[t] for t in (0, 1, 4)})
+    # top-p reads what top-k left: 0.62 of {0, 4}, so the first alone passes 0.6
+    assert set(_counts(SamplingParams(temperature=1, top_k=2, top_p=0.6))) == {0}
+
+
+def test_greedy_penalty_and_broken_logits() -> None:
+    assert set(_counts(SamplingParams(), rows=3)) == {0}
+    penalised = Draw(SamplingParams(repetition_penalty=1.5), 0.0, (0, 3))
+    assert choose(LOGITS[None], [penalised])[0].token_id == 4
+    broken = LOGITS.clone()
+    broken[2] = math.nan
+    assert choose(broken[None], _draws(SamplingParams(), 1))[0].token_id is None
+
+
+def test_a_row_is_chosen_alone() -> None:
+    kinds = [
+        SamplingParams(),
+        SamplingParams(temperature=0.7, top_k=3),
+        SamplingParams(temperature=1.3, top_p=0.9),
+        SamplingParams(temperature=1, min_p=0.05, repetition_penalty=1.2, logprobs=2),
+    ]
+    draws = [Draw(kinds[row % 4], uniform(row, 1, 5), (1, 2)) for row in range(40)]
+    logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    together = choose(logits, draws)
+    assert together == [choose(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)]
+
+
+def test_uniforms_are_uniform_and_independent_of_order() -> None:
+    values = [
+        uniform(key, sample, position) for key in range(20) for sample in range(5) for position in range(40)
+    ]
+    assert all(0 <= value < 1 for value in values)
+    assert len(set(values)) == len(values)
+    assert chisquare(list(Counter(int(value * 16) for value in values).values())).pvalue > 1e-3
