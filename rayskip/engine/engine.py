@@ -222,7 +222,8 @@ class Engine:
                 chunk.sequence.computed = chunk.stop
             ended = [row for row, choice in result.choices if self._advance(row, choice)]
             lane.scheduler.retire({row.slot for row in ended})
-            completions = [done for row in ended if (done := self._complete(row))]
+            requests = dict.fromkeys(row.request_id for row in ended)
+            completions = [done for request_id in requests if (done := self._complete(request_id))]
         yield from completions
 
     def _advance(self, row: Sequence, choice: Choice) -> bool:
@@ -254,13 +255,13 @@ class Engine:
             error_message=error[1],
         )
 
-    def _complete(self, row: Sequence) -> Completion | None:
+    def _complete(self, request_id: int) -> Completion | None:
         """The request's completion once its last sample has ended."""
-        request = self._requests[row.request_id]
+        request = self._requests[request_id]
         if len(request.samples) < request.prompt.params.n:
             return None
-        del self._requests[row.request_id]
-        return Completion(row.request_id, [request.samples[sample] for sample in sorted(request.samples)])
+        del self._requests[request_id]
+        return Completion(request_id, [request.samples[sample] for sample in sorted(request.samples)])
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
