@@ -35,7 +35,7 @@ clean:  ## Remove the environment, the private uv and all output
 	rm -rf .venv .tools out
 
 $(SYNCED): pyproject.toml uv.lock $(filter .tools/bin/uv,$(UV))
-	$(UV) sync --frozen
+	$(UV) sync --frozen --compile-bytecode
 	touch $@
 
 .tools/bin/uv:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from rayskip.errors import RowError
 
 ROOT = Path(__file__).parent.parent
 GREEDY = SamplingParams(max_tokens=24)
+PEER_BATCH = 16
 
 
 def _engine(folder: Path, dtype: str, **sizes: int) -> Engine:
@@ -48,10 +50,21 @@ def test_float32_greedy_tokens_equal_transformers_on_64_prompts(smollm2: Path) -
 
     ours = engine.generate(prompts, GREEDY)
 
-    for prompt, (generation,) in zip(prompts, ours, strict=True):
-        with torch.inference_mode():
-            theirs = peer.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
-        assert generation.token_ids == theirs[0, len(prompt) :].tolist()
+    for start in range(0, len(prompts), PEER_BATCH):
+        part = prompts[start : start + PEER_BATCH]
+        for theirs, (generation,) in zip(_generate(peer, part), ours[start:], strict=False):
+            assert generation.token_ids == theirs
+
+
+def _generate(peer: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """transformers' greedy token ids up to the end token, prompts padded on the left."""
+    length, end = max(map(len, prompts)), peer.generation_config.eos_token_id
+    ids = torch.tensor([[end] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    with torch.inference_mode():
+        out = peer.generate(ids, attention_mask=mask, max_new_tokens=GREEDY.max_tokens, do_sample=False)
+    new = out[:, length:].tolist()
+    return [row[: row.index(end) + 1] if end in row else row for row in new]
 
 
 @pytest.fixture(scope="module")

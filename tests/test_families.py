@@ -22,15 +22,17 @@ from transformers import (
     Qwen3Config,
 )
 
-from rayskip.config import EngineConfig, ModelConfig, SamplingParams
+from rayskip.config import EngineConfig, SamplingParams
 from rayskip.engine import Engine
 from rayskip.errors import ModelError
 from rayskip.model.checkpoint import load
 from rayskip.model.families import FAMILIES
+from rayskip.model.forward import Decoder
+from rayskip.model.ops import Ops
 
 SIZES: dict[str, Any] = {
     "vocab_size": 199,
-    "hidden_size": 48,
+    "hidden_size": 96,
     "intermediate_size": 80,
     "num_hidden_layers": 4,
     "num_attention_heads": 6,
@@ -61,20 +63,20 @@ OPT_SIZES = {
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
     "llama-scaled-rope": LlamaConfig(**SIZES, rope_parameters=ROPE_LLAMA3, tie_word_embeddings=True),
-    "mistral": MistralConfig(**SIZES, sliding_window=8, head_dim=8),
+    "mistral": MistralConfig(**SIZES, sliding_window=8, head_dim=32),
     "qwen2": Qwen2Config(**SIZES),
     "qwen2-windows": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=2),
-    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "qwen3": Qwen3Config(**SIZES, head_dim=48),
     "gemma2": Gemma2Config(
-        **SIZES, head_dim=8, sliding_window=8, layer_types=WINDOWS, query_pre_attn_scalar=12
+        **SIZES, head_dim=32, sliding_window=8, layer_types=WINDOWS, query_pre_attn_scalar=12
     ),
     "gemma3_text": Gemma3TextConfig(
-        **SIZES, head_dim=8, sliding_window=8, layer_types=WINDOWS, query_pre_attn_scalar=12
+        **SIZES, head_dim=32, sliding_window=8, layer_types=WINDOWS, query_pre_attn_scalar=12
     ),
     "gemma3": Gemma3Config(
         text_config={
             **SIZES,
-            "head_dim": 8,
+            "head_dim": 32,
             "sliding_window": 8,
             "layer_types": WINDOWS,
             "query_pre_attn_scalar": 12,
@@ -98,7 +100,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "gpt_neox": GPTNeoXConfig(**PLAIN, rotary_pct=0.5),
     "gpt_neox-sequential": GPTNeoXConfig(**PLAIN, use_parallel_residual=False),
-    "opt": OPTConfig(**OPT_SIZES, word_embed_proj_dim=48),
+    "opt": OPTConfig(**OPT_SIZES, word_embed_proj_dim=96),
 }
 PROMPT_LENGTHS = (1, 5, 17, 33, 40)
 NEW_TOKENS = 24
@@ -131,13 +133,17 @@ def test_reference_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(reference_logits(spec, weights, token_ids), expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("ops", ["native", "torch"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
+def test_greedy_tokens_equal_transformers(name: str, ops: str, tmp_path: Path) -> None:
     peer = _peer(CONFIGS[name])
     peer.save_pretrained(tmp_path)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 190, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
-    engine = Engine.load(ModelConfig(path=str(tmp_path), dtype="float32"), EngineConfig(max_batch_rows=4))
+    spec, weights = load(tmp_path, torch.float32, torch.device("cpu"))
+    decoder = Decoder(spec, weights, Ops(spec) if ops == "torch" else None)
+    assert decoder.ops.name == ops
+    engine = Engine(decoder, engine=EngineConfig(max_batch_rows=4))
     params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=3)
 
     ours = engine.generate(prompts, params)
@@ -162,8 +168,8 @@ def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
-        (OPTConfig(**OPT_SIZES, word_embed_proj_dim=24), "word_embed_proj_dim"),
-        (OPTConfig(**OPT_SIZES, word_embed_proj_dim=48, do_layer_norm_before=False), "norms after"),
+        (OPTConfig(**OPT_SIZES, word_embed_proj_dim=48), "word_embed_proj_dim"),
+        (OPTConfig(**OPT_SIZES, word_embed_proj_dim=96, do_layer_norm_before=False), "norms after"),
         (LlamaConfig(**SIZES, hidden_act="tanh"), "activation 'tanh'"),
         (LlamaConfig(**SIZES, rope_parameters=ROPE_DYNAMIC), "rope_type 'dynamic'"),
     ],

@@ -28,9 +28,9 @@ from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sequence import Sequence
 from rayskip.engine.sizes import choose_sizes
 from rayskip.errors import RowError
-from rayskip.model.attention import is_batch_invariant
 from rayskip.model.checkpoint import load, resolve
 from rayskip.model.forward import Decoder
+from rayskip.model.invariance import is_batch_invariant
 from rayskip.model.kv_cache import key_blocks
 from rayskip.stats import Stats
 
@@ -87,6 +87,7 @@ class Engine:
             initargs=(self.sizes.threads_per_lane,),
         )
         self._steps: dict[Future[StepResult], tuple[Lane, StepPlan]] = {}
+        self._batch_invariant = is_batch_invariant(decoder)
         self._stopper = Stopper(tokenizer, decoder.spec.eos_token_ids)
         self._requests: dict[int, _Request] = {}
         self._next_id = 0
@@ -114,14 +115,15 @@ class Engine:
     @property
     def info(self) -> dict[str, Any]:
         """Facts of the running engine, for reports: device, dtype, sizes, what batch invariance rests on."""
-        spec, dtype, device = self.decoder.spec, self.decoder.dtype, self.decoder.device
+        decoder = self.decoder
         return {
-            "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(decoder.device),
+            "dtype": str(decoder.dtype).removeprefix("torch."),
+            "ops": decoder.ops.name,
             "max_model_len": self.max_model_len,
             **dataclasses.asdict(self.sizes),
-            "row_rule": dataclasses.asdict(self.decoder.row_rule),
-            "batch_invariant": is_batch_invariant(spec, dtype, device),
+            "row_rule": dataclasses.asdict(decoder.row_rule),
+            "batch_invariant": self._batch_invariant,
         }
 
     @property

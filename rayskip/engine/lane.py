@@ -20,8 +20,9 @@ from rayskip.decode.sampling import Choice, Draw, choose
 from rayskip.engine.scheduler import Chunk, Scheduler, StepPlan
 from rayskip.engine.sequence import Sequence
 from rayskip.engine.sizes import Sizes
-from rayskip.model.forward import Decoder, Group, TokenBatch
+from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import key_blocks
+from rayskip.model.ops import Group, TokenBatch
 from rayskip.stats import Stats
 
 

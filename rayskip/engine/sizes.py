@@ -9,8 +9,9 @@ import torch
 
 from rayskip.config import EngineConfig
 from rayskip.engine.memory import free_bytes
-from rayskip.model.forward import Decoder, Group, TokenBatch
+from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KEY_BLOCK, KVCache
+from rayskip.model.ops import Group, TokenBatch
 
 CANDIDATES = (32, 64, 128, 256)
 WORTH = 1.1

@@ -1,7 +1,6 @@
 """Keys and values of the rows in flight, in preallocated slots.
 
-Does not know which row is in which slot. Attention reads copies of exactly the positions it needs: a batched
-product of a slice would copy it just the same.
+Does not know which row is in which slot.
 
 Shapes: L layers, S slots, T positions per slot, Hkv key-value heads, D head dim, N tokens.
 """
@@ -14,8 +13,8 @@ from torch import Tensor
 from rayskip.model.spec import Spec
 
 KEY_BLOCK = 64
-"""Attention reads key positions in multiples of this. A sum over fewer than 16 positions takes another
-kernel, with another order of addition; past one block, trailing masked positions change no bit."""
+"""Attention reads key positions in multiples of this. In torch, a sum over fewer than 16 positions takes
+another kernel, with another order of addition; past one block, trailing masked positions change no bit."""
 
 
 def key_blocks(length: int) -> int:
@@ -26,15 +25,13 @@ def key_blocks(length: int) -> int:
 class KVCache:
     """Grows to what the rows in flight need; never shrinks.
 
-    keys [L, S, Hkv, D, T] (transposed, so that q @ keys needs no repacking), values [L, S, Hkv, T, D].
+    keys, values [L, S, Hkv, T, D].
     Positions past a row's length hold stale but finite numbers; attention masks them.
     """
 
     def __init__(self, spec: Spec, layers: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._shape = (layers, spec.kv_heads, spec.head_dim)
-        self._options = {"dtype": dtype, "device": device}
-        self.keys = torch.zeros(layers, 0, spec.kv_heads, spec.head_dim, 0, dtype=dtype, device=device)
-        self.values = torch.zeros(layers, 0, spec.kv_heads, 0, spec.head_dim, dtype=dtype, device=device)
+        self.keys = torch.zeros(layers, 0, spec.kv_heads, 0, spec.head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
 
     @staticmethod
     def bytes_per_position(spec: Spec, layers: int, dtype: torch.dtype) -> int:
@@ -47,33 +44,33 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        return self.keys.shape[-1]
+        return self.keys.shape[3]
 
     def reserve(self, slots: int, length: int) -> None:
         """Make room for `slots` rows of `length` positions; what is stored stays."""
         slots, length = max(slots, self.slots), max(key_blocks(length), self.length)
         if (slots, length) == (self.slots, self.length):
             return
-        layers, heads, dim = self._shape
-        keys = torch.zeros(layers, slots, heads, dim, length, dtype=self.keys.dtype, device=self.keys.device)
-        values = torch.zeros(
-            layers, slots, heads, length, dim, dtype=self.keys.dtype, device=self.keys.device
-        )
-        keys[:, : self.slots, :, :, : self.length] = self.keys
-        values[:, : self.slots, :, : self.length] = self.values
-        self.keys, self.values = keys, values
+        self.keys, self.values = (_enlarged(stored, slots, length) for stored in (self.keys, self.values))
 
     def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys, values [N, Hkv, D] of N tokens at slots [N], positions [N]."""
-        self.keys[layer][slots, :, :, positions] = keys
+        self.keys[layer][slots, :, positions] = keys
         self.values[layer][slots, :, positions] = values
 
     def read(self, layer: int, slots: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The first `length` positions of slots [R]: keys [R, Hkv, D, length], values [R, Hkv, length, D]."""
-        keys = self.keys[layer, ..., :length].index_select(0, slots)
+        """Copies of the first `length` positions of slots [R]: keys, values [R, Hkv, length, D]."""
+        keys = self.keys[layer, :, :, :length].index_select(0, slots)
         return keys, self.values[layer, :, :, :length].index_select(0, slots)
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot to another, in every layer."""
-        self.keys[:, target, :, :, :length] = self.keys[:, source, :, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
+        for stored in (self.keys, self.values):
+            stored[:, target, :, :length] = stored[:, source, :, :length]
+
+
+def _enlarged(stored: Tensor, slots: int, length: int) -> Tensor:
+    layers, old_slots, heads, old_length, dim = stored.shape
+    larger = stored.new_zeros(layers, slots, heads, length, dim)
+    larger[:, :old_slots, :, :old_length] = stored
+    return larger

@@ -1,0 +1,189 @@
+"""What a decoder computes between its matrix products, in plain torch: norms, activations, attention.
+
+Runs on every device, and is what the native CPU kernels (native.py) are checked against. Attention reads keys
+in groups of rows of one shape, see `Group`.
+
+Shapes: N tokens, d hidden, Hq = Hkv * G query heads, D head dim, T key positions read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rayskip.model.kv_cache import KVCache
+from rayskip.model.spec import Activation, Norm, Rope, Spec
+
+
+@dataclass(frozen=True)
+class Group:
+    """A run of the packed tokens, beginning at token `start`: `width` tokens of each of some rows, row by row.
+
+    slots [rows]: where the rows' keys are; the first `keys` positions of each are read.
+    """
+
+    start: int
+    width: int
+    slots: Tensor
+    keys: int
+
+    @property
+    def rows(self) -> int:
+        return len(self.slots)
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.rows * self.width
+
+
+@dataclass
+class TokenBatch:
+    """Packed tokens of one step: ids, positions and slots [N], the groups that cover them in order,
+    and the tokens whose logits are wanted (indices [R])."""
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    groups: list[Group]
+    outputs: Tensor
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    def mask(self, index: int, window: int | None, heads: int, dtype: torch.dtype) -> Tensor:
+        """0 where a query may look, -inf elsewhere: [rows, 1, width * heads, T]; made once per step."""
+        if (index, window) not in self._masks:
+            group = self.groups[index]
+            positions = self.positions[group.start : group.stop].view(group.rows, group.width)
+            self._masks[index, window] = causal_mask(
+                positions.repeat_interleave(heads, dim=1), group.keys, window, dtype
+            )
+        return self._masks[index, window]
+
+
+class Ops:
+    """The operations of one decoder. Holds no state between calls. Tokens lie one after another in every tensor;
+    a token's own elements are contiguous."""
+
+    name = "torch"
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+        """x + branch, and that normalised; all [N, d]. May write into x."""
+        if branch is not None:
+            x = x + branch
+        return x, normalise(x, norm)
+
+    def gate(self, up: Tensor) -> Tensor:
+        """The feed-forward's non-linearity: gate and up side by side [N, 2f] (or up alone [N, f]) -> [N, f]."""
+        if not self.spec.gated:
+            return activate(up, self.spec.activation)
+        gate, up = up.chunk(2, dim=-1)
+        return activate(gate, self.spec.activation) * up
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: Rope | None,
+        layer: int,
+        window: int | None,
+        batch: TokenBatch,
+        cache: KVCache,
+    ) -> Tensor:
+        """Turn q [N, Hq, D] and k [N, Hkv, D], store k and v [N, Hkv, D] in the cache, attend: [N, Hq * D].
+
+        May write into q and k. window: see `Layer`.
+        """
+        if rope is not None:
+            cos, sin = rope.cos[batch.positions].unsqueeze(1), rope.sin[batch.positions].unsqueeze(1)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        cache.write(layer, batch.slots, batch.positions, k, v)
+        q = q * self.spec.scale
+        parts = [
+            self._attend_group(q[group.start : group.stop], layer, window, batch, index, cache)
+            for index, group in enumerate(batch.groups)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _attend_group(
+        self, q: Tensor, layer: int, window: int | None, batch: TokenBatch, index: int, cache: KVCache
+    ) -> Tensor:
+        """q [rows * width, Hq, D] of one group -> [rows * width, Hq * D].
+
+        Queries of one key-value head are stacked, so that its keys are read once.
+        """
+        spec, group = self.spec, batch.groups[index]
+        keys, values = cache.read(layer, group.slots, group.keys)  # [rows, Hkv, T, D]
+        per_head = spec.heads // spec.kv_heads
+        q = q.view(group.rows, group.width, spec.kv_heads, per_head, spec.head_dim).transpose(1, 2)
+        q = q.reshape(group.rows, spec.kv_heads, group.width * per_head, spec.head_dim)
+        mask = batch.mask(index, window, per_head, q.dtype)
+        out = attend(q, keys, values, mask, spec.attn_softcap)  # [rows, Hkv, width * G, D]
+        out = out.view(group.rows, spec.kv_heads, group.width, per_head, spec.head_dim).transpose(1, 2)
+        return out.reshape(group.rows * group.width, spec.heads * spec.head_dim)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float | None) -> Tensor:
+    """q [R, Hkv, M, D] (already scaled), keys and values [R, Hkv, T, D] -> [R, Hkv, M, D].
+
+    mask: 0 or -inf, broadcast over heads, [R, 1, M, T]; cap: softcap on the scores (Gemma 2).
+    """
+    scores = torch.matmul(q, keys.transpose(2, 3))
+    if cap is not None:
+        scores = softcap(scores, cap)
+    share = torch.softmax(scores + mask, dim=-1, dtype=torch.float32)
+    return torch.matmul(share.to(values.dtype), values)
+
+
+def causal_mask(positions: Tensor, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """0 where a query may look, -inf elsewhere; positions [R, M] of the queries -> [R, 1, M, keys]."""
+    query = positions.unsqueeze(-1)
+    key = torch.arange(keys, device=positions.device)
+    hidden = key > query
+    if window is not None:
+        hidden |= key <= query - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=positions.device).masked_fill_(hidden, -torch.inf)
+    return mask.unsqueeze(1)
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap): Gemma 2's bound on scores and logits."""
+    return torch.tanh(x / cap) * cap
+
+
+def normalise(x: Tensor, norm: Norm) -> Tensor:
+    """RMSNorm or LayerNorm over the last axis, computed in float32 inside, in x's dtype outside."""
+    if norm.kind == "layer":
+        return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
+    if norm.weight.dtype == x.dtype:
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+    return F.rms_norm(x.to(norm.weight.dtype), norm.weight.shape, norm.weight, norm.eps).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864, halves layout) of the first R dims of x [N, H, D].
+
+    cos, sin: [N, 1, R].
+    """
+    turned, rest = torch.split(x, [cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    left, right = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-right, left), dim=-1) * sin
+    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """The feed-forward's non-linearity."""
+    match activation:
+        case "silu":
+            return F.silu(x)
+        case "gelu":
+            return F.gelu(x)
+        case "gelu_tanh":
+            return F.gelu(x, approximate="tanh")
+        case "relu":
+            return F.relu(x)

@@ -1,0 +1,134 @@
+"""The C kernels against torch's operations, and the way to them."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from rayskip.model import native
+from rayskip.model.kv_cache import KVCache
+from rayskip.model.native import native_ops
+from rayskip.model.ops import Group, Ops, TokenBatch
+from rayskip.model.spec import Norm, Rope, Spec
+
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+SHAPES = [
+    # heads, key-value heads, head dim, softcap, window
+    (9, 3, 64, None, None),
+    (4, 4, 16, None, 9),
+    (14, 2, 32, 20.0, None),
+    (5, 1, 80, None, 33),
+    (8, 2, 128, 5.0, 40),
+]
+
+
+def _spec(heads: int = 2, kv_heads: int = 1, dim: int = 64, cap: float | None = None) -> Spec:
+    return Spec("llama", 64, heads, kv_heads, dim, 99, 256, "silu", True, dim**-0.5, attn_softcap=cap)
+
+
+def _both(spec: Spec, dtype: torch.dtype) -> tuple[Ops, Ops]:
+    fast = native_ops(spec, dtype, CPU)
+    assert fast.name == "native"
+    return fast, Ops(spec)
+
+
+def _assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCE[found.dtype]
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "cap", "window"), SHAPES)
+@pytest.mark.parametrize("turned", [0, 8, 16])
+def test_attention(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    cap: float | None,
+    window: int | None,
+    turned: int,
+    dtype: torch.dtype,
+) -> None:
+    spec = _spec(heads, kv_heads, dim, cap)
+    generator = torch.Generator().manual_seed(0)
+    packed = torch.randn(6, heads + 2 * kv_heads, dim, generator=generator).to(dtype)
+    stored = torch.randn(2, 4, kv_heads, 128, dim, generator=generator).to(dtype)
+    angles = torch.randn(128, turned, generator=generator)
+    rope = Rope(angles.cos().to(dtype), angles.sin().to(dtype)) if turned else None
+    slots = torch.tensor([2, 0, 1])
+    positions = torch.tensor([50, 51, 100, 101, 0, 1])
+    batch = TokenBatch(positions, positions, slots.repeat_interleave(2), [Group(0, 2, slots, 128)], slots)
+
+    results = []
+    for ops in _both(spec, dtype):
+        cache = KVCache(spec, 2, dtype, CPU)
+        cache.reserve(4, 128)
+        cache.keys[1], cache.values[1] = stored[0], stored[1]
+        q, k, v = torch.split(packed.clone(), [heads, kv_heads, kv_heads], dim=1)
+        out = ops.attention(q, k, v, rope, 1, window, batch, cache)
+        assert not cache.keys[0].any()
+        results.append((out, cache.keys[1], cache.values[1]))
+
+    for found, expected in zip(*results, strict=True):
+        _assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("branch", [True, False])
+def test_norm(dtype: torch.dtype, branch: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, added = (torch.randn(2, 5, 48, generator=generator) * 3).to(dtype)
+    norm = Norm("rms", torch.rand(48, generator=generator).to(dtype), None, 1e-5)
+    fast, slow = _both(_spec(), dtype)
+    for found, expected in zip(
+        fast.add_normalise(x.clone(), added if branch else None, norm),
+        slow.add_normalise(x, added if branch else None, norm),
+        strict=True,
+    ):
+        _assert_close(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate(dtype: torch.dtype) -> None:
+    up = torch.cat((torch.linspace(-200, 200, 64), torch.linspace(-2, 2, 64))).repeat(3, 1).to(dtype)
+    fast, slow = _both(_spec(), dtype)
+    _assert_close(fast.gate(up), slow.gate(up))
+
+
+def test_a_value_that_is_not_finite_spreads() -> None:
+    """A broken row must come out as such, not as zeros."""
+    fast, _ = _both(_spec(), torch.bfloat16)
+    nan = torch.full((1, 64), torch.nan, dtype=torch.bfloat16)
+    norm = Norm("rms", torch.ones(64, dtype=torch.bfloat16), None, 1e-5)
+    assert fast.add_normalise(nan.clone(), nan, norm)[1].isnan().all()
+    assert fast.gate(nan).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"), [("no-such-compiler", "no-such-compiler"), ("false", "no native kernels")]
+)
+def test_without_a_compiler_torch_serves(
+    compiler: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setenv("RAYSKIP_CACHE", str(tmp_path))
+    native._library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert native_ops(_spec(), torch.float32, CPU).name == "torch"
+        assert said in caplog.text
+    finally:
+        native._library.cache_clear()
+
+
+def test_shapes_without_a_kernel_take_torch() -> None:
+    assert native_ops(_spec(dim=24), torch.float32, CPU).name == "torch"
+    assert native_ops(_spec(), torch.float16, CPU).name == "torch"
