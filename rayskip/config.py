@@ -46,6 +46,9 @@ class InputConfig(Section):
     chat: bool = Field(False, description="send a prompt or template through the model's chat template")
     system: str | None = Field(None, description="system message put before chat prompts that have none")
     sampling_params: str | None = Field(None, description="column with per-row sampling parameters")
+    rename: dict[str, str] = Field(
+        {}, description="new names of columns, {old: new}; all other keys and the output use the new ones"
+    )
     max_rows: int | None = Field(None, ge=1, description="read only the first so many rows")
 
     @model_validator(mode="after")

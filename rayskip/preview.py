@@ -68,7 +68,9 @@ def preview(job: JobConfig) -> Preview:
                 seen.examples.setdefault(error.kind, f"{shard.name} row {index}: {error}")
                 continue
             if len(seen.prompts) < PROMPTS_SHOWN:
-                seen.prompts.append(str(tokenizer.decode(prompt.token_ids)))
+                seen.prompts.append(
+                    str(tokenizer.decode(prompt.token_ids) if tokenizer else prompt.token_ids)
+                )
             seen.lengths.append(len(prompt.token_ids))
             seen.completion_tokens += _most_tokens(prompt, seen.max_model_len)
     return seen

@@ -425,3 +425,18 @@ def s3() -> fs.FileSystem:
 
 def test_s3_bucket_that_does_not_exist(bucket: str) -> None:
     assert "no-such-bucket" in refused("s3://no-such-bucket/a.jsonl")
+
+
+def test_columns_are_renamed_for_the_job(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "id": 1}\n')
+    source = discover(InputConfig(path=str(tmp_path / "a.jsonl"), rename={"text": "source"}))
+    assert source.columns == ["source", "id"]
+    (shard,) = plan_shards(source, 8)
+    assert read_shard(shard, source).drop_columns([BROKEN_ROW]).to_pylist() == [{"source": "x", "id": 1}]
+
+
+@pytest.mark.parametrize(("rename", "said"), [({"txt": "a"}, "'txt'"), ({"text": "id"}, "two columns")])
+def test_a_rename_that_cannot_be_is_refused(rename: dict[str, str], said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "id": 1}\n')
+    with pytest.raises(InputError, match=said):
+        discover(InputConfig(path=str(tmp_path / "a.jsonl"), rename=rename))

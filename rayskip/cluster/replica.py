@@ -80,7 +80,7 @@ class Replica:
             try:
                 prompts.append(self._prompts.build(row, index, shard.name))
             except RowError as error:
-                failed += failed_row(index, self._job.sampling.n, error)
+                failed += failed_row(index, self._prompts.samples(row), error)
         return prompts, failed
 
     def _write(self, shard: Shard, data: bytes) -> str:

@@ -133,6 +133,13 @@ class PromptBuilder:
             )
         return Prompt(row_index, token_ids, params, row_key(params.seed, name, row_index))
 
+    def samples(self, row: Row) -> int:
+        """How many output rows `row` has, also when it cannot run: the job's n where its own cannot be read."""
+        try:
+            return self._row_params(row).n
+        except RowError:
+            return self._params.n
+
     def _row_params(self, row: Row) -> SamplingParams:
         """The job's sampling parameters with the row's own over them."""
         column = self._params_column

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 import pyarrow as pa
@@ -41,11 +41,20 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Source:
-    """A job's input: files in order of name, and the schema that every shard is read under."""
+    """A job's input: files in order of name, and the schema that every shard is read under.
+
+    rename: new names of columns; the files and the schema have the old ones.
+    """
 
     format: str
     files: list[InputFile]
     schema: pa.Schema
+    rename: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        """Column names as the job sees them."""
+        return [self.rename.get(name, name) for name in self.schema.names]
 
     @property
     def rows(self) -> int:
@@ -67,7 +76,9 @@ def discover(config: InputConfig) -> Source:
     ]
     if not any(file.rows for file in files):
         raise InputError(f"input.path: {config.path} has no rows")
-    return Source(kind, files, schema)
+    source = Source(kind, files, schema, config.rename)
+    _check_rename(source, config)
+    return source
 
 
 def plan_shards(source: Source, shard_rows: int, max_rows: int | None = None) -> Iterator[Shard]:
@@ -96,7 +107,7 @@ def read_shard(shard: Shard, source: Source) -> pa.Table:
         raise StorageBusy(f"{shard.file}: cannot be read ({first_line(error)})") from error
     if table.num_rows != shard.rows:
         raise InputError(f"{shard.file}: changed since the job was planned (it has fewer rows)")
-    return table
+    return table.rename_columns([source.rename.get(name, name) for name in table.column_names])
 
 
 def _schema(kind: str, scans: Sequence[Scan], config: InputConfig) -> pa.Schema:
@@ -112,6 +123,18 @@ def _schema(kind: str, scans: Sequence[Scan], config: InputConfig) -> pa.Schema:
             "or to jsonl to read them as they are"
         )
     return schema
+
+
+def _check_rename(source: Source, config: InputConfig) -> None:
+    present = source.schema.names
+    for old, new in config.rename.items():
+        if old not in present:
+            raise InputError(
+                f"{config.path}: input.rename names {old!r}, which is no column of the data; "
+                f"columns: {', '.join(present)}"
+            )
+        if source.columns.count(new) > 1:
+            raise InputError(f"{config.path}: input.rename gives two columns the name {new!r}")
 
 
 def _locate(config: InputConfig) -> tuple[str, list[Located]]:

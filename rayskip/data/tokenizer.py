@@ -18,8 +18,16 @@ _OPEN, _CLOSE = "\ue000", "\ue001"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer saved in `folder`. Raises ModelError when there is none that can be read."""
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer saved in `folder`; None where there is none (token ids in, token ids out).
+
+    Raises ModelError when it cannot be read.
+    """
+    if not any((folder / name).exists() for name in _FILES):
+        return None
     from transformers import AutoTokenizer
 
     try:

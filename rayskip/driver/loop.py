@@ -226,7 +226,7 @@ class Run:
                 tokens=self.meter.tokens,
                 tok_s_now=tok_s_now,
                 tok_s=tok_s,
-                eta_s=self.meter.eta_s(now, self.plan.rows),
+                eta_s=self.meter.eta_s(tok_s, self.plan.rows),
                 replicas=self.dispatch.ready,
                 replicas_total=self.job.cluster.replica_range[1],
                 retries=self.dispatch.retries,

@@ -44,8 +44,8 @@ def make_plan(job: JobConfig) -> Plan:
     """
     began = time.monotonic()
     source = discover(job.input)
-    check_input(job.input, source.schema.names)
-    check_output(job, source.schema.names)
+    check_input(job.input, source.columns)
+    check_output(job, source.columns)
     shards = list(plan_shards(source, job.output.shard_rows, job.input.max_rows))
     parts = fingerprint_parts(job, source)
     record = JobRecord(

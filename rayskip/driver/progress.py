@@ -16,7 +16,7 @@ class Progress:
     """A snapshot. Rows are input rows, committed or generated and not yet committed; resumed ones count.
 
     tokens: completion tokens of this run. tok_s_now, tok_s: per second, over the last seconds and over
-    the run since the first replica was ready. eta_s: seconds to go, None until there is a speed.
+    the run since the first replica was ready. eta_s: seconds to go, None before the first commit.
     phase: what goes on. elapsed_s: since the run began.
     """
 
@@ -91,12 +91,15 @@ class Meter:
             self.tokens / (now - self._started) if now > self._started else 0.0,
         )
 
-    def eta_s(self, now: float, rows_total: int) -> float | None:
-        """Seconds to go at the run's speed in rows."""
-        done = self.rows - self._rows_resumed
-        if self._started is None or done <= 0:
+    def eta_s(self, tok_s: float, rows_total: int) -> float | None:
+        """Seconds to go at a speed in tokens, once a commit has told how many tokens a row takes.
+
+        Not from rows: many are under way together, and none is done for a long time.
+        """
+        if not self._tokens or not tok_s:
             return None
-        return (now - self._started) / done * max(0, rows_total - self.rows)
+        expected = self._tokens / self._rows * (rows_total - self._rows_resumed)
+        return max(0.0, expected - self.tokens) / tok_s
 
     def _ahead(self, replica: int) -> ReplicaProgress:
         said = self._said[replica]

