@@ -44,6 +44,18 @@ def test_look_ahead_spreads_before_it_deepens() -> None:
     assert state.decide(1) == []
 
 
+def test_look_ahead_leaves_a_loading_replica_its_first_shard() -> None:
+    state = dispatch(3, replicas=(1, 2))
+    assert state.decide(0) == [Start(), Start()]
+    for replica in range(2):
+        state.started(replica, 0)
+    state.became_ready(0, 0)
+    assert assigned(state) == [(0, 0), (0, 1)]
+    assert assigned(state) == []
+    state.became_ready(1, 1)
+    assert assigned(state, 1) == [(1, 2)]
+
+
 def test_no_replica_is_started_that_would_find_no_shard() -> None:
     assert dispatch(2, replicas=(1, 8)).decide(0) == [Start(), Start()]
 

@@ -163,10 +163,14 @@ class Dispatch:
         return max(0, min(wanted, self._left) - len(self._replicas))
 
     def _assign(self, now: float) -> list[Instruction]:
-        """Fill every replica's first place before any second, so that the last shards spread out."""
+        """Fill every replica's first place before any second, so that the last shards spread out; a replica that
+        still loads has its first shard kept for it."""
         assigned: list[Instruction] = []
+        loading = len(self._replicas) - self.ready
         for place in range(LOOK_AHEAD):
             for replica, state in self._replicas.items():
+                if place and len(self._pending) <= loading:
+                    break
                 if state.ready and len(state.shards) == place and (shard := self._next_for(state)):
                     if not state.shards:
                         state.since = now
