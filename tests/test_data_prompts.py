@@ -218,8 +218,10 @@ def test_check_input_names_the_nearest_column() -> None:
     check_input(InputConfig(path="in", template="{% for i in range(2) %}{{ i }}{{ q }}{% endfor %}"), ["q"])
 
 
-def test_folder_without_tokenizer_is_a_model_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="tokenizer"):
+def test_folder_without_tokenizer_has_none_and_a_broken_one_is_a_model_error(tmp_path: Path) -> None:
+    assert load_tokenizer(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
         load_tokenizer(tmp_path)
 
 
