@@ -1,8 +1,8 @@
 # Two commands do everything, set-up included: `make demo` and `make test`.
 
 PYTHON ?= python3
-# A uv on the PATH serves if it runs and is new enough for this project; else a private one is installed. A
-# virtual environment, because many systems refuse packages outside of one.
+# A uv on the PATH serves if it runs and is new enough for this project; else a private one is installed. Into a
+# folder of its own, which no system refuses and for which pip alone is enough.
 UV := $(shell uv tree --frozen --universal --depth 0 >/dev/null 2>&1 && echo uv || echo .tools/bin/uv)
 # Removed with the environment; newer than the lock file when the environment matches it.
 SYNCED := .venv/.synced
@@ -39,5 +39,4 @@ $(SYNCED): pyproject.toml uv.lock $(filter .tools/bin/uv,$(UV))
 	touch $@
 
 .tools/bin/uv:
-	$(PYTHON) -m venv .tools
-	.tools/bin/pip install --quiet uv
+	$(PYTHON) -m pip install --quiet --target .tools uv

@@ -26,6 +26,11 @@ app = typer.Typer(
     "75 interrupted, the same command resumes.",
 )
 
+train_app = typer.Typer(no_args_is_help=True, help="Train what makes decoding faster.")
+eval_app = typer.Typer(no_args_is_help=True, help="Measure what decoding costs and what it is worth.")
+app.add_typer(train_app, name="train")
+app.add_typer(eval_app, name="eval")
+
 Config = Annotated[
     Path, typer.Argument(metavar="CONFIG", help="YAML file; paths in it start here, not there.")
 ]
@@ -131,6 +136,34 @@ def schema() -> None:
     from rayskip.config import JobConfig
 
     print(json.dumps(JobConfig.model_json_schema(), indent=2))
+
+
+@train_app.command("skip")
+def train_skip(config: Config, overrides: Overrides = None) -> None:
+    """Fine-tune a model under a skip schedule; goes on where it stopped."""
+    from rayskip.config import TrainSkipConfig
+    from rayskip.config_file import load_section
+
+    job = load_section(TrainSkipConfig, config, overrides or ())
+    from rayskip.train.run_skip import train_skip as run_training
+    from rayskip.view import show_point
+
+    print(f"checkpoint in {run_training(job, show_point)}")
+
+
+@eval_app.command("quality")
+def eval_quality(config: Config, overrides: Overrides = None) -> None:
+    """Compare models and skip policies by their texts and their speed."""
+    from rayskip.config import EvalQualityConfig
+    from rayskip.config_file import load_section
+
+    job = load_section(EvalQualityConfig, config, overrides or ())
+    from rayskip.evaluate.quality import evaluate_quality, format_quality
+
+    results = evaluate_quality(
+        job, lambda result: print(f"{result.name}: BLEU {result.bleu:.1f}", file=sys.stderr)
+    )
+    print(format_quality(results))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -99,6 +99,13 @@ class EngineConfig(Section):
 
     max_batch_rows: int | None = Field(None, ge=1, description="most rows that generate at once")
     max_batch_tokens: int | None = Field(None, ge=16, description="most tokens in one forward")
+    cohort: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the batch that must be free before rows join, so that they share positions and "
+        "layer sets; 1: static batches",
+    )
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt + completion; the model's own by default"
     )
@@ -111,6 +118,58 @@ class NoSkip(Section):
     kind: Literal["none"] = "none"
 
 
+class SkipDecodeSkip(Section):
+    """SkipDecode (arXiv 2307.02628): fewer layers the later the position. Lossy without fine-tuning.
+
+    Give speedup, or max_layers and min_layers.
+    """
+
+    kind: Literal["skipdecode"]
+    speedup: Literal[1, 2, 3, 4, 5] | None = Field(None, description="the paper's max and min layers, scaled")
+    warmup: int = Field(1, ge=1, description="bottom layers that always run")
+    max_layers: int | None = Field(None, ge=1, description="layers run at the first generated position")
+    min_layers: int | None = Field(None, ge=1, description="layers run from the horizon on")
+    horizon: int = Field(
+        128, ge=1, description="position from which min_layers run; the median completion length suits"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> SkipDecodeSkip:
+        numbers = (self.max_layers, self.min_layers)
+        if (self.speedup is None) == (numbers == (None, None)) or (self.speedup is None and None in numbers):
+            raise ValueError("give either speedup, or both max_layers and min_layers")
+        return self
+
+
+class UnifiedSkip(Section):
+    """Unified Layer Skipping (arXiv 2404.06954): first, last and evenly spaced layers, at every position."""
+
+    kind: Literal["unified"]
+    speedup: float = Field(ge=1, description="layers of the model / layers run")
+
+
+class HierarchicalSkip(Section):
+    """HSD (arXiv 2403.14919): every (skip + 1)th layer, at every position."""
+
+    kind: Literal["hierarchical"]
+    skip: int = Field(ge=1, description="layers left out between two that run")
+
+
+class LayersSkip(Section):
+    """An explicit schedule."""
+
+    kind: Literal["layers"]
+    layers: tuple[tuple[int, ...], ...] = Field(
+        min_length=1,
+        description="the layers that run at generated position 0, 1, ...; the last holds for all later",
+    )
+
+
+SkipConfig = Annotated[
+    NoSkip | SkipDecodeSkip | UnifiedSkip | HierarchicalSkip | LayersSkip, Field(discriminator="kind")
+]
+
+
 class NoDraft(Section):
     """No drafter: one token per row and step."""
 
@@ -120,7 +179,7 @@ class NoDraft(Section):
 class DecodeConfig(Section):
     """Layer-skipping policy and drafter."""
 
-    skip: NoSkip = NoSkip()
+    skip: SkipConfig = NoSkip()
     draft: NoDraft = NoDraft()
 
 
@@ -153,7 +212,20 @@ class RetryConfig(Section):
         None, description="stop the job past this many (integer) or this share (0.0 to 1.0) of failed rows"
     )
     shard_timeout_s: float = Field(
-        3600, gt=0, description="a shard that takes longer is redone on another replica"
+        3600, gt=0, description="a replica that makes no progress for so long is replaced"
+    )
+
+
+class QualityConfig(Section):
+    """Receipts for lossy decoding: a share of the rows is decoded again at full depth and compared."""
+
+    sample: float = Field(0.02, ge=0, le=1, description="share of the rows, chosen by their identity")
+    floor: float = Field(
+        0.0, ge=0, le=1, description="least mean edit similarity of token ids between both decodings"
+    )
+    min_receipts: int = Field(20, ge=1, description="comparisons before the floor is held against the job")
+    below_floor: Literal["stop", "full_depth"] = Field(
+        "stop", description="stop the job, or decode the remaining shards at full depth"
     )
 
 
@@ -175,6 +247,73 @@ class JobConfig(Section):
     sampling: SamplingParams = SamplingParams()
     engine: EngineConfig = EngineConfig()
     decode: DecodeConfig = DecodeConfig()
+    quality: QualityConfig = QualityConfig()
     cluster: ClusterConfig = ClusterConfig()
     retry: RetryConfig = RetryConfig()
     output: OutputConfig
+
+
+class DataConfig(Section):
+    """Supervised examples: an input, and the column with the answer."""
+
+    input: InputConfig
+    answer: str = Field(description="column with the answer to learn")
+    group: str | None = Field(None, description="column whose equal values stay on one side of the split")
+    held_out: float = Field(0.05, gt=0, lt=1, description="share of groups kept for validation")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on every linear layer, merged into the checkpoint that is saved beside them."""
+
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+
+
+class DistillConfig(Section):
+    """Soft targets of a full-depth model."""
+
+    teacher: str | None = Field(None, description="its checkpoint; by default model.path")
+    weight: float = Field(0.5, ge=0, le=1, description="share of the loss; the rest is cross-entropy")
+
+
+class TrainSkipConfig(Section):
+    """Fine-tuning under a skip schedule: `rayskip train skip`."""
+
+    name: str = Field(min_length=1)
+    model: ModelConfig
+    data: DataConfig
+    skip: SkipConfig = NoSkip()
+    lora: LoraConfig | None = Field(None, description="adapters instead of full fine-tuning")
+    distill: DistillConfig | None = None
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="examples per forward and process")
+    accumulate: int = Field(1, ge=1, description="forwards per step")
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup_steps: int = Field(10, ge=0)
+    seed: int = 0
+    evaluate_every: int = Field(50, ge=1, description="steps between held-out losses")
+    held_out_examples: int = Field(128, ge=1, description="held-out examples looked at each time")
+    save_every: int = Field(100, ge=1, description="steps between checkpoints to resume from")
+    output: str = Field(description="local folder for the checkpoint and the loss curve")
+
+
+class QualityRun(Section):
+    """One way of decoding, to be compared with the others."""
+
+    name: str = Field(min_length=1)
+    model: ModelConfig
+    skip: SkipConfig = NoSkip()
+
+
+class EvalQualityConfig(Section):
+    """Runs against references: `rayskip eval quality`. Speed-ups are over the first run."""
+
+    name: str = Field(min_length=1)
+    input: InputConfig
+    references: str = Field(description="column with a reference text")
+    group: str = Field(description="column whose equal values are one input with several references")
+    lowercase: bool = Field(True, description="compare lower-cased, as the E2E challenge does")
+    sampling: SamplingParams = SamplingParams()
+    engine: EngineConfig = EngineConfig()
+    runs: tuple[QualityRun, ...] = Field(min_length=1)
+    output: str = Field(description="local folder for quality.json, quality.png and each run's texts")

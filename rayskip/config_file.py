@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -19,6 +19,7 @@ from rayskip.config import JobConfig
 from rayskip.errors import ConfigError
 
 Mapping = dict[Any, Any]
+Root = TypeVar("Root", bound=BaseModel)
 
 # What a value should be, for the pydantic errors whose own words are made for programmers.
 _WANTED = {
@@ -38,18 +39,23 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """The job that a YAML file describes, after overrides of the form "sampling.max_tokens=64".
+    """The job that a YAML file describes; see `load_section`."""
+    return load_section(JobConfig, path, overrides)
+
+
+def load_section(kind: type[Root], path: str | Path, overrides: Sequence[str] = ()) -> Root:
+    """What a YAML file describes, after overrides of the form "sampling.max_tokens=64".
 
     An override's value is read as YAML. Raises ConfigError, one line naming the file, the key and what would
     be right.
     """
-    values = _read(Path(path))
+    values = _read(Path(path), kind)
     for override in overrides:
         _set(values, override)
     try:
-        return JobConfig.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error.errors())}") from error
+        raise ConfigError(f"{path}: {_explain(error.errors(), kind)}") from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -67,7 +73,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read(path: Path) -> Mapping:
+def _read(path: Path, root: type[BaseModel]) -> Mapping:
     try:
         values = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -79,7 +85,7 @@ def _read(path: Path) -> Mapping:
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: {_one_line(error)}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected keys such as {_names(JobConfig)}, got {_kind(values)}")
+        raise ConfigError(f"{path}: expected keys such as {_names(root)}, got {_kind(values)}")
     return values
 
 
@@ -105,43 +111,45 @@ def _set(values: Mapping, override: str) -> None:
     section[names[-1]] = value
 
 
-def _explain(errors: Sequence[ErrorDetails]) -> str:
+def _explain(errors: Sequence[ErrorDetails], root: type[BaseModel]) -> str:
     """One line for the first thing that is wrong; a union's branches count as one thing."""
     # An unknown key is the likeliest cause of a missing one, so it is named first.
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
-    names, field = _locate(first["loc"])
+    names, field = _locate(first["loc"], root)
     key = ".".join(names)
     match first["type"]:
         case "extra_forbidden":
-            return f'unknown key "{key}"; {_suggest(names)}'
+            return f'unknown key "{key}"; {_suggest(first["loc"], root)}'
         case "missing":
             return f'missing key "{key}"{_explained(field)}'
         case "model_type" | "model_attributes_type":
-            section = _section(names)
+            section = _section(first["loc"], root)
             return f'"{key}" is a section with keys such as {_names(section)}, got {_kind(first["input"])}'
         case "value_error":
             reason = str(first["ctx"]["error"])
             return f'"{key}": {reason}' if key else reason
     # Every branch of a union has its own error, deeper ones for the items of a list.
-    alike = [error for error in errors if _locate(error["loc"])[0][: len(names)] == names]
-    wanted = " or ".join(dict.fromkeys(_wanted(error, len(names)) for error in alike))
+    alike = [error for error in errors if _locate(error["loc"], root)[0][: len(names)] == names]
+    wanted = " or ".join(dict.fromkeys(_wanted(error, len(names), root) for error in alike))
     return f'"{key}" should be {wanted}{_optional(field)}, got {_shown(first["input"])}{_explained(field)}'
 
 
-def _wanted(error: ErrorDetails, depth: int) -> str:
+def _wanted(error: ErrorDetails, depth: int, root: type[BaseModel]) -> str:
     """What a value should be; an error below `depth` is about an item of it."""
-    if len(_locate(error["loc"])[0]) > depth:
+    if len(_locate(error["loc"], root)[0]) > depth:
         return "a list"
     return _WANTED.get(error["type"]) or error["msg"].removeprefix("Input should be ")
 
 
-def _locate(loc: Iterable[int | str]) -> tuple[list[str], FieldInfo | None]:
+def _locate(loc: Iterable[int | str], root: type[BaseModel]) -> tuple[list[str], FieldInfo | None]:
     """The config's own names in an error's location (union branches are in it too), and the last's field."""
-    section: type[BaseModel] | None = JobConfig
+    section: type[BaseModel] | None = root
     names: list[str] = []
     field: FieldInfo | None = None
     for part in loc:
-        if section is not None:
+        if field is not None and part in (kinds := _kinds(field)):
+            section = kinds[str(part)]
+        elif section is not None:
             names.append(str(part))
             field = section.model_fields.get(str(part))
             section = _model(field) if field else None
@@ -150,12 +158,13 @@ def _locate(loc: Iterable[int | str]) -> tuple[list[str], FieldInfo | None]:
     return names, field
 
 
-def _section(names: Sequence[str]) -> type[BaseModel]:
-    """The innermost section on the way along `names`."""
-    section: type[BaseModel] = JobConfig
-    for name in names:
-        field = section.model_fields.get(name)
-        section = (_model(field) if field else None) or section
+def _section(loc: Iterable[int | str], root: type[BaseModel]) -> type[BaseModel]:
+    """The innermost section on the way along an error's location."""
+    section, field = root, None
+    for part in loc:
+        kinds: dict[str, type[BaseModel]] = _kinds(field) if field else {}
+        field = None if part in kinds else section.model_fields.get(str(part))
+        section = kinds.get(str(part)) or (_model(field) if field else None) or section
     return section
 
 
@@ -164,16 +173,27 @@ def _model(field: FieldInfo) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def _suggest(names: Sequence[str]) -> str:
+def _kinds(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """The sections a field may hold, by the `kind` that tells them apart; none where it holds but one."""
+    sections = [kind for kind in get_args(field.annotation) if isinstance(kind, type)]
+    return {
+        str(tag): section
+        for section in sections
+        if issubclass(section, BaseModel) and "kind" in section.model_fields
+        for tag in get_args(section.model_fields["kind"].annotation)
+    }
+
+
+def _suggest(loc: Sequence[int | str], root: type[BaseModel]) -> str:
     """The nearest name beside the unknown one, or the place in another section where that name exists."""
-    section = _section(names[:-1])
-    near = difflib.get_close_matches(names[-1], section.model_fields, n=1)
+    section, unknown = _section(loc[:-1], root), str(loc[-1])
+    near = difflib.get_close_matches(unknown, section.model_fields, n=1)
     if near:
         return f'did you mean "{near[0]}"?'
     elsewhere = [
-        f"{outer}.{names[-1]}"
-        for outer, field in JobConfig.model_fields.items()
-        if (model := _model(field)) and names[-1] in model.model_fields
+        f"{outer}.{unknown}"
+        for outer, field in root.model_fields.items()
+        if (model := _model(field)) and unknown in model.model_fields
     ]
     if elsewhere:
         return f'did you mean "{elsewhere[0]}"?'

@@ -24,8 +24,13 @@ class Stats:
     rows, rows_failed: output rows (input rows x n); failed ones have finish_reason "error".
     prompt_tokens: tokens of the prompts; prefix_tokens of them were reused, not prefilled.
     steps, step_rows, step_slots: engine steps, sum of rows they ran, sum of rows they could have run.
-    layer_tokens: layer executions, one per token and layer.
-    padding_tokens: tokens computed only to fill a fixed row tile.
+    decode_tokens: generated tokens that ran through the decoder. cohort_tokens of them were in the largest group of
+    their step that runs the same layers.
+    prompt_layer_tokens, decode_layer_tokens: layer executions, one per token and layer, of prompt tokens and of
+    generated ones, as the skip policy wants them; padding_layer_tokens: those only there to fill a row tile.
+    receipts: generations also decoded at full depth; receipt_*: sums over them of exact matches and of two
+    similarities from 0 to 1 (see data/agreement.py).
+    kv_bytes_saved: keys and values not stored, because the token skipped their layer.
     """
 
     rows: int = 0
@@ -36,8 +41,16 @@ class Stats:
     steps: int = 0
     step_rows: int = 0
     step_slots: int = 0
-    layer_tokens: int = 0
-    padding_tokens: int = 0
+    decode_tokens: int = 0
+    cohort_tokens: int = 0
+    prompt_layer_tokens: int = 0
+    decode_layer_tokens: int = 0
+    padding_layer_tokens: int = 0
+    kv_bytes_saved: int = 0
+    receipts: int = 0
+    receipt_exact: int = 0
+    receipt_edit_similarity: float = 0.0
+    receipt_rouge_l: float = 0.0
     seconds: dict[str, float] = field(default_factory=_no_seconds)
 
     def __add__(self, other: Stats) -> Stats:
@@ -58,6 +71,37 @@ class Stats:
     def batch_fill(self) -> float:
         """Share of the batch's rows that did work, over all steps (0 to 1)."""
         return self.step_rows / self.step_slots if self.step_slots else 0.0
+
+    @property
+    def layer_tokens_ideal(self) -> int:
+        """Layer executions that the skip policy asks for."""
+        return self.prompt_layer_tokens + self.decode_layer_tokens
+
+    @property
+    def layer_tokens(self) -> int:
+        """Layer executions that took place."""
+        return self.layer_tokens_ideal + self.padding_layer_tokens
+
+    @property
+    def mean_layers(self) -> float | None:
+        """Layers run per generated token; None when none ran."""
+        return self.decode_layer_tokens / self.decode_tokens if self.decode_tokens else None
+
+    @property
+    def cohort_fill(self) -> float | None:
+        """Share of the generated tokens that ran in the largest group of their step (0 to 1)."""
+        return self.cohort_tokens / self.decode_tokens if self.decode_tokens else None
+
+    @property
+    def agreement(self) -> dict[str, float]:
+        """Means over the receipts; empty where there are none."""
+        if not self.receipts:
+            return {}
+        return {
+            "exact_match": self.receipt_exact / self.receipts,
+            "edit_similarity": self.receipt_edit_similarity / self.receipts,
+            "rouge_l": self.receipt_rouge_l / self.receipts,
+        }
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -16,6 +17,9 @@ from rich.table import Table
 
 from rayskip.driver.progress import Progress
 from rayskip.driver.status import JobStatus
+
+if TYPE_CHECKING:
+    from rayskip.train.loop import Point
 
 LINE_EVERY_S = 5.0
 
@@ -97,3 +101,10 @@ def _clock(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}"
+
+
+def show_point(point: Point) -> None:
+    """A line per tenth training step and per evaluation."""
+    if point.held_out is not None or point.step % 10 == 0:
+        held_out = "" if point.held_out is None else f"  held out {point.held_out:.4f}"
+        print(f"step {point.step}  {point.seconds:.0f} s  loss {point.loss:.4f}{held_out}", flush=True)

@@ -7,6 +7,8 @@ Shapes: T tokens, d hidden, D head dim, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -14,21 +16,29 @@ from rayskip.model.spec import Dense, Layer, Norm, Rope, Spec, Weights
 
 
 @torch.no_grad()
-def reference_logits(spec: Spec, weights: Weights, token_ids: list[int]) -> Tensor:
-    """Logits of every position of one sequence: [T, V]."""
+def reference_logits(
+    spec: Spec, weights: Weights, token_ids: list[int], runs: Callable[[int, int], bool] = lambda *_: True
+) -> Tensor:
+    """Logits of every position of one sequence: [T, V].
+
+    runs(layer, position): whether the layer runs there; a position sees the keys of those that run it.
+    """
     x = weights.embed[token_ids] * spec.embed_scale  # [T, d]
     if weights.positions is not None:
         x = x + weights.positions[: len(token_ids)]
-    for layer in weights.layers:
+    for index, layer in enumerate(weights.layers):
+        skipped = torch.tensor([not runs(index, position) for position in range(len(x))])
         rope = weights.ropes[layer.rope] if layer.rope is not None else None
-        attended = _norm(_attention(spec, layer, rope, _norm(x, layer.attn_norm)), layer.post_attn_norm)
+        attended = _norm(
+            _attention(spec, layer, rope, _norm(x, layer.attn_norm), skipped), layer.post_attn_norm
+        )
         between = x if spec.parallel else x + attended
         fed = _norm(_mlp(spec, layer, _norm(between, layer.mlp_norm)), layer.post_mlp_norm)
-        x = x + attended + fed
+        x = torch.where(skipped[:, None], x, x + attended + fed)
     return _softcap(_dense(_norm(x, weights.final_norm), weights.head), spec.logit_softcap)
 
 
-def _attention(spec: Spec, layer: Layer, rope: Rope | None, x: Tensor) -> Tensor:
+def _attention(spec: Spec, layer: Layer, rope: Rope | None, x: Tensor, skipped: Tensor) -> Tensor:
     sizes = [spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim]
     queries, keys, values = (
         part.unflatten(-1, (-1, spec.head_dim)) for part in _dense(x, layer.qkv).split(sizes, dim=-1)
@@ -43,6 +53,7 @@ def _attention(spec: Spec, layer: Layer, rope: Rope | None, x: Tensor) -> Tensor
             first = 0 if layer.window is None else max(0, position - layer.window + 1)
             scores[position, :first] = -torch.inf
             scores[position, position + 1 :] = -torch.inf
+            scores[position, :position][skipped[:position]] = -torch.inf
         outputs.append(scores.softmax(dim=-1) @ values[:, group])
     return _dense(torch.cat(outputs, dim=-1), layer.out)
 

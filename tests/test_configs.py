@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rayskip.config_file import load_config
+from rayskip.config import EvalQualityConfig, TrainSkipConfig
+from rayskip.config_file import load_config, load_section
 from rayskip.data.output import check_output
 from rayskip.data.prompts import PromptBuilder, check_input
 from rayskip.data.tokenizer import load_tokenizer
@@ -24,6 +25,18 @@ def test_config_loads_and_writes_below_out(path: Path) -> None:
     # Data outside the repository is the user's to fetch; data inside is ours to ship.
     if not job.input.path.startswith("../"):
         assert (ROOT / job.input.path).is_file()
+
+
+@pytest.mark.parametrize(
+    ("folder", "kind"), [("train", TrainSkipConfig), ("eval", EvalQualityConfig)], ids=["train", "eval"]
+)
+def test_configs_of_other_commands_load_and_write_below_out(
+    folder: str, kind: type[TrainSkipConfig] | type[EvalQualityConfig]
+) -> None:
+    paths = sorted((ROOT / "configs" / folder).glob("*.yaml"))
+    assert paths
+    for path in paths:
+        assert load_section(kind, path).output.startswith("out/")
 
 
 def test_every_quickstart_row_is_a_prompt(smollm2: Path) -> None:

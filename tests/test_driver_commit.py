@@ -49,10 +49,10 @@ def storage(tmp_path: Path) -> LocalStorage:
 @given(st.lists(st.integers(0, 6)), st.randoms())
 def test_the_manifest_is_an_idempotent_fold(shards: list[int], random: object) -> None:
     commits = [record(shard) for shard in shards]
-    once = fold("j", "f1", "jsonl", {c.shard: c for c in commits}.values())
+    once = fold("j", "f1", "jsonl", {"kind": "none"}, {c.shard: c for c in commits}.values())
     shuffled = commits * 2
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    assert fold("j", "f1", "jsonl", shuffled) == once
+    assert fold("j", "f1", "jsonl", {"kind": "none"}, shuffled) == once
     assert once.rows == 10 * len(set(shards))
     assert [file.shard for file in once.files] == sorted(set(shards))
     assert Manifest.model_validate_json(once.to_bytes()) == once
@@ -71,7 +71,7 @@ def test_a_job_runs_resumes_and_finishes(storage: LocalStorage) -> None:
     for shard in SHARDS[2:]:
         commits[shard.index] = commit(storage, lease, "f1", shard, attempt(storage, shard.index))
     assert total(commits.values()).completion_tokens == 100 + 101 + 102 + 103
-    manifest = fold("j", "f1", "jsonl", commits.values())
+    manifest = fold("j", "f1", "jsonl", {"kind": "none"}, commits.values())
     finish(storage, manifest)
     finish(storage, manifest)
     assert sorted(storage.list("data")) == [file.path for file in manifest.files]
@@ -135,7 +135,7 @@ def test_damage_is_refused_by_name(storage: LocalStorage) -> None:
         load_commits(storage, "f1", SHARDS[1:])
     storage.put(done.file, b"cut")
     with pytest.raises(OutputError, match=f"{done.file} is missing or cut short"):
-        finish(storage, fold("j", "f1", "jsonl", [done]))
+        finish(storage, fold("j", "f1", "jsonl", {"kind": "none"}, [done]))
     escape = done.to_bytes().replace(done.file.encode(), b"../../etc/passwd")
     storage.put("_commits/shard-00000.json", escape)
     with pytest.raises(OutputError, match=r"_commits/shard-00000\.json is damaged: file"):

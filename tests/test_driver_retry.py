@@ -120,7 +120,7 @@ def test_a_hanging_replica_is_killed_once_and_its_shard_redone() -> None:
     assert state.decide(222) == [Kill(1), Start()]
 
 
-def test_replicas_that_die_loading_fail_the_job_below_the_least() -> None:
+def test_replicas_that_die_loading_fail_the_job_once_none_works() -> None:
     state = dispatch(9, replicas=(2, 3))
     assert state.decide(0) == [Start()] * 3
     for replica in range(3):
@@ -136,8 +136,21 @@ def test_replicas_that_die_loading_fail_the_job_below_the_least() -> None:
     state.lost(0, "preempted")
     assert Start() in state.decide(0)
     state.started(9, 0)
+    state.lost(9, "no memory")
+    state.lost(1, "preempted")
+    assert Start() in state.decide(0)
+    state.started(10, 0)
     with pytest.raises(JobFailed, match="no memory"):
-        state.lost(9, "no memory")
+        state.lost(10, "no memory")
+
+
+def test_a_replica_that_generates_does_not_hang() -> None:
+    state = dispatch(2)
+    begin(state, 1)
+    assert assigned(state)
+    state.progressed(0, 50)
+    assert Kill(0) not in state.decide(100)
+    assert Kill(0) in state.decide(111)
 
 
 def test_after_stop_nothing_is_assigned_or_started() -> None:

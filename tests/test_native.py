@@ -15,6 +15,9 @@ from rayskip.model.ops import Group, Ops, TokenBatch
 from rayskip.model.spec import Norm, Rope, Spec
 
 CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(
+    native._library(torch.bfloat16) is None, reason="no C compiler here; torch's operations serve"
+)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 SHAPES = [
     # heads, key-value heads, head dim, softcap, window
@@ -41,6 +44,7 @@ def _assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "cap", "window"), SHAPES)
 @pytest.mark.parametrize("turned", [0, 8, 16])
@@ -66,7 +70,7 @@ def test_attention(
     results = []
     for ops in _both(spec, dtype):
         cache = KVCache(spec, 2, dtype, CPU)
-        cache.reserve(4, 128)
+        cache.resize(4, 128)
         cache.keys[1], cache.values[1] = stored[0], stored[1]
         q, k, v = torch.split(packed.clone(), [heads, kv_heads, kv_heads], dim=1)
         out = ops.attention(q, k, v, rope, 1, window, batch, cache)
@@ -77,6 +81,7 @@ def test_attention(
         _assert_close(found, expected)
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("branch", [True, False])
 def test_norm(dtype: torch.dtype, branch: bool) -> None:
@@ -84,14 +89,15 @@ def test_norm(dtype: torch.dtype, branch: bool) -> None:
     x, added = (torch.randn(2, 5, 48, generator=generator) * 3).to(dtype)
     norm = Norm("rms", torch.rand(48, generator=generator).to(dtype), None, 1e-5)
     fast, slow = _both(_spec(), dtype)
-    for found, expected in zip(
-        fast.add_normalise(x.clone(), added if branch else None, norm),
-        slow.add_normalise(x, added if branch else None, norm),
-        strict=True,
-    ):
-        _assert_close(found, expected)
+    ours, theirs = x.clone(), x.clone()
+    _assert_close(
+        fast.add_normalise(ours, added if branch else None, norm),
+        slow.add_normalise(theirs, added if branch else None, norm),
+    )
+    _assert_close(ours, theirs)
 
 
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gate(dtype: torch.dtype) -> None:
     up = torch.cat((torch.linspace(-200, 200, 64), torch.linspace(-2, 2, 64))).repeat(3, 1).to(dtype)
@@ -99,12 +105,13 @@ def test_gate(dtype: torch.dtype) -> None:
     _assert_close(fast.gate(up), slow.gate(up))
 
 
+@needs_kernels
 def test_a_value_that_is_not_finite_spreads() -> None:
     """A broken row must come out as such, not as zeros."""
     fast, _ = _both(_spec(), torch.bfloat16)
     nan = torch.full((1, 64), torch.nan, dtype=torch.bfloat16)
     norm = Norm("rms", torch.ones(64, dtype=torch.bfloat16), None, 1e-5)
-    assert fast.add_normalise(nan.clone(), nan, norm)[1].isnan().all()
+    assert fast.add_normalise(nan.clone(), nan, norm).isnan().all()
     assert fast.gate(nan).isnan().all()
 
 

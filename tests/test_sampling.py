@@ -80,3 +80,26 @@ def test_uniforms_are_uniform_and_independent_of_order() -> None:
     assert all(0 <= value < 1 for value in values)
     assert len(set(values)) == len(values)
     assert chisquare(list(Counter(int(value * 16) for value in values).values())).pvalue > 1e-3
+
+
+def test_extreme_parameters_of_one_row_break_no_other() -> None:
+    """A tiny temperature is greedy; a row whose logits are not finite says so; the third does not notice."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    logits[1, 7] = torch.nan
+    tiny = SamplingParams(temperature=1e-40, top_p=0.9, repetition_penalty=1e-40)
+    plain = SamplingParams(temperature=0.7, top_p=0.9)
+    draws = [Draw(tiny, 0.3, [1, 2]), Draw(tiny, 0.3, [1, 2]), Draw(plain, 0.3, ())]
+    found = choose(logits, draws)
+    assert found[0].token_id is not None
+    assert found[1].token_id is None
+    assert found[2] == choose(logits[2:], draws[2:])[0]
+
+
+def test_a_nucleus_does_not_depend_on_a_mates_top_k() -> None:
+    logits = torch.randn(40, 2000, generator=torch.Generator().manual_seed(0))
+    nucleus, mate = SamplingParams(temperature=1, top_p=0.6), SamplingParams(temperature=1, top_k=1024)
+    for row in range(39):
+        draw = Draw(nucleus, row / 39, ())
+        alone = choose(logits[row : row + 1], [draw])
+        beside = choose(logits[[row, 39]], [draw, Draw(mate, 0.5, ())])
+        assert beside[0] == alone[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import queue
 import threading
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -20,13 +21,25 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class Generated:
+    """rows: every sample of every prompt. again: those decoded again at full depth. stats: what the engine did
+    since the call before ended."""
+
+    rows: list[Generation]
+    again: list[Generation]
+    stats: Stats
+
+
+@dataclass
 class _Batch:
-    """The prompts of one call. left: how many the engine still holds."""
+    """One call's prompts, and those to decode again at full depth. left: how many the engine still holds."""
 
     prompts: list[Prompt]
+    again: list[Prompt]
+    full_depth: bool
     left: int = 0
-    generations: list[Generation] = field(default_factory=list)
-    result: Future[tuple[list[Generation], Stats]] = field(default_factory=Future)
+    generated: Generated = field(default_factory=lambda: Generated([], [], Stats()))
+    result: Future[Generated] = field(default_factory=Future)
 
 
 class EngineThread:
@@ -40,16 +53,17 @@ class EngineThread:
         self.tokens = 0
         self._engine = engine
         self._inbox: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
-        self._requests: dict[int, _Batch] = {}
+        self._requests: dict[int, tuple[_Batch, list[Generation]]] = {}  # and where its rows go
         self._stats = Stats()
         threading.Thread(target=self._serve, name="engine", daemon=True).start()
 
-    def generate(self, prompts: list[Prompt]) -> tuple[list[Generation], Stats]:
-        """Every sample of every prompt, in no order, and what the engine did since the call before ended.
+    def generate(self, prompts: list[Prompt], again: list[Prompt], full_depth: bool) -> Generated:
+        """Generate every sample of every prompt, and those of `again` a second time at full depth; in no order.
 
-        Rows that cannot run come back with finish_reason "error". Raises ReplicaLost once the engine is dead.
+        full_depth: skip no layer in the first place. Rows that cannot run come back with finish_reason "error".
+        Raises ReplicaLost once the engine is dead.
         """
-        batch = _Batch(prompts)
+        batch = _Batch(prompts, again, full_depth)
         self._inbox.put(batch)
         return batch.result.result()
 
@@ -75,28 +89,32 @@ class EngineThread:
 
     def _add(self, batch: _Batch) -> None:
         """Queue a batch's rows, the longest first, so that like lengths meet."""
-        for prompt in sorted(batch.prompts, key=lambda prompt: -len(prompt.token_ids)):
+        for prompt in _longest_first(batch.prompts):
             try:
-                request = self._engine.add(prompt)
+                self._request(prompt, batch, batch.full_depth, batch.generated.rows)
             except RowError as error:
                 self.rows += 1
-                batch.generations += failed_row(prompt.row_index, prompt.params.n, error)
-            else:
-                self._requests[request] = batch
-                batch.left += 1
+                batch.generated.rows += failed_row(prompt.row_index, prompt.params.n, error)
+        for prompt in _longest_first(batch.again):
+            with suppress(RowError):  # it failed the first time too
+                self._request(prompt, batch, True, batch.generated.again)
         self._finish_if_done(batch)
 
+    def _request(self, prompt: Prompt, batch: _Batch, full_depth: bool, rows: list[Generation]) -> None:
+        self._requests[self._engine.add(prompt, full_depth)] = batch, rows
+        batch.left += 1
+
     def _complete(self, completion: Completion) -> None:
-        batch = self._requests.pop(completion.request_id)
-        batch.generations += completion.generations
+        batch, rows = self._requests.pop(completion.request_id)
+        rows += completion.generations
         batch.left -= 1
-        self.rows += 1
+        self.rows += rows is batch.generated.rows
         self._finish_if_done(batch)
 
     def _finish_if_done(self, batch: _Batch) -> None:
         if batch.left == 0:
-            stats, self._stats = self._stats, Stats()
-            batch.result.set_result((batch.generations, stats))
+            batch.generated.stats, self._stats = self._stats, Stats()
+            batch.result.set_result(batch.generated)
 
     def _count(self, stats: Stats) -> None:
         self._stats += stats
@@ -106,10 +124,14 @@ class EngineThread:
         """Fail every caller, those who come later too."""
         lost = ReplicaLost(f"the engine failed: {type(error).__name__}: {error}")
         lost.__cause__ = error
-        for batch in {id(batch): batch for batch in self._requests.values()}.values():
+        for batch in {id(batch): batch for batch, _ in self._requests.values()}.values():
             batch.result.set_exception(lost)
         while True:
             self._inbox.get().result.set_exception(lost)
+
+
+def _longest_first(prompts: list[Prompt]) -> list[Prompt]:
+    return sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
 
 
 def failed_row(row_index: int, samples: int, error: RowError) -> list[Generation]:

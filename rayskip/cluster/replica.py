@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayskip.cluster.engine_thread import EngineThread, failed_row
 from rayskip.config import JobConfig
+from rayskip.data.agreement import agreement
 from rayskip.data.output import SUFFIXES, encode, output_table
 from rayskip.data.records import Generation, Prompt, Shard, ShardResult
 from rayskip.data.sources import Source, read_shard
@@ -65,12 +66,13 @@ class Replica:
         with own.timed("tokenize"):
             table = read_shard(shard, self._source)
             prompts, rows = self._prompts_of(table, shard)
-        generated, stats = self._engine.generate(prompts)
+        again = [] if shard.full_depth else self._to_decode_again(prompts)
+        generated = self._engine.generate(prompts, again, shard.full_depth)
         with own.timed("write"):
-            rows = sorted(rows + generated, key=lambda row: (row.row_index, row.sample_index))
+            rows = sorted(rows + generated.rows, key=lambda row: (row.row_index, row.sample_index))
             data = encode(self._job.output.format, output_table(table, rows, shard, self._job))
             path = self._write(shard, data)
-        return _result(shard, path, data, rows, stats + own)
+        return _result(shard, path, data, rows, generated.stats + own + agreement(rows, generated.again))
 
     def _prompts_of(self, table: pa.Table, shard: Shard) -> tuple[list[Prompt], list[Generation]]:
         """The rows that can run, and the output rows of those that cannot."""
@@ -82,6 +84,12 @@ class Replica:
             except RowError as error:
                 failed += failed_row(index, self._prompts.samples(row), error)
         return prompts, failed
+
+    def _to_decode_again(self, prompts: list[Prompt]) -> list[Prompt]:
+        """The rows that get a quality receipt: a share, chosen by their random keys."""
+        if self._job.decode.skip.kind == "none":
+            return []
+        return [prompt for prompt in prompts if prompt.key < self._job.quality.sample * 2**64]
 
     def _write(self, shard: Shard, data: bytes) -> str:
         path = f"data/shard-{shard.index:05d}-{uuid.uuid4().hex}.{SUFFIXES[self._job.output.format]}"

@@ -40,6 +40,8 @@ _COLUMNS: dict[str, pa.DataType] = {
     "logprobs": pa.list_(_LOGPROB),
     "error_type": pa.string(),
     "error_message": pa.string(),
+    "skip_policy": pa.string(),
+    "mean_layers": pa.float32(),
 }
 
 _IDENTITY = ("row_file", "row_index", "sample_index")
@@ -49,12 +51,15 @@ _MODEL = b"rayskip.model"
 
 
 def output_columns(job: JobConfig) -> list[str]:
-    """Names of the columns after the input's: token_ids only if asked, logprobs only if any row may ask."""
+    """Names of the columns after the input's: token_ids only if asked, logprobs only if any row may ask,
+    skip_policy and mean_layers only if layers may be skipped."""
     wanted = set(_COLUMNS)
     if not job.output.token_ids:
         wanted.discard("token_ids")
     if job.sampling.logprobs is None and not _has_row_params(job.input):
         wanted.discard("logprobs")
+    if job.decode.skip.kind == "none":
+        wanted -= {"skip_policy", "mean_layers"}
     return [name for name in _COLUMNS if name in wanted]
 
 
@@ -154,7 +159,8 @@ def _openai(samples: list[dict[str, Any]], model: str) -> dict[str, Any]:
         "usage": _usage(samples),
     }
     response = {"status_code": 200, "request_id": request, "body": body}
-    return head | {"response": response, "error": None}
+    skipped = {"skip_policy": first["skip_policy"]} if "skip_policy" in first else {}
+    return head | {"response": response, "error": None} | skipped
 
 
 def _choice(row: dict[str, Any]) -> dict[str, Any]:

@@ -39,7 +39,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Generation:
-    """One output row: sample `sample_index` of input row `row_index`, or why there is none."""
+    """One output row: sample `sample_index` of input row `row_index`, or why there is none.
+
+    skip_policy: which layers its tokens ran, "none" where none was skipped. mean_layers: layers run per generated
+    token; None where no generated token ran (the last one never does).
+    """
 
     row_index: int
     sample_index: int
@@ -51,6 +55,8 @@ class Generation:
     logprobs: list[TokenLogprob] | None = None
     error_type: str | None = None
     error_message: str | None = None
+    skip_policy: str | None = None
+    mean_layers: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,7 @@ class Shard:
     """A contiguous range of one input file's rows: the unit of dispatch, retry and commit.
 
     file: where to read it. name: the file's part of the row identity (its path below the input's root).
-    rows: [start, stop) in the file.
+    rows: [start, stop) in the file. full_depth: no layer is skipped, whatever the job's policy.
     """
 
     index: int
@@ -66,6 +72,7 @@ class Shard:
     name: str
     start: int
     stop: int
+    full_depth: bool = False
 
     @property
     def rows(self) -> int:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 
@@ -23,6 +23,9 @@ from rayskip.errors import InputError, StorageBusy
 
 _SCANS = 8
 """Files looked at together: in a bucket, waiting is most of the work."""
+
+OPENAI_COLUMNS = ("custom_id", "messages", "sampling_params")
+"""What an openai batch line is read into; these names have a meaning."""
 
 _OPENAI = {"custom_id", "method", "url", "body"}
 
@@ -133,6 +136,10 @@ def _check_rename(source: Source, config: InputConfig) -> None:
                 f"{config.path}: input.rename names {old!r}, which is no column of the data; "
                 f"columns: {', '.join(present)}"
             )
+        if new == BROKEN_ROW or (source.format == "openai" and old in OPENAI_COLUMNS):
+            raise InputError(
+                f"{config.path}: input.rename cannot make {old!r} {new!r}; rayskip needs the name"
+            )
         if source.columns.count(new) > 1:
             raise InputError(f"{config.path}: input.rename gives two columns the name {new!r}")
 
@@ -188,6 +195,8 @@ def _saved(config: InputConfig) -> list[Located]:
 def _is_hub_name(path: str) -> bool:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) or _suffix(path) in SUFFIXES:
         return False
+    if PurePosixPath(path).parent.name and Path(path).parent.is_dir():
+        return False  # a name below a folder that is here is a file's, mistyped perhaps
     try:
         locate(path)
     except InputError:
@@ -205,7 +214,7 @@ def _hub(config: InputConfig) -> list[Located]:
 
     try:
         dataset = load_dataset(config.path, split=config.split)
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"input.path: {config.path} is no file or folder here, and the hub does not give it "
             f"({first_line(error)})"

@@ -23,6 +23,10 @@ NUCLEUS = 1024
 """Candidates sorted for top-p before the whole vocabulary is: a nucleus is rarely wider."""
 
 
+LEAST, MOST = 1e-6, 1e30
+"""Bounds inside which no score overflows: of temperature and penalty, and of scores."""
+
+
 @dataclass(frozen=True)
 class Draw:
     """What one row's next token depends on, besides its logits.
@@ -82,15 +86,19 @@ def _by_width(draws: Sequence[Draw], vocab: int) -> dict[int, list[int]]:
 
 def _scores(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Penalised, tempered scores in float32, [R, V]."""
-    scores = logits.float()
+    scores = logits.float().nan_to_num()
     for row, draw in enumerate(draws):
         if draw.params.repetition_penalty != 1:
             seen = torch.tensor(sorted(set(draw.seen)), device=scores.device)
             score = scores[row, seen]
-            penalty = draw.params.repetition_penalty
+            penalty = max(draw.params.repetition_penalty, LEAST)
             scores[row, seen] = torch.where(score < 0, score * penalty, score / penalty)
-    temperature = torch.tensor([draw.params.temperature or 1.0 for draw in draws], device=scores.device)
-    return scores / temperature.unsqueeze(1)
+    temperature = torch.tensor(
+        [max(draw.params.temperature, LEAST) if draw.params.temperature else 1.0 for draw in draws],
+        device=scores.device,
+    )
+    scores = scores.clamp(-MOST, MOST)
+    return (scores - scores.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
 
 
 def _pick(scores: Tensor, draws: Sequence[Draw], width: int) -> list[int]:
@@ -118,8 +126,8 @@ def truncate(probs: Tensor, draws: Sequence[Draw]) -> Tensor:
     top_p. The first always stays.
     """
     kept = probs.double()
-    if any(draw.params.top_k > 0 for draw in draws):
-        kept = kept / kept.sum(dim=-1, keepdim=True)
+    has_top_k = torch.tensor([draw.params.top_k > 0 for draw in draws], device=kept.device).unsqueeze(1)
+    kept = torch.where(has_top_k, kept / kept.sum(dim=-1, keepdim=True), kept)
     before = kept.cumsum(dim=-1) - kept
     keep = before < _column(draws, "top_p", kept)
     keep &= kept >= kept[:, :1] * _column(draws, "min_p", kept)

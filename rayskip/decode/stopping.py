@@ -42,8 +42,8 @@ class Stopper:
 
     def _stops(self, token_ids: Sequence[int], stops: Sequence[str]) -> bool:
         """Whether a stop string stands in the text. Decodes the tail first: a stop string ends in the newest
-        token, and a token that shows at all shows at least one character."""
-        tail = self._decode(token_ids[-(max(map(len, stops)) + 8) :])
+        token, and a token that shows at all is at least one byte of it."""
+        tail = self._decode(token_ids[-(max(len(stop.encode()) for stop in stops) + 8) :])
         if not any(stop in tail for stop in stops):
             return False
         text = self._decode(token_ids)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from rayskip.config import JobConfig
 from rayskip.data.records import ShardResult
@@ -16,11 +17,12 @@ from rayskip.driver.commit import Lease, commit, finish, load_commits, open_job,
 from rayskip.driver.plan import Plan, make_plan
 from rayskip.driver.progress import Meter, Progress
 from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, fold
-from rayskip.driver.report import Report, total
+from rayskip.driver.report import Report, merged, total
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
 from rayskip.errors import Interrupted, JobFailed, Retryable
 from rayskip.pool import Alive, Done, Event, Failed, Lost, Pool, Ready, ReplicaInfo
+from rayskip.stats import Stats
 
 PoolFactory = Callable[[JobConfig, Source], Pool]
 OnProgress = Callable[[Progress], None]
@@ -92,6 +94,7 @@ class Run:
         self.on_progress = on_progress
         self.began = time.monotonic() - plan.seconds
         self.commits = load_commits(storage, plan.record.fingerprint, plan.shards)
+        self.whole = total(self.commits.values())
         self.resumed = frozenset(self.commits)
         self.rows_failed = sum(record.rows_failed for record in self.commits.values())
         self.dispatch = Dispatch(
@@ -108,6 +111,8 @@ class Run:
 
     def generate(self, pool_factory: PoolFactory) -> None:
         """Run every shard that is not committed."""
+        self._check_failed_rows()
+        self._check_quality()
         self._show("starting")
         pool = pool_factory(self.job, self.plan.source)
         try:
@@ -121,12 +126,21 @@ class Run:
 
     def finish(self) -> Report:
         """Write the report and the manifest of a job whose shards are all committed."""
+        self._check_failed_rows()
+        self._check_quality()
         record = self.plan.record
         report = self._report()
         self.lease.check()
         self.storage.put(REPORT, report.to_bytes())
         finish(
-            self.storage, fold(record.name, record.fingerprint, self.job.output.format, self.commits.values())
+            self.storage,
+            fold(
+                record.name,
+                record.fingerprint,
+                self.job.output.format,
+                self.job.decode.skip.model_dump(mode="json", exclude_none=True),
+                self.commits.values(),
+            ),
         )
         self._show("finished")
         return report
@@ -153,7 +167,7 @@ class Run:
     def _obey(self, pool: Pool, instruction: Instruction) -> None:
         match instruction:
             case Assign(replica, shard):
-                pool.submit(replica, shard)
+                pool.submit(replica, replace(shard, full_depth=self.below_floor))
             case Kill(replica):
                 pool.kill(replica)
                 self.meter.lost(replica)
@@ -166,7 +180,8 @@ class Run:
             case Ready(replica, info):
                 self._ready(replica, info, now)
             case Alive(replica, progress):
-                self.meter.said(replica, progress)
+                if self.meter.said(replica, progress):
+                    self.dispatch.progressed(replica, now)
             case Done(replica, result):
                 self._done(replica, result, now)
             case Failed(replica, shard, Retryable() as error):
@@ -189,8 +204,10 @@ class Run:
         self.commits[shard.index] = record
         self.last_commit = time.monotonic()
         self.rows_failed += record.rows_failed
+        self.whole += Stats(**record.stats)
         self.meter.committed(replica, shard.rows, result.stats.completion_tokens)
         self._check_failed_rows()
+        self._check_quality()
 
     def _lost(self, replica: int, reason: str) -> None:
         self.meter.lost(replica)
@@ -205,6 +222,21 @@ class Run:
             raise JobFailed(
                 f"{self.rows_failed} rows failed, more than retry.max_failed_rows = {limit} allows; "
                 f"see error_type and error_message in {self.storage.url}/data"
+            )
+
+    @property
+    def below_floor(self) -> bool:
+        """Whether the receipts of what is committed say that skipping layers costs too much."""
+        quality, stats = self.job.quality, self.whole
+        return stats.receipts >= quality.min_receipts and stats.agreement["edit_similarity"] < quality.floor
+
+    def _check_quality(self) -> None:
+        if self.job.quality.below_floor == "stop" and self.below_floor:
+            stats = self.whole
+            raise JobFailed(
+                f"decode.skip changes the output too much: over {stats.receipts} rows decoded both ways the "
+                f"edit similarity is {stats.agreement['edit_similarity']:.2f}, "
+                f"quality.floor is {self.job.quality.floor:g}"
             )
 
     def _check_fence(self) -> None:
@@ -235,7 +267,7 @@ class Run:
         )
 
     def _report(self) -> Report:
-        job, whole = self.job, total(self.commits.values())
+        job, whole = self.job, self.whole
         ours = total(self._ours())
         generate_s = self.last_commit - self.first_ready
         tok_s = ours.completion_tokens / generate_s if generate_s > 0 else 0.0
@@ -244,7 +276,7 @@ class Run:
             fingerprint=self.plan.record.fingerprint,
             model=job.model.path,
             hardware=self.replicas[0].hardware if self.replicas else {},
-            engine=self.replicas[0].engine if self.replicas else {},
+            engine=merged([info.engine for info in self.replicas]),
             replicas=self.most_replicas,
             shards=len(self.plan.shards),
             shards_resumed=len(self.resumed),
@@ -260,6 +292,16 @@ class Run:
             completion_tok_s=tok_s,
             completion_tok_s_per_replica=tok_s / max(1, self.most_replicas),
             batch_fill=ours.batch_fill,
+            skip=self.job.decode.skip.kind,
+            mean_layers=whole.mean_layers,
+            layer_tokens=whole.layer_tokens,
+            layer_tokens_ideal=whole.layer_tokens_ideal,
+            prompt_layer_tokens=whole.prompt_layer_tokens,
+            cohort_fill=whole.cohort_fill,
+            kv_bytes_saved=whole.kv_bytes_saved,
+            receipts=whole.receipts,
+            agreement=whole.agreement,
+            fell_back_to_full_depth=self.below_floor,
             seconds=ours.seconds,
         )
 

@@ -63,9 +63,11 @@ class Meter:
             self._started = now
             self._window.append((now, 0))
 
-    def said(self, replica: int, progress: ReplicaProgress) -> None:
-        """A replica's counters since its start."""
+    def said(self, replica: int, progress: ReplicaProgress) -> bool:
+        """A replica's counters since its start; whether they differ from the last ones."""
+        moved = self._said.get(replica) != progress
         self._said[replica] = progress
+        return moved
 
     def committed(self, replica: int, rows: int, tokens: int) -> None:
         """A shard of this replica is committed, with so many input rows and completion tokens."""

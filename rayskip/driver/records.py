@@ -99,12 +99,13 @@ class ManifestFile(Document):
 
 
 class Manifest(Document):
-    """A finished job: every data file, in shard order."""
+    """A finished job: every data file, in shard order. skip: the policy its layers were skipped by."""
 
     version: int = 1
     name: str
     fingerprint: str
     format: str
+    skip: dict[str, Any]
     rows: int
     rows_failed: int
     files: list[ManifestFile]
@@ -139,7 +140,9 @@ def to_commit(shard: Shard, result: ShardResult, fingerprint: str, epoch: int, n
     )
 
 
-def fold(name: str, fingerprint: str, format: str, commits: Iterable[CommitRecord]) -> Manifest:
+def fold(
+    name: str, fingerprint: str, format: str, skip: dict[str, Any], commits: Iterable[CommitRecord]
+) -> Manifest:
     """The manifest of a set of commit records, whatever their order and however often one is given."""
     by_shard: Mapping[int, CommitRecord] = {commit.shard: commit for commit in commits}
     files = [
@@ -157,6 +160,7 @@ def fold(name: str, fingerprint: str, format: str, commits: Iterable[CommitRecor
         name=name,
         fingerprint=fingerprint,
         format=format,
+        skip=skip,
         rows=sum(file.rows for file in files),
         rows_failed=sum(file.rows_failed for file in files),
         files=files,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rayskip.driver.records import CommitRecord, Document
@@ -17,6 +17,10 @@ class Report(Document):
     load_s: seconds a replica took to load (the slowest). generate_s: from the first replica ready to the
     last shard committed. wall_s: the whole run. seconds: per phase, summed over this run's replicas.
     completion_tok_s: completion tokens of this run / generate_s.
+    mean_layers: layers run per generated token. layer_tokens, layer_tokens_ideal: layer executions that took place
+    and that the skip policy asks for; prompt_layer_tokens of them for prompts. cohort_fill: share of generated
+    tokens that ran in their step's largest group of one layer set. kv_bytes_saved: keys and values not stored.
+    receipts: generations also decoded at full depth; agreement: what both have in common, on average.
     """
 
     name: str
@@ -39,6 +43,16 @@ class Report(Document):
     completion_tok_s: float
     completion_tok_s_per_replica: float
     batch_fill: float
+    skip: str
+    mean_layers: float | None
+    layer_tokens: int
+    layer_tokens_ideal: int
+    prompt_layer_tokens: int
+    cohort_fill: float | None
+    kv_bytes_saved: int
+    receipts: int
+    agreement: dict[str, float]
+    fell_back_to_full_depth: bool
     seconds: dict[str, float]
 
 
@@ -48,6 +62,30 @@ def total(commits: Iterable[CommitRecord]) -> Stats:
     for commit in commits:
         stats += Stats(**commit.stats)
     return stats
+
+
+def _layers(report: Report) -> str:
+    mean = "no token" if report.mean_layers is None else f"{report.mean_layers:.1f} a token"
+    agreed = ", ".join(f"{name} {value:.2f}" for name, value in report.agreement.items())
+    return f"{mean}, skip {report.skip}; {report.receipts:,} receipts{': ' if agreed else ''}{agreed}"
+
+
+def merged(engines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all replicas' engines say of themselves: the first's facts; where others differ, a list of all.
+
+    Tokens are batch-invariant over the job only if they are on every replica, by the same kernels.
+    """
+    if not engines:
+        return {}
+    facts = {}
+    for key, value in engines[0].items():
+        every = [engine.get(key) for engine in engines]
+        facts[key] = value if all(other == value for other in every) or key == "cache_positions" else every
+    if isinstance(facts.get("ops"), list) or isinstance(facts.get("row_rule"), list):
+        facts["batch_invariant"] = False
+    if isinstance(facts.get("batch_invariant"), list):
+        facts["batch_invariant"] = all(facts["batch_invariant"])
+    return facts
 
 
 def format_report(report: Report) -> str:
@@ -66,5 +104,7 @@ def format_report(report: Report) -> str:
         "time": f"load {report.load_s:.1f} s, generate {report.generate_s:.1f} s, wall {report.wall_s:.1f} s",
         "phases": ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items()),
     }
+    if report.skip != "none":
+        facts["layers"] = _layers(report)
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())

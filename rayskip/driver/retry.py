@@ -98,7 +98,7 @@ class Dispatch:
         instructions: list[Instruction] = [Kill(replica) for replica in self._hanging(now)]
         for instruction in instructions:
             assert isinstance(instruction, Kill)
-            self.lost(instruction.replica, f"no progress in {self._timeout_s:g} s")
+            self.lost(instruction.replica, self._why_hanging(instruction.replica))
         if not self._stopped:
             instructions += [Start()] * self._missing()
             instructions += self._assign(now)
@@ -113,6 +113,11 @@ class Dispatch:
         self._failed_starts = 0
         self._replicas[replica].ready = True
         self._replicas[replica].since = now
+
+    def progressed(self, replica: int, now: float) -> None:
+        """A replica generates: it does not hang."""
+        if replica in self._replicas:
+            self._replicas[replica].since = now
 
     def done(self, replica: int, shard: int, now: float) -> Shard:
         """A replica finished a shard; returns it."""
@@ -129,8 +134,10 @@ class Dispatch:
         gone = self._replicas.pop(replica)
         if not gone.ready:
             self._failed_starts += 1
-            if self._failed_starts >= MAX_FAILED_STARTS and len(self._replicas) < min(
-                self._least, self._left
+            if (
+                self._failed_starts >= MAX_FAILED_STARTS
+                and not self.ready
+                and len(self._replicas) < min(self._least, self._left)
             ):
                 raise JobFailed(f"{self._failed_starts} replicas in a row died loading; the last: {reason}")
         self._suspects.extend(self._again(shard, reason) for shard in gone.shards)
@@ -156,6 +163,14 @@ class Dispatch:
             for replica, state in self._replicas.items()
             if (state.shards or not state.ready) and now - state.since > self._timeout_s
         ]
+
+    def _why_hanging(self, replica: int) -> str:
+        if self._replicas[replica].ready:
+            return f"no progress in {self._timeout_s:g} s (retry.shard_timeout_s)"
+        return (
+            f"not ready after {self._timeout_s:g} s (retry.shard_timeout_s); "
+            "does the cluster have the CPUs and GPUs that cluster asks for?"
+        )
 
     def _missing(self) -> int:
         """Replicas to start: none that would find no shard, and after failed starts only the least."""

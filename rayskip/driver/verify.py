@@ -54,7 +54,7 @@ def verify(out: str) -> VerifyResult:
 
 def _problems(storage: Storage, job: JobRecord, manifest: Manifest) -> Iterator[str]:
     commits = read_commits(storage)
-    if manifest != fold(job.name, job.fingerprint, manifest.format, commits):
+    if manifest != fold(job.name, job.fingerprint, manifest.format, manifest.skip, commits):
         yield f"{MANIFEST} does not match the commit records"
     yield from _partition_problems(job, commits)
     for commit in commits:

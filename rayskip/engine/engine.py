@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -27,15 +28,18 @@ from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sequence import Sequence
 from rayskip.engine.sizes import choose_sizes
 from rayskip.errors import RowError
-from rayskip.model.checkpoint import load, resolve
+from rayskip.model.checkpoint import load, resolve, trained_policy
 from rayskip.model.forward import Decoder
 from rayskip.model.invariance import is_batch_invariant
 from rayskip.model.kv_cache import key_blocks
+from rayskip.skip import full_depth, skip_policy
 from rayskip.stats import Stats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+_log = logging.getLogger(__name__)
 
 PromptLike = str | Seq[int] | Seq[dict[str, str]]
 """A prompt as text, as token ids or as chat messages."""
@@ -78,7 +82,9 @@ class Engine:
         self.max_model_len = min(engine.max_model_len or longest, longest)
         self.sizes = choose_sizes(decoder, engine)
         self._waiting: deque[Sequence] = deque()
-        self._lanes = [Lane(decoder, self.sizes, self._waiting) for _ in range(self.sizes.lanes)]
+        self.policy = skip_policy(self.decode.skip, len(decoder.layers))
+        self._full_depth = full_depth(len(decoder.layers))
+        self._lanes = [Lane(decoder, self.sizes, self.policy, self._waiting) for _ in range(self.sizes.lanes)]
         self._threads = ThreadPoolExecutor(
             self.sizes.lanes,
             "lane",
@@ -109,7 +115,15 @@ class Engine:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         keep_freed_memory()
         decoder = Decoder(*load(folder, getattr(torch, model.dtype), place))
-        return cls(decoder, load_tokenizer(folder), engine, decode)
+        loaded = cls(decoder, load_tokenizer(folder), engine, decode)
+        if (trained := trained_policy(folder)) not in (None, loaded.policy.name):
+            _log.warning(
+                "%s was trained under the skip policy %s and runs under %s; expect worse output",
+                model.path,
+                trained,
+                loaded.policy.name,
+            )
+        return loaded
 
     @property
     def info(self) -> dict[str, Any]:
@@ -123,6 +137,7 @@ class Engine:
             **dataclasses.asdict(self.sizes),
             "row_rule": dataclasses.asdict(decoder.row_rule),
             "batch_invariant": self._batch_invariant,
+            "skip": self.policy.name,
         }
 
     @property
@@ -134,14 +149,17 @@ class Engine:
         stats, self._stats = self._stats, Stats()
         return stats
 
-    def add(self, prompt: Prompt) -> int:
-        """Queue a row; returns its request id. Raises RowError when it has no token or no room to generate."""
-        self._check(prompt.token_ids)
+    def add(self, prompt: Prompt, full_depth: bool = False) -> int:
+        """Queue a row; returns its request id. Raises RowError when it has no token or no room to generate.
+
+        full_depth: run every layer for it, whatever the engine's skip policy.
+        """
+        self._check(prompt.token_ids, prompt.params)
         request_id, self._next_id = self._next_id, self._next_id + 1
         self._requests[request_id] = _Request(prompt)
         reserved = key_blocks(min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len))
         for sample in range(prompt.params.n):
-            self._waiting.append(Sequence(request_id, prompt, sample, reserved))
+            self._waiting.append(Sequence(request_id, prompt, sample, reserved, full_depth))
         return request_id
 
     def step(self) -> list[Completion]:
@@ -170,10 +188,11 @@ class Engine:
         every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         results: dict[int, list[Generation]] = {}
         places = {}
-        for index, (prompt, own) in enumerate(zip(prompts, every, strict=True)):
+        token_ids = [self._token_ids(prompt) for prompt in prompts]  # all, before any is queued: it may raise
+        for index, (ids, own) in enumerate(zip(token_ids, every, strict=True)):
             key = int.from_bytes(hashlib.blake2b(f"{own.seed}:{index}".encode(), digest_size=8).digest())
             try:
-                places[self.add(Prompt(index, self._token_ids(prompt), own, key))] = index
+                places[self.add(Prompt(index, ids, own, key))] = index
             except RowError as error:
                 results[index] = [
                     Generation(index, 0, "error", error_type=error.kind, error_message=str(error))
@@ -182,7 +201,9 @@ class Engine:
             results[places[done.request_id]] = done.generations
         return [results[index] for index in range(len(prompts))]
 
-    def _check(self, token_ids: Seq[int]) -> None:
+    def _check(self, token_ids: Seq[int], params: SamplingParams) -> None:
+        if params.stop and self.tokenizer is None:
+            raise RowError("no_tokenizer", "stop strings need a tokenizer, and the model's folder has none")
         if not token_ids:
             raise RowError("empty_prompt", "the prompt has no tokens")
         if len(token_ids) >= self.max_model_len:
@@ -243,6 +264,7 @@ class Engine:
     def _finish(
         self, row: Sequence, reason: FinishReason, error: tuple[str | None, str | None] = (None, None)
     ) -> None:
+        policy = self._full_depth if row.full_depth else self.policy
         self._requests[row.request_id].samples[row.sample] = Generation(
             row_index=row.prompt.row_index,
             sample_index=row.sample,
@@ -252,6 +274,8 @@ class Engine:
             prompt_tokens=len(row.prompt.token_ids),
             completion_tokens=len(row.generated),
             logprobs=row.logprobs if row.params.logprobs is not None else None,
+            skip_policy=policy.name,
+            mean_layers=policy.mean_depth(len(row.generated)),
             error_type=error[0],
             error_message=error[1],
         )

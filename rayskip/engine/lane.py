@@ -9,10 +9,11 @@ Does not know requests, text or how rows are handed out.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 
 from rayskip.decode.randomness import uniform
@@ -21,8 +22,9 @@ from rayskip.engine.scheduler import Chunk, Scheduler, StepPlan
 from rayskip.engine.sequence import Sequence
 from rayskip.engine.sizes import Sizes
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import key_blocks
+from rayskip.model.kv_cache import KVCache, key_blocks
 from rayskip.model.ops import Group, TokenBatch
+from rayskip.skip import SkipPolicy
 from rayskip.stats import Stats
 
 
@@ -38,76 +40,91 @@ class Lane:
     """Schedules and runs steps. `plan` and `retire` are bookkeeping, for the engine's thread; `run` is the
     tensor work, for the lane's own."""
 
-    def __init__(self, decoder: Decoder, sizes: Sizes, waiting: deque[Sequence]) -> None:
+    def __init__(self, decoder: Decoder, sizes: Sizes, policy: SkipPolicy, waiting: deque[Sequence]) -> None:
         self._decoder = decoder
+        self._policy = policy
         self._sizes = sizes
         self._cache = decoder.new_cache()
-        self.scheduler = Scheduler(sizes.batch_rows, sizes.batch_tokens, sizes.cache_positions, waiting)
+        self._layer_kv_bytes = KVCache.bytes_per_position(decoder.spec, 1, decoder.dtype)
+        self.scheduler = Scheduler(
+            sizes.batch_rows, sizes.batch_tokens, sizes.cache_positions, sizes.cohort, waiting
+        )
 
     def run(self, plan: StepPlan) -> StepResult:
         """One forward over the plan's tokens; chooses the next token of every row whose newest token ran."""
         start = time.perf_counter()
-        self._reserve()
+        if plan.resize is not None:
+            self._cache.resize(plan.resize.slots, plan.resize.length, plan.resize.kept)
         for copy in plan.copies:
             self._cache.copy(copy.source, copy.target, copy.length)
-        chunks = sorted(plan.chunks, key=attention_shape)
-        batch = token_batch(chunks, self._decoder.device)
+        chunks = sorted(plan.chunks, key=group_key)
+        batch = token_batch(chunks, self._policy, self._decoder.device)
         logits = self._decoder.forward(batch, self._cache)
         middle = time.perf_counter()
         last = [chunk.sequence for chunk in chunks if chunk.last]
         choices = choose(logits, [_draw(row) for row in last]) if last else []
-        stats = self._count(plan, len(batch.token_ids))
+        for row, choice in zip(last, choices, strict=True):
+            if choice.token_id is None:
+                self._cache.clear(row.slot)
+        stats = self._count(plan, batch)
         stats.seconds["prefill" if plan.prefills else "decode"] = middle - start
         stats.seconds["sample"] = time.perf_counter() - middle
         return StepResult(list(zip(last, choices, strict=True)), stats)
 
-    def _reserve(self) -> None:
-        """Room for a full batch of rows as long as the longest in flight, so that the cache seldom grows."""
-        running = self.scheduler.running
-        length = max(row.reserved for row in running)
-        fitting = max(self._sizes.cache_positions // length, 1)
-        self._cache.reserve(
-            max(max(row.slot for row in running) + 1, min(self._sizes.batch_rows, fitting)), length
-        )
-
-    def _count(self, plan: StepPlan, tokens: int) -> Stats:
+    def _count(self, plan: StepPlan, batch: TokenBatch) -> Stats:
+        layers, rule = len(self._decoder.layers), self._decoder.row_rule
+        active = batch.active or [len(batch.token_ids)] * layers
+        decoding = [chunk for chunk in plan.chunks if chunk.generated]
+        depths = [self._policy.depth(chunk.sequence.skip_position(chunk.start)) for chunk in decoding]
+        generated = sum(depths)
         return Stats(
             steps=1,
             step_rows=len(plan.chunks),
             step_slots=self._sizes.batch_rows,
             prefix_tokens=plan.reused,
-            layer_tokens=tokens * len(self._decoder.layers),
-            padding_tokens=self._decoder.row_rule.padding(tokens),
+            decode_tokens=len(decoding),
+            decode_layer_tokens=generated,
+            prompt_layer_tokens=sum(active) - generated,
+            padding_layer_tokens=sum(rule.padding(count) for count in active if count),
+            cohort_tokens=max(Counter(depths).values(), default=0),
+            kv_bytes_saved=(layers * len(decoding) - generated) * self._layer_kv_bytes,
         )
 
 
-def token_batch(chunks: list[Chunk], device: torch.device) -> TokenBatch:
-    """Chunks as packed tensors. Those of one width that read equally many key blocks attend as one group.
+def token_batch(chunks: list[Chunk], policy: SkipPolicy, device: torch.device) -> TokenBatch:
+    """Chunks as packed tensors. Those of one depth and width that read equally many key blocks attend as one group.
 
-    chunks: in the order of their groups, see `attention_shape`.
+    chunks: in the order of their groups, see `group_key`.
     """
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
     outputs: list[int] = []
     groups: list[Group] = []
-    for (width, keys), members in groupby(chunks, attention_shape):
+    skip_positions: list[int] = []
+    for (skip_position, width, keys), members in groupby(chunks, group_key):
         start = len(ids)
         for chunk in members:
             ids += chunk.sequence.tokens(chunk.start, chunk.stop)
             positions += range(chunk.start, chunk.stop)
             slots += [chunk.sequence.slot] * width
+            skip_positions += [skip_position] * width
             if chunk.last:
                 outputs.append(len(ids) - 1)
         groups.append(Group(start, width, torch.tensor(slots[start::width], device=device), keys))
     packed = torch.tensor([ids, positions, slots], device=device)
     logits_of = torch.tensor(outputs, dtype=torch.long, device=device)
-    return TokenBatch(packed[0], packed[1], packed[2], groups, logits_of)
+    active = None if policy.is_full else np.searchsorted(skip_positions, policy.until).tolist()
+    return TokenBatch(packed[0], packed[1], packed[2], groups, logits_of, active)
 
 
-def attention_shape(chunk: Chunk) -> tuple[int, int]:
-    """(tokens, key positions read): depends on nothing but the row itself."""
-    return chunk.stop - chunk.start, key_blocks(chunk.stop)
+def group_key(chunk: Chunk) -> tuple[int, int, int]:
+    """(generated position, tokens, key positions read): depends on nothing but the row itself.
+
+    A chunk is either prompt or one generated token, so its tokens share a depth. Sorted, the deepest come first.
+    """
+    skip_position = chunk.sequence.skip_position(chunk.start)
+    return skip_position, chunk.stop - chunk.start, key_blocks(chunk.stop)
 
 
 def _draw(row: Sequence) -> Draw:

@@ -24,6 +24,15 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Resize:
+    """Make the cache `slots` rows of `length` positions; the old slots `kept` live on as the first ones."""
+
+    slots: int
+    length: int
+    kept: list[int]
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Run tokens [start, stop) of a sequence."""
 
@@ -36,17 +45,24 @@ class Chunk:
         """Whether the newest known token is among them, so that the next one can be chosen."""
         return self.stop == self.sequence.length
 
+    @property
+    def generated(self) -> bool:
+        """Whether it is a generated token that runs."""
+        return self.start >= len(self.sequence.prompt.token_ids)
+
 
 @dataclass
 class StepPlan:
-    """One step: first the copies, in order; then the chunks.
+    """One step: first the resize, then the copies, in order; then the chunks.
 
-    reused: prompt tokens that a copy spares.
+    reused: prompt tokens that a copy spares. admitted: rows that join.
     """
 
+    resize: Resize | None = None
     copies: list[Copy] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     reused: int = 0
+    admitted: int = 0
 
     @property
     def prefills(self) -> bool:
@@ -58,18 +74,23 @@ class Scheduler:
     """Continuous batching: rows join and leave between any two steps.
 
     max_rows: rows in flight. max_tokens: tokens in one forward. cache_positions: positions the cache may hold,
-    rows x the longest reservation. waiting: rows that have not started, taken from the left; lanes share it.
+    rows x the longest reservation. cohort: places that must be free before rows join; those that join together
+    share their positions, and so their layer sets. waiting: rows that have not started, taken from the left;
+    lanes share it.
     """
 
     def __init__(
-        self, max_rows: int, max_tokens: int, cache_positions: int, waiting: deque[Sequence]
+        self, max_rows: int, max_tokens: int, cache_positions: int, cohort: int, waiting: deque[Sequence]
     ) -> None:
         self.max_rows = max_rows
         self.max_tokens = max(max_tokens, max_rows)
         self.cache_positions = cache_positions
+        self.cohort = cohort
         self.waiting = waiting
+        self._joining = False
         self.running: list[Sequence] = []
-        self._free = list(reversed(range(max_rows)))
+        self._slots = self._length = 0
+        self._free: list[int] = []
 
     def retire(self, finished: set[int]) -> None:
         """Take rows out, by slot."""
@@ -85,13 +106,21 @@ class Scheduler:
         budget = self.max_tokens
         for row in self.running:
             budget -= self._extend(plan, row, budget)
-        while budget > 0 and self.waiting and self._fits(self.waiting[0], share):
+        self._joining = self._may_join(share)
+        if self._joining and self.waiting and self._fits(self.waiting[0], share) and self._is_cramped():
+            self._resize(plan, self.waiting[0])
+        while self._joining and budget > 0 and self.waiting and self._fits(self.waiting[0], share):
             row = self.waiting[0]
             source, shared = self._best_prefix(row)
             ready = min(shared, source.computed) if source is not None else 0
             if shared >= ready + SHARED_PREFIX:
                 break  # its prefix is being computed in this very step: join in the next and copy it
+            if not self._has_place(row):
+                if plan.admitted:
+                    break  # the next step begins with a resize
+                self._resize(plan, row)
             self.waiting.popleft()
+            plan.admitted += 1
             row.slot = self._free.pop()
             self.running.append(row)
             if source is not None and ready >= SHARED_PREFIX:
@@ -107,12 +136,36 @@ class Scheduler:
             plan.chunks.append(Chunk(row, row.computed, stop))
         return stop - row.computed
 
+    def _may_join(self, share: int) -> bool:
+        """Once begun, a cohort joins over as many steps as its prefill takes."""
+        free = min(self.max_rows, share) - len(self.running)
+        return free > 0 and (self._joining or free >= min(self.cohort, len(self.waiting)) or not self.running)
+
     def _fits(self, row: Sequence, share: int) -> bool:
         if not self.running:
             return True
-        longest = max(row.reserved, max(other.reserved for other in self.running))
         rows = len(self.running) + 1
-        return rows <= min(self.max_rows, share) and rows * longest <= self.cache_positions
+        return rows <= min(self.max_rows, share) and rows * self._longest(row) <= self.cache_positions
+
+    def _longest(self, row: Sequence) -> int:
+        return max(row.reserved, max((other.reserved for other in self.running), default=0))
+
+    def _has_place(self, row: Sequence) -> bool:
+        return bool(self._free) and row.reserved <= self._length
+
+    def _is_cramped(self) -> bool:
+        """Whether the shape, made for longer rows that are gone, keeps rows waiting."""
+        possible = min(self.max_rows, self.cache_positions // self._longest(self.waiting[0]))
+        return self._slots < min(possible, len(self.running) + len(self.waiting))
+
+    def _resize(self, plan: StepPlan, row: Sequence) -> None:
+        """Shape the cache for the rows in flight and `row`, for as many as its limit allows; renumbers slots."""
+        self._length = self._longest(row)
+        self._slots = max(min(self.max_rows, self.cache_positions // self._length), len(self.running) + 1)
+        plan.resize = Resize(self._slots, self._length, [other.slot for other in self.running])
+        for slot, other in enumerate(self.running):
+            other.slot = slot
+        self._free = list(reversed(range(len(self.running), self._slots)))
 
     def _best_prefix(self, row: Sequence) -> tuple[Sequence | None, int]:
         """The running row that shares the longest prefix, and how much of it `row` can use.

@@ -17,12 +17,14 @@ class Sequence:
 
     computed: tokens whose keys and values are in the cache, at slot `slot`.
     reserved: positions it may come to need, prompt and completion together.
+    full_depth: every layer runs, whatever the engine's skip policy.
     """
 
     request_id: int
     prompt: Prompt
     sample: int
     reserved: int
+    full_depth: bool = False
     slot: int = -1
     computed: int = 0
     generated: list[int] = field(default_factory=list)
@@ -45,6 +47,10 @@ class Sequence:
     def prefilling(self) -> bool:
         """Whether prompt tokens are still missing from the cache."""
         return self.computed < len(self.prompt.token_ids)
+
+    def skip_position(self, position: int) -> int:
+        """The generated position that decides which layers token `position` runs; -1: all of them."""
+        return -1 if self.full_depth else max(position - len(self.prompt.token_ids), -1)
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Known tokens [start, stop)."""

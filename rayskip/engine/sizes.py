@@ -28,13 +28,14 @@ CPU_TOKENS, GPU_TOKENS = 1024, 8192
 @dataclass(frozen=True)
 class Sizes:
     """Of the engine: lanes. Of each lane: threads, batch_rows (rows in flight), batch_tokens (tokens in one
-    forward), cache_positions (rows x positions cached)."""
+    forward), cache_positions (rows x positions cached), cohort (rows that join together)."""
 
     lanes: int
     threads_per_lane: int
     batch_rows: int
     batch_tokens: int
     cache_positions: int
+    cohort: int
 
 
 def choose_sizes(decoder: Decoder, config: EngineConfig) -> Sizes:
@@ -53,6 +54,7 @@ def choose_sizes(decoder: Decoder, config: EngineConfig) -> Sizes:
         batch_rows=rows,
         batch_tokens=max(tokens // lanes, rows),
         cache_positions=max(int(free / per_position / lanes), KEY_BLOCK),
+        cohort=max(1, round(config.cohort * rows)),
     )
 
 
@@ -81,7 +83,7 @@ def best_rows(decoder: Decoder, threads: int) -> int:
 def _step_seconds(decoder: Decoder, rows: int) -> float:
     """Fastest of three decode steps of `rows` rows at one key block."""
     cache = decoder.new_cache()
-    cache.reserve(rows, KEY_BLOCK)
+    cache.resize(rows, KEY_BLOCK)
     index = torch.arange(rows, device=decoder.device)
     zeros = torch.zeros_like(index)
     batch = TokenBatch(zeros, zeros, index, [Group(0, 1, index, KEY_BLOCK)], index)

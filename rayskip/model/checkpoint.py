@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 """Config, tokenizer and chat template, as a folder's own files."""
 
+LABEL = "rayskip.json"
+"""File beside a checkpoint's weights that says how rayskip trained it."""
+
 BLOCK = 1 << 20
 SAMPLES = 16
 
@@ -56,6 +59,12 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Spec, 
         weights = own.weights(config, spec, _Stored(weight_files(folder), dtype, device, opened))
     _check_shapes(folder, spec, weights)
     return spec, weights
+
+
+def trained_policy(folder: Path) -> str | None:
+    """The skip policy that a checkpoint of `rayskip train skip` was trained under; None for any other."""
+    label = folder / LABEL
+    return str(_read_json(label)["skip"]) if label.exists() else None
 
 
 def read_spec(folder: Path) -> Spec:

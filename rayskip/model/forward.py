@@ -56,7 +56,10 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, batch: TokenBatch, cache: KVCache) -> Tensor:
-        """Run every layer, write the tokens' keys and values into `cache`, return logits [R, V]."""
+        """Run every layer on its active tokens, write their keys and values into `cache`, return logits [R, V].
+
+        A token passes a layer it skips unchanged (SkipDecode, arXiv 2307.02628, section 3).
+        """
         x = self.weights.embed[batch.token_ids]  # [N, d]
         if self.spec.embed_scale != 1.0:
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype)
@@ -64,12 +67,15 @@ class Decoder:
             x = x + self.weights.positions[batch.positions]
         branch: Tensor | None = None  # what the last layer adds to x; the next norm adds it on its way
         for index, layer in enumerate(self.layers):
-            x, branch = self._run_layer(index, layer, x, branch, batch, cache)
-        x = x[batch.outputs]
-        _, x = self.ops.add_normalise(
-            x, None if branch is None else branch[batch.outputs], self.weights.final_norm
-        )
-        logits = self.head(x)
+            count = len(x) if batch.active is None else batch.active[index]
+            if branch is not None and len(branch) != count:
+                x[: len(branch)] += branch
+                branch = None
+            if count:
+                branch = self._run_layer(index, layer, x[:count], branch, batch, cache)
+        if branch is not None:
+            x[: len(branch)] += branch
+        logits = self.head(normalise(x[batch.outputs], self.weights.final_norm))
         return logits if self.spec.logit_softcap is None else softcap(logits, self.spec.logit_softcap)
 
     def _run_layer(
@@ -80,18 +86,17 @@ class Decoder:
         branch: Tensor | None,
         batch: TokenBatch,
         cache: KVCache,
-    ) -> tuple[Tensor, Tensor]:
-        """One layer's input x + branch -> its output as x + branch."""
+    ) -> Tensor:
+        """Add `branch` to x in place, then run one layer on it: what the layer adds to x [N, d]."""
         own, ops = layer.own, self.ops
-        x, normed = ops.add_normalise(x, branch, own.attn_norm)
+        normed = ops.add_normalise(x, branch, own.attn_norm)
         attention = self._attention(index, layer, normed, batch, cache)
         if own.post_attn_norm is not None:
             attention = normalise(attention, own.post_attn_norm)
         if self.spec.parallel:
-            return x, attention + self._mlp(layer, normalise(x, own.mlp_norm))
-        x, normed = ops.add_normalise(x, attention, own.mlp_norm)
-        mlp = self._mlp(layer, normed)
-        return x, mlp if own.post_mlp_norm is None else normalise(mlp, own.post_mlp_norm)
+            return attention + self._mlp(layer, normalise(x, own.mlp_norm))
+        mlp = self._mlp(layer, ops.add_normalise(x, attention, own.mlp_norm))
+        return mlp if own.post_mlp_norm is None else normalise(mlp, own.post_mlp_norm)
 
     def _attention(
         self, index: int, layer: _PackedLayer, x: Tensor, batch: TokenBatch, cache: KVCache

@@ -23,7 +23,7 @@ def key_blocks(length: int) -> int:
 
 
 class KVCache:
-    """Grows to what the rows in flight need; never shrinks.
+    """What its owner resizes it to.
 
     keys, values [L, S, Hkv, T, D].
     Positions past a row's length hold stale but finite numbers; attention masks them.
@@ -46,12 +46,24 @@ class KVCache:
     def length(self) -> int:
         return self.keys.shape[3]
 
-    def reserve(self, slots: int, length: int) -> None:
-        """Make room for `slots` rows of `length` positions; what is stored stays."""
-        slots, length = max(slots, self.slots), max(key_blocks(length), self.length)
-        if (slots, length) == (self.slots, self.length):
-            return
-        self.keys, self.values = (_enlarged(stored, slots, length) for stored in (self.keys, self.values))
+    def resize(self, slots: int, length: int, kept: list[int] | None = None) -> None:
+        """Make it `slots` rows of `length` positions. kept: old slots that live on as the first ones."""
+        kept = kept or []
+        shared = min(length, self.length)
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)
+            layers, _, heads, _, dim = old.shape
+            content = old[:, kept, :, :shared]
+            setattr(self, name, content)  # lets go of the old one before the new one is taken
+            del old
+            new = content.new_zeros(layers, slots, heads, length, dim)
+            new[:, : len(kept), :, :shared] = content
+            setattr(self, name, new)
+
+    def clear(self, slot: int) -> None:
+        """Forget a row whose numbers are not finite: masked positions are read, and 0 times NaN is NaN."""
+        self.keys[:, slot] = 0
+        self.values[:, slot] = 0
 
     def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys, values [N, Hkv, D] of N tokens at slots [N], positions [N]."""
@@ -67,10 +79,3 @@ class KVCache:
         """Copy the first `length` positions of a slot to another, in every layer."""
         for stored in (self.keys, self.values):
             stored[:, target, :, :length] = stored[:, source, :, :length]
-
-
-def _enlarged(stored: Tensor, slots: int, length: int) -> Tensor:
-    layers, old_slots, heads, old_length, dim = stored.shape
-    larger = stored.new_zeros(layers, slots, heads, length, dim)
-    larger[:, :old_slots, :, :old_length] = stored
-    return larger

@@ -49,7 +49,7 @@ class Linear:
         self.rule = RowRule()
         self.out_features, self.in_features = dense.weight.shape
         self.device, self.dtype = dense.weight.device, dense.weight.dtype
-        self._packed = self.device.type == "cpu" and self.dtype != torch.float16
+        self._packed = _packs(self.device, self.dtype)
         self._weight = _pack(dense.weight) if self._packed else dense.weight
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -66,6 +66,15 @@ class Linear:
             return F.linear(x, self._weight, self.bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
         return y
+
+
+def _packs(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether oneDNN can repack such a weight here; its bf16 needs AVX-512 or better."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 def _pack(weight: Tensor) -> Tensor:

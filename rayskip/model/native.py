@@ -12,6 +12,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from ctypes import c_float, c_int64, c_void_p
@@ -58,7 +59,7 @@ class NativeOps(Ops):
         super().__init__(spec)
         self._library = library
 
-    def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
+    def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm) -> Tensor:
         if norm.kind != "rms" or norm.weight.dtype != x.dtype or x.shape[-1] % LANES:
             return super().add_normalise(x, branch, norm)
         out = torch.empty_like(x)
@@ -66,7 +67,7 @@ class NativeOps(Ops):
         self._library.add_rms_norm(
             x.data_ptr(), added, norm.weight.data_ptr(), out.data_ptr(), *x.shape, norm.eps
         )
-        return x, out
+        return out
 
     def gate(self, up: Tensor) -> Tensor:
         width = up.shape[1] // 2
@@ -144,10 +145,10 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
 
 def _compiled(defines: tuple[str, ...]) -> Path:
     """The shared library, compiled unless the cache has it. Its name tells source, flags, compiler and CPU."""
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CC", "")) or list(filter(None, map(shutil.which, COMPILERS)))[:1]
+    if not compiler:
         raise ModelError(f"no C compiler found ({', '.join(COMPILERS)}, or name one in CC)")
-    command = [compiler, *FLAGS, *defines]
+    command = [*compiler, *FLAGS, *defines]
     key = hashlib.blake2b(digest_size=10)
     for part in (SOURCE.read_text(), *command, _cpu()):
         key.update(part.encode())

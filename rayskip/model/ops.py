@@ -41,14 +41,18 @@ class Group:
 
 @dataclass
 class TokenBatch:
-    """Packed tokens of one step: ids, positions and slots [N], the groups that cover them in order,
-    and the tokens whose logits are wanted (indices [R])."""
+    """Packed tokens of one step, deepest first: ids, positions and slots [N], the groups that cover them in order,
+    and the tokens whose logits are wanted (indices [R]).
+
+    active: how many tokens each layer runs, always the first ones; None: all, in every layer.
+    """
 
     token_ids: Tensor
     positions: Tensor
     slots: Tensor
     groups: list[Group]
     outputs: Tensor
+    active: list[int] | None = None
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
 
     def mask(self, index: int, window: int | None, heads: int, dtype: torch.dtype) -> Tensor:
@@ -71,11 +75,11 @@ class Ops:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
 
-    def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm) -> tuple[Tensor, Tensor]:
-        """x + branch, and that normalised; all [N, d]. May write into x."""
+    def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm) -> Tensor:
+        """Add branch to x in place, and return that normalised; all [N, d]."""
         if branch is not None:
-            x = x + branch
-        return x, normalise(x, norm)
+            x += branch
+        return normalise(x, norm)
 
     def gate(self, up: Tensor) -> Tensor:
         """The feed-forward's non-linearity: gate and up side by side [N, 2f] (or up alone [N, f]) -> [N, f]."""
@@ -97,16 +101,19 @@ class Ops:
     ) -> Tensor:
         """Turn q [N, Hq, D] and k [N, Hkv, D], store k and v [N, Hkv, D] in the cache, attend: [N, Hq * D].
 
-        May write into q and k. window: see `Layer`.
+        N: the layer's active tokens, the batch's first ones; they end with a group. May write into q and k.
+        window: see `Layer`.
         """
+        slots, positions = batch.slots[: len(q)], batch.positions[: len(q)]
         if rope is not None:
-            cos, sin = rope.cos[batch.positions].unsqueeze(1), rope.sin[batch.positions].unsqueeze(1)
+            cos, sin = rope.cos[positions].unsqueeze(1), rope.sin[positions].unsqueeze(1)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        cache.write(layer, batch.slots, batch.positions, k, v)
+        cache.write(layer, slots, positions, k, v)
         q = q * self.spec.scale
         parts = [
             self._attend_group(q[group.start : group.stop], layer, window, batch, index, cache)
             for index, group in enumerate(batch.groups)
+            if group.start < len(q)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

@@ -1,0 +1,109 @@
+"""Supervised examples out of a dataset: prompt tokens and answer tokens, split and batched.
+
+Does not know models or losses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rayskip.config import DataConfig
+from rayskip.data.prompts import PromptBuilder
+from rayskip.data.sources import discover, plan_shards, read_shard
+from rayskip.data.tokenizer import Encoder
+from rayskip.errors import InputError
+
+READ_ROWS = 4096
+IGNORED = -100
+"""Label of a position that has no loss, as in torch's cross_entropy."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """prompt: token ids. answer: token ids, the end token included. group: rows that stay together in a split."""
+
+    prompt: list[int]
+    answer: list[int]
+    group: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples side by side: prompts padded on the left to `prompt_width`, answers on the right.
+
+    input_ids, attention_mask [B, T]; labels [B, T - prompt_width]: the answers, IGNORED where padded.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+    prompt_width: int
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.labels.to(device),
+            self.prompt_width,
+        )
+
+
+def read_examples(config: DataConfig, encoder: Encoder, builder: PromptBuilder, end: int) -> list[Example]:
+    """Every row that has a prompt and an answer.
+
+    Raises InputError when the answer's column is missing, or RowError naming what is wrong with a row.
+    """
+    source = discover(config.input)
+    if config.answer not in source.columns:
+        raise InputError(
+            f"{config.input.path}: data.answer names {config.answer!r}, which is no column of the data; "
+            f"columns: {', '.join(source.columns)}"
+        )
+    examples = []
+    for shard in plan_shards(source, READ_ROWS, config.input.max_rows):
+        for index, row in enumerate(read_shard(shard, source).to_pylist(), shard.start):
+            prompt = builder.build(row, index, shard.name).token_ids
+            answer = [*encoder.data(str(row[config.answer])), end]
+            group = str(row[config.group]) if config.group else f"{shard.name}:{index}"
+            examples.append(Example(prompt, answer, group))
+    return examples
+
+
+def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], list[Example]]:
+    """(training, held-out) examples; a group is in one of them as a whole, by the hash of its name."""
+
+    def is_held_out(example: Example) -> bool:
+        digest = hashlib.blake2b(example.group.encode(), digest_size=8).digest()
+        return int.from_bytes(digest) < held_out * 2**64
+
+    return (
+        [example for example in examples if not is_held_out(example)],
+        [example for example in examples if is_held_out(example)],
+    )
+
+
+def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
+    """Endless batches: every pass in another order, none with examples left over from the pass before."""
+    order = random.Random(seed)
+    while True:
+        shuffled = order.sample(list(examples), len(examples))
+        for start in range(0, len(shuffled) - size + 1, size):
+            yield shuffled[start : start + size]
+
+
+def collate(examples: Sequence[Example], pad: int) -> Batch:
+    prompt_width = max(len(example.prompt) for example in examples)
+    answer_width = max(len(example.answer) for example in examples)
+    ids, mask, labels = [], [], []
+    for example in examples:
+        left, right = prompt_width - len(example.prompt), answer_width - len(example.answer)
+        ids.append([pad] * left + example.prompt + example.answer + [pad] * right)
+        mask.append([0] * left + [1] * (len(example.prompt) + len(example.answer)) + [0] * right)
+        labels.append(example.answer + [IGNORED] * right)
+    return Batch(torch.tensor(ids), torch.tensor(mask), torch.tensor(labels), prompt_width)

@@ -1,0 +1,104 @@
+"""`rayskip train skip`: from a config to a fine-tuned checkpoint, labelled with its base, schedule and data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rayskip.config import SamplingParams, TrainSkipConfig
+from rayskip.data.prompts import PromptBuilder
+from rayskip.data.tokenizer import Encoder, load_tokenizer
+from rayskip.errors import InputError, ModelError
+from rayskip.model.checkpoint import LABEL, read_spec, resolve
+from rayskip.skip import full_depth, skip_policy
+from rayskip.train.examples import Example, collate, read_examples, split
+from rayskip.train.loop import Point, Schedule, train
+from rayskip.train.skip import answer_logits, answer_loss, distillation_loss
+
+
+def train_skip(config: TrainSkipConfig, on_point: Callable[[Point], None] = lambda point: None) -> Path:
+    """Train, and save to config.output as safetensors with its tokenizer; returns the checkpoint's folder.
+
+    Raises UserError for what the config names and is not there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve(config.model.path, config.model.revision)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise ModelError(f"{folder}: training needs a tokenizer, and the model has none")
+    builder = PromptBuilder(config.data.input, SamplingParams(), tokenizer, read_spec(folder).max_positions)
+    end = tokenizer.eos_token_id
+    examples = read_examples(config.data, Encoder(tokenizer), builder, end)
+    training, held_out = split(examples, config.data.held_out)
+    if len(training) < config.batch_size or not held_out:
+        raise InputError(
+            f"{config.data.input.path}: {len(training)} examples to train on and {len(held_out)} held out; "
+            f"at least {config.batch_size} (batch_size) and 1 are needed"
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    policy = skip_policy(config.skip, model.config.get_text_config().num_hidden_layers)
+    full = full_depth(len(policy.until))
+    teacher = _teacher(config, folder)
+    if config.lora is not None:
+        model = _with_adapters(model, config)
+
+    def loss(model: nn.Module, part: Sequence[Example]) -> Tensor:
+        batch = collate(part, end).to(next(model.parameters()).device)
+        logits = answer_logits(model, batch, policy)
+        value = answer_loss(logits, batch.labels)
+        if teacher is None or not model.training:
+            return value
+        weight = config.distill.weight if config.distill else 0.0
+        with torch.no_grad():
+            target = answer_logits(teacher, batch, full)
+        return (1 - weight) * value + weight * distillation_loss(logits, target, batch.labels)
+
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    schedule = Schedule(**{name: getattr(config, name) for name in Schedule.__dataclass_fields__})
+    model = train(model, loss, training, held_out[: config.held_out_examples], schedule, output, on_point)
+    if config.lora is not None:
+        model.save_pretrained(output / "adapter")
+        model = model.merge_and_unload()
+    saved = output / "model"
+    model.to(torch.bfloat16).save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
+    label = {
+        "base": config.model.path,
+        "skip": policy.name,
+        "data": config.data.model_dump(),
+        "steps": config.steps,
+        "examples": len(training),
+    }
+    (saved / LABEL).write_text(json.dumps(label, indent=2) + "\n")
+    return saved
+
+
+def _teacher(config: TrainSkipConfig, folder: Path) -> Any:
+    """The frozen model whose distribution is the target, in bfloat16; None without distillation."""
+    from transformers import AutoModelForCausalLM
+
+    if config.distill is None:
+        return None
+    source = resolve(config.distill.teacher) if config.distill.teacher else folder
+    teacher: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    return teacher.eval().requires_grad_(False)
+
+
+def _with_adapters(model: Any, config: TrainSkipConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    assert config.lora is not None
+    lora = LoraConfig(
+        r=config.lora.rank,
+        lora_alpha=config.lora.alpha,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
