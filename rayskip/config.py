@@ -23,6 +23,7 @@ class ModelConfig(Section):
     path: str = Field(description="smollm2-135m-instruct, a local folder with safetensors, or a hub id")
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    adapter: str | None = Field(None, description="local folder with a LoRA adapter to merge")
 
 
 class InputConfig(Section):

@@ -100,7 +100,7 @@ def _set(values: Mapping, override: str) -> None:
     if not equals or not all(names):
         raise ConfigError(f"--set {override}: expected key=value, such as sampling.max_tokens=64")
     try:
-        value = _parse(text)
+        value = text if "{{" in text else _parse(text)  # a template's braces are no YAML
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML ({_one_line(error)})") from error
     section = values

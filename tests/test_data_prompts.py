@@ -228,3 +228,12 @@ def test_folder_without_tokenizer_has_none_and_a_broken_one_is_a_model_error(tmp
 def test_saved_tokenizer_is_loaded(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).encode("<|end|>a") == tokenizer.encode("<|end|>a")
+
+
+def test_a_null_that_a_template_writes_is_a_bad_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    config = InputConfig(path="x", template="{{ a }}{{ b or 'nothing' }}", chat=False)
+    builder = PromptBuilder(config, SamplingParams(), tokenizer, 64)
+    assert builder.build({"a": "x", "b": None}, 0, "f").token_ids
+    with pytest.raises(RowError, match="writes a null") as error:
+        builder.build({"a": None, "b": "x"}, 0, "f")
+    assert error.value.kind == "null_prompt"

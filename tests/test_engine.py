@@ -145,3 +145,18 @@ def test_rows_that_cannot_run_are_refused_by_kind(smollm2: Path) -> None:
         assert refused.value.kind == kind
     ((full,),) = engine.generate([[5] * 30], SamplingParams(max_tokens=10, ignore_eos=True))
     assert (full.finish_reason, full.completion_tokens) == ("length", 2)
+
+
+def test_prompts_can_be_added_one_by_one(smollm2: Path) -> None:
+    engine = _engine(smollm2, "bfloat16", max_batch_rows=2)
+    prompts = ["The sky is", [{"role": "user", "content": "Name a river."}], [504, 905]]
+    expected = _tokens(engine.generate(prompts, GREEDY))
+    ids = [engine.add(prompt, GREEDY) for prompt in prompts]
+    found = {done.request_id: done.generations for done in engine.run()}
+    assert _tokens([found[request] for request in ids]) == expected
+
+
+@pytest.mark.parametrize("prompts", ["one text", [{"role": "user", "content": "x"}], [1, 2, 3]])
+def test_a_single_prompt_is_refused_where_a_list_is_wanted(prompts: Any, smollm2: Path) -> None:
+    with pytest.raises(TypeError, match="list of prompts"):
+        _engine(smollm2, "bfloat16", max_batch_rows=1).generate(prompts, GREEDY)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams, TrainSkipConfig
 from rayskip.engine import Engine
-from rayskip.errors import InputError
+from rayskip.errors import InputError, ModelError
 from rayskip.model.checkpoint import trained_policy
 from rayskip.train.examples import Example, batches, collate, split
 from rayskip.train.loop import Point
@@ -117,6 +117,27 @@ def test_adapters_and_distillation_learn_too(changes: dict[str, Any], folder: Pa
     assert points[-1].held_out is not None
     assert points[-1].loss < points[0].loss * 0.9
     assert (tmp_path / "out/adapter/adapter_model.safetensors").exists() == ("lora" in changes)
+
+
+def test_an_adapter_runs_on_its_base_and_is_refused_on_another(folder: Path, tmp_path: Path) -> None:
+    config = _config(folder, tmp_path / "out", lora={"rank": 8}, steps=60)
+    checkpoint = train_skip(config)
+    adapter = str(tmp_path / "out/adapter")
+    decode = DecodeConfig.model_validate({"skip": SKIP})
+    prompts, params = ["red cat", "blue owl"], SamplingParams(max_tokens=6, logprobs=0)
+
+    def logprobs(model: ModelConfig) -> torch.Tensor:
+        rows = Engine.load(model, EngineConfig(max_batch_rows=2), decode).generate(prompts, params)
+        return torch.tensor([entry.logprob for row in rows for entry in row[0].logprobs or ()])
+
+    float32: Any = {"dtype": "float32"}
+    merged = logprobs(ModelConfig(path=str(checkpoint), **float32))
+    loaded = logprobs(ModelConfig(path=str(folder / "model"), adapter=adapter, **float32))
+    torch.testing.assert_close(loaded, merged, atol=0.05, rtol=0.05)  # merged was rounded to bfloat16
+    with pytest.raises(ModelError, match="was trained on"):
+        Engine.load(ModelConfig(path=str(checkpoint), adapter=adapter))
+    with pytest.raises(ModelError, match=r"has no adapter_config.json"):
+        Engine.load(ModelConfig(path=str(folder / "model"), adapter=str(tmp_path)))
 
 
 def test_a_missing_answer_column_is_named(folder: Path, tmp_path: Path) -> None:

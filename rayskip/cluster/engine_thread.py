@@ -101,7 +101,7 @@ class EngineThread:
         self._finish_if_done(batch)
 
     def _request(self, prompt: Prompt, batch: _Batch, full_depth: bool, rows: list[Generation]) -> None:
-        self._requests[self._engine.add(prompt, full_depth)] = batch, rows
+        self._requests[self._engine.add(prompt, full_depth=full_depth)] = batch, rows
         batch.left += 1
 
     def _complete(self, completion: Completion) -> None:

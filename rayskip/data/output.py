@@ -73,7 +73,8 @@ def check_output(job: JobConfig, columns: Iterable[str]) -> None:
     if clash:
         raise InputError(
             f"{job.input.path}: the output adds a column named {clash[0]!r} and the input has one already; "
-            f"rename it, such as input.rename: {{{clash[0]}: input_{clash[0]}}} (all clashes: {', '.join(clash)})"
+            f"rename it, such as input.rename: {{{clash[0]}: input_{clash[0]}}}, and use the new name in the other "
+            f"keys (all clashes: {', '.join(clash)})"
         )
 
 

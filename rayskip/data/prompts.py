@@ -177,7 +177,12 @@ class PromptBuilder:
         return sandbox.from_string(template)
 
     def _finalize(self, value: object) -> object:
-        """For every value a template writes. Undefined stays as it is, so that writing it fails."""
+        """For every value a template writes. Undefined stays as it is, so that writing it fails; so does a null,
+        which would otherwise be the word None."""
+        if value is None:
+            raise RowError(
+                "null_prompt", "input.template writes a null; give it a default, as in {{ x or '' }}"
+            )
         if self._config.chat or isinstance(value, jinja2.Undefined):
             return value
         return self._text_encoder.shield(str(value))

@@ -5,6 +5,7 @@ Does not know Ray, torch or files: it runs on any pool and any storage.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,8 @@ from rayskip.stats import Stats
 
 PoolFactory = Callable[[JobConfig, Source], Pool]
 OnProgress = Callable[[Progress], None]
+
+_log = logging.getLogger(__name__)
 
 TICK_S = 0.5
 FENCE_CHECK_S = 5.0
@@ -59,6 +62,7 @@ def run_plan(
     """`run_job` for a plan that is made already."""
     storage = open_storage(job.output.path)
     if not fresh and (report := finished_report(storage, plan)):
+        _log.warning("%s is finished already, nothing was done; --fresh starts over", job.output.path)
         return report
     with StopSignal() as stop:
         lease = open_job(storage, plan.record, fresh)

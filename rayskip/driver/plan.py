@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rayskip.config import JobConfig
@@ -62,12 +63,15 @@ def make_plan(job: JobConfig) -> Plan:
 def fingerprint_parts(job: JobConfig, source: Source) -> dict[str, str]:
     """A hash for each part of a job that decides its output bytes; what only decides speed is left out."""
     weights = weights_fingerprint(resolve(job.model.path, job.model.revision))
+    adapter = job.model.adapter and weights_fingerprint(Path(job.model.adapter).expanduser())
+    falls_back = job.quality.below_floor == "full_depth" and job.decode.skip.kind != "none"
     return {
         "input files": digest([(file.name, file.rows, file.fingerprint) for file in source.files]),
         "input": digest(job.input.model_dump(mode="json", exclude={"path"})),
-        "model": digest([weights, job.model.dtype]),
+        "model": digest([weights, adapter, job.model.dtype]),
         "sampling": digest(job.sampling.model_dump(mode="json")),
         "decode": digest(job.decode.model_dump(mode="json")),
+        "quality": digest(job.quality.model_dump(mode="json") if falls_back else None),
         "engine.max_model_len": digest(job.engine.max_model_len),
         "output": digest(job.output.model_dump(mode="json", exclude={"path"})),
     }

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,12 +115,13 @@ class Engine:
         folder = resolve(model.path, model.revision)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         keep_freed_memory()
-        decoder = Decoder(*load(folder, getattr(torch, model.dtype), place))
+        adapter = Path(model.adapter).expanduser() if model.adapter else None
+        decoder = Decoder(*load(folder, getattr(torch, model.dtype), place, adapter))
         loaded = cls(decoder, load_tokenizer(folder), engine, decode)
-        if (trained := trained_policy(folder)) not in (None, loaded.policy.name):
+        if (trained := trained_policy(adapter or folder)) not in (None, loaded.policy.name):
             _log.warning(
                 "%s was trained under the skip policy %s and runs under %s; expect worse output",
-                model.path,
+                model.adapter or model.path,
                 trained,
                 loaded.policy.name,
             )
@@ -149,11 +151,16 @@ class Engine:
         stats, self._stats = self._stats, Stats()
         return stats
 
-    def add(self, prompt: Prompt, full_depth: bool = False) -> int:
+    def add(
+        self, prompt: Prompt | PromptLike, params: SamplingParams | None = None, full_depth: bool = False
+    ) -> int:
         """Queue a row; returns its request id. Raises RowError when it has no token or no room to generate.
 
+        prompt: text, token ids or chat messages, sampled by `params`; or a job's `Prompt`, which has its own.
         full_depth: run every layer for it, whatever the engine's skip policy.
         """
+        if not isinstance(prompt, Prompt):
+            prompt = self._prompt(self._next_id, self._token_ids(prompt), params or SamplingParams())
         self._check(prompt.token_ids, prompt.params)
         request_id, self._next_id = self._next_id, self._next_id + 1
         self._requests[request_id] = _Request(prompt)
@@ -184,15 +191,16 @@ class Engine:
 
         A prompt that cannot run yields one generation with finish_reason "error".
         """
+        if isinstance(prompts, str) or any(isinstance(prompt, int | dict) for prompt in prompts):
+            raise TypeError("give a list of prompts: texts, lists of token ids or lists of messages")
         params = params or SamplingParams()
         every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         results: dict[int, list[Generation]] = {}
         places = {}
         token_ids = [self._token_ids(prompt) for prompt in prompts]  # all, before any is queued: it may raise
         for index, (ids, own) in enumerate(zip(token_ids, every, strict=True)):
-            key = int.from_bytes(hashlib.blake2b(f"{own.seed}:{index}".encode(), digest_size=8).digest())
             try:
-                places[self.add(Prompt(index, ids, own, key))] = index
+                places[self.add(self._prompt(index, ids, own))] = index
             except RowError as error:
                 results[index] = [
                     Generation(index, 0, "error", error_type=error.kind, error_message=str(error))
@@ -213,6 +221,11 @@ class Engine:
             )
         if not 0 <= min(token_ids) <= max(token_ids) < self.decoder.spec.vocab:
             raise RowError("bad_token_id", f"token ids must be in [0, {self.decoder.spec.vocab})")
+
+    def _prompt(self, index: int, token_ids: list[int], params: SamplingParams) -> Prompt:
+        """A row that comes from no file; its random key is the hash of (seed, index)."""
+        key = hashlib.blake2b(f"{params.seed}:{index}".encode(), digest_size=8).digest()
+        return Prompt(index, token_ids, params, int.from_bytes(key))
 
     def _token_ids(self, prompt: PromptLike) -> list[int]:
         """Text is encoded as it stands, messages through the chat template, both without special tokens of their

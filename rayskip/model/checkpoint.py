@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayskip.errors import ModelError
 from rayskip.model import embedded
+from rayskip.model.adapter import Merged
 from rayskip.model.families import FAMILIES, family
 
 if TYPE_CHECKING:
@@ -48,17 +49,36 @@ def resolve(path: str, revision: str | None = None) -> Path:
     return folder
 
 
-def load(folder: Path, dtype: torch.dtype, device: torch.device) -> tuple[Spec, Weights]:
+def load(
+    folder: Path, dtype: torch.dtype, device: torch.device, adapter: Path | None = None
+) -> tuple[Spec, Weights]:
     """Read a folder that `resolve` gave: its config, and its weights in `dtype` on `device`.
 
-    Raises ModelError when config and weights do not fit together.
+    adapter: folder of a LoRA adapter to merge. Raises ModelError when config, weights and adapter do not fit
+    together.
     """
     config, spec = _config_and_spec(folder)
     own = family(config.model_type)
     with ExitStack() as opened:
-        weights = own.weights(config, spec, _Stored(weight_files(folder), dtype, device, opened))
+        stored: Mapping[str, torch.Tensor] = _Stored(weight_files(folder), dtype, device, opened)
+        if adapter is not None:
+            check_base(adapter, folder)
+            stored = Merged(stored, adapter, opened)
+        weights = own.weights(config, spec, stored)
     _check_shapes(folder, spec, weights)
     return spec, weights
+
+
+def check_base(adapter: Path, folder: Path) -> None:
+    """Refuse an adapter that rayskip trained on another model. Raises ModelError."""
+    label = adapter / LABEL
+    if not label.exists():
+        return
+    trained_on = _read_json(label)
+    if trained_on["base_tensors"] != tensors_fingerprint(folder):
+        raise ModelError(
+            f"model.adapter: {adapter} was trained on {trained_on['base']}, {folder} is another model"
+        )
 
 
 def trained_policy(folder: Path) -> str | None:
@@ -114,6 +134,15 @@ def weights_fingerprint(folder: Path) -> str:
         digest.update(file.read_bytes())
     for file in weight_files(folder):
         digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
+        for block in _sampled(file):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tensors_fingerprint(folder: Path) -> str:
+    """Identity of a checkpoint's tensors alone, sampled as in `weights_fingerprint`."""
+    digest = hashlib.sha256()
+    for file in weight_files(folder):
         for block in _sampled(file):
             digest.update(block)
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from rayskip.config import SamplingParams, TrainSkipConfig
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.tokenizer import Encoder, load_tokenizer
 from rayskip.errors import InputError, ModelError
-from rayskip.model.checkpoint import LABEL, read_spec, resolve
+from rayskip.model.checkpoint import LABEL, read_spec, resolve, tensors_fingerprint
 from rayskip.skip import full_depth, skip_policy
 from rayskip.train.examples import Example, collate, read_examples, split
 from rayskip.train.loop import Point, Schedule, train
@@ -63,21 +63,27 @@ def train_skip(config: TrainSkipConfig, on_point: Callable[[Point], None] = lamb
     output.mkdir(parents=True, exist_ok=True)
     schedule = Schedule(**{name: getattr(config, name) for name in Schedule.__dataclass_fields__})
     model = train(model, loss, training, held_out[: config.held_out_examples], schedule, output, on_point)
-    if config.lora is not None:
-        model.save_pretrained(output / "adapter")
-        model = model.merge_and_unload()
-    saved = output / "model"
-    model.to(torch.bfloat16).save_pretrained(saved)
-    tokenizer.save_pretrained(saved)
     label = {
         "base": config.model.path,
+        "base_tensors": tensors_fingerprint(folder),
         "skip": policy.name,
         "data": config.data.model_dump(),
         "steps": config.steps,
         "examples": len(training),
     }
-    (saved / LABEL).write_text(json.dumps(label, indent=2) + "\n")
+    if config.lora is not None:
+        model.to(torch.bfloat16).save_pretrained(output / "adapter")
+        _write_label(output / "adapter", label)
+        model = model.merge_and_unload()
+    saved = output / "model"
+    model.to(torch.bfloat16).save_pretrained(saved)
+    tokenizer.save_pretrained(saved)
+    _write_label(saved, label)
     return saved
+
+
+def _write_label(folder: Path, label: dict[str, Any]) -> None:
+    (folder / LABEL).write_text(json.dumps(label, indent=2) + "\n")
 
 
 def _teacher(config: TrainSkipConfig, folder: Path) -> Any:
