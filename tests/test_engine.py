@@ -71,11 +71,11 @@ def _generate(peer: Any, prompts: list[list[int]]) -> list[list[int]]:
 def alone(smollm2: Path) -> tuple[list[list[int]], list[list[list[int] | None]]]:
     """Prompts, and what each generates in bfloat16 with one row at a time and no prefix to share."""
     engine = _engine(smollm2, "bfloat16", max_batch_rows=1)
-    prompts = _tickets(engine, 24)
+    prompts = _tickets(engine, 12)
     return prompts, _tokens([engine.generate([prompt], GREEDY)[0] for prompt in prompts])
 
 
-@pytest.mark.parametrize("sizes", [{"max_batch_rows": 5, "max_batch_tokens": 16}, {"max_batch_rows": 24}])
+@pytest.mark.parametrize("sizes", [{"max_batch_rows": 5, "max_batch_tokens": 16}, {"max_batch_rows": 12}])
 def test_tokens_do_not_depend_on_the_batch(
     smollm2: Path,
     alone: tuple[list[list[int]], list[list[list[int] | None]]],
@@ -154,9 +154,6 @@ def test_prompts_can_be_added_one_by_one(smollm2: Path) -> None:
     ids = [engine.add(prompt, GREEDY) for prompt in prompts]
     found = {done.request_id: done.generations for done in engine.run()}
     assert _tokens([found[request] for request in ids]) == expected
-
-
-@pytest.mark.parametrize("prompts", ["one text", [{"role": "user", "content": "x"}], [1, 2, 3]])
-def test_a_single_prompt_is_refused_where_a_list_is_wanted(prompts: Any, smollm2: Path) -> None:
-    with pytest.raises(TypeError, match="list of prompts"):
-        _engine(smollm2, "bfloat16", max_batch_rows=1).generate(prompts, GREEDY)
+    for single in prompts:
+        with pytest.raises(TypeError, match="list of prompts"):
+            engine.generate(single, GREEDY)  # type: ignore[arg-type]
