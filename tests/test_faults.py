@@ -49,7 +49,7 @@ def write_config(data: Path | str, folder: Path, out: str, replicas: int = 1) ->
         "name": "faults",
         "model": {"path": "smollm2-135m-instruct"},
         "input": {"path": str(data), "prompt": "prompt"},
-        "sampling": {"max_tokens": 40, "temperature": 0.8, "seed": 7, "ignore_eos": True},
+        "sampling": {"max_tokens": 28, "temperature": 0.8, "seed": 7, "ignore_eos": True},
         "engine": {"max_batch_rows": 8},
         "cluster": {"replicas": replicas, "cpus_per_replica": 1},
         "output": {"path": out, "shard_rows": SHARD_ROWS, "token_ids": True},
@@ -123,7 +123,7 @@ def undisturbed(data: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFact
     finish(write_config(data, folder, str(folder / "out")))
     facts = report(folder / "out")
     assert (facts.rows, facts.rows_failed, facts.retries) == (ROWS, 1, 0)
-    assert facts.completion_tokens == (ROWS - 1) * 40
+    assert facts.completion_tokens == (ROWS - 1) * 28
     assert facts.completion_tok_s > 0
     assert 0 < facts.load_s < facts.wall_s
     assert 0 < facts.generate_s < facts.wall_s

@@ -51,7 +51,7 @@ MODELS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, intermediate_size=80, num_key_value_heads=2, initializer_range=0.3),
 }
 PROMPT_LENGTHS = (3, 17, 9, 40, 1, 5)
-NEW_TOKENS = 14
+NEW_TOKENS = 11
 
 
 def _config(values: dict[str, Any]) -> SkipConfig:
