@@ -239,3 +239,12 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
 def test_an_empty_input_is_a_finished_job(tmp_path: Path) -> None:
     assert run(config(tmp_path), shards=0).rows == 0
     assert content(tmp_path) == b""
+
+
+def test_a_job_past_its_limit_fails_again_when_run_again(tmp_path: Path) -> None:
+    """Also when its last shard is what took it past: every shard is committed, and no manifest may follow."""
+    job = config(tmp_path / "out", retry={"max_failed_rows": 1})
+    for _ in range(2):
+        with pytest.raises(JobFailed, match="max_failed_rows = 1"):
+            run(job, shards=2)
+    assert not (tmp_path / "out/manifest.json").exists()

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 
@@ -20,6 +21,8 @@ from rayskip.data.formats import FORMATS, SUFFIXES, Scan
 from rayskip.data.locate import GLOB, Located, first_line, locate, read_if_there
 from rayskip.data.records import BROKEN_ROW, Shard
 from rayskip.errors import InputError, StorageBusy
+
+_READ_ROWS = 4096
 
 _SCANS = 8
 """Files looked at together: in a bucket, waiting is most of the work."""
@@ -62,6 +65,14 @@ class Source:
     @property
     def rows(self) -> int:
         return sum(file.rows for file in self.files)
+
+    def require(self, path: str, key: str, column: str) -> None:
+        """Refuse a config whose `key` names a column that the data at `path` lacks. Raises InputError."""
+        if column not in self.columns:
+            raise InputError(
+                f"{path}: {key} names {column!r}, which is no column of the data; "
+                f"columns: {', '.join(self.columns)}"
+            )
 
     def file(self, name: str) -> InputFile:
         return next(file for file in self.files if file.name == name)
@@ -111,6 +122,13 @@ def read_shard(shard: Shard, source: Source) -> pa.Table:
     if table.num_rows != shard.rows:
         raise InputError(f"{shard.file}: changed since the job was planned (it has fewer rows)")
     return table.rename_columns([source.rename.get(name, name) for name in table.column_names])
+
+
+def every_row(source: Source, max_rows: int | None = None) -> Iterator[tuple[Shard, int, dict[str, Any]]]:
+    """(shard, row index, row) of the first `max_rows` rows (default: all), for what needs no replicas."""
+    for shard in plan_shards(source, _READ_ROWS, max_rows):
+        for index, row in enumerate(read_shard(shard, source).to_pylist(), shard.start):
+            yield shard, index, row
 
 
 def _schema(kind: str, scans: Sequence[Scan], config: InputConfig) -> pa.Schema:

@@ -67,6 +67,7 @@ def run_plan(
     with StopSignal() as stop:
         lease = open_job(storage, plan.record, fresh)
         run = Run(job, plan, storage, lease, stop, on_progress)
+        run.check_limits()  # what an earlier run committed may be past them already
         if not run.dispatch.finished:
             run.generate(pool_factory)
         return run.finish()
@@ -115,8 +116,6 @@ class Run:
 
     def generate(self, pool_factory: PoolFactory) -> None:
         """Run every shard that is not committed."""
-        self._check_failed_rows()
-        self._check_quality()
         self._show("starting")
         pool = pool_factory(self.job, self.plan.source)
         try:
@@ -130,8 +129,6 @@ class Run:
 
     def finish(self) -> Report:
         """Write the report and the manifest of a job whose shards are all committed."""
-        self._check_failed_rows()
-        self._check_quality()
         record = self.plan.record
         report = self._report()
         self.lease.check()
@@ -210,12 +207,16 @@ class Run:
         self.rows_failed += record.rows_failed
         self.whole += Stats(**record.stats)
         self.meter.committed(replica, shard.rows, result.stats.completion_tokens)
-        self._check_failed_rows()
-        self._check_quality()
+        self.check_limits()
 
     def _lost(self, replica: int, reason: str) -> None:
         self.meter.lost(replica)
         self.dispatch.lost(replica, reason)
+
+    def check_limits(self) -> None:
+        """Raises JobFailed when what is committed says that the job goes wrong."""
+        self._check_failed_rows()
+        self._check_quality()
 
     def _check_failed_rows(self) -> None:
         limit = self.job.retry.max_failed_rows

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,6 @@ class Engine:
             initargs=(self.sizes.threads_per_lane,),
         )
         self._steps: dict[Future[StepResult], tuple[Lane, StepPlan]] = {}
-        self._batch_invariant = is_batch_invariant(decoder)
         self._stopper = Stopper(tokenizer, decoder.spec.eos_token_ids)
         self._requests: dict[int, _Request] = {}
         self._next_id = 0
@@ -141,6 +141,10 @@ class Engine:
             "batch_invariant": self._batch_invariant,
             "skip": self.policy.name,
         }
+
+    @cached_property
+    def _batch_invariant(self) -> bool:
+        return is_batch_invariant(self.decoder)
 
     @property
     def has_work(self) -> bool:

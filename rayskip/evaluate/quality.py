@@ -17,11 +17,8 @@ from typing import Any
 
 from rayskip.config import DecodeConfig, EvalQualityConfig, QualityRun
 from rayskip.data.prompts import PromptBuilder
-from rayskip.data.sources import discover, plan_shards, read_shard
+from rayskip.data.sources import discover, every_row
 from rayskip.engine import Engine
-from rayskip.errors import InputError
-
-READ_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -136,16 +133,11 @@ def _cases(config: EvalQualityConfig) -> list[_Case]:
     """The distinct inputs in order, each with all its references."""
     source = discover(config.input)
     for key in ("references", "group"):
-        if (column := getattr(config, key)) not in source.columns:
-            raise InputError(
-                f"{config.input.path}: {key} names {column!r}, which is no column of the data; "
-                f"columns: {', '.join(source.columns)}"
-            )
+        source.require(config.input.path, key, getattr(config, key))
     cases: dict[str, _Case] = {}
-    for shard in plan_shards(source, READ_ROWS, config.input.max_rows):
-        for row in read_shard(shard, source).to_pylist():
-            case = cases.setdefault(str(row[config.group]), _Case(row, []))
-            case.references.append(str(row[config.references]))
+    for _, _, row in every_row(source, config.input.max_rows):
+        case = cases.setdefault(str(row[config.group]), _Case(row, []))
+        case.references.append(str(row[config.references]))
     return list(cases.values())
 
 

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from rayskip.config import DataConfig
 from rayskip.data.prompts import PromptBuilder
-from rayskip.data.sources import discover, plan_shards, read_shard
+from rayskip.data.sources import discover, every_row
 from rayskip.data.tokenizer import Encoder
-from rayskip.errors import InputError
 
-READ_ROWS = 4096
 IGNORED = -100
 """Label of a position that has no loss, as in torch's cross_entropy."""
 
@@ -60,18 +58,13 @@ def read_examples(config: DataConfig, encoder: Encoder, builder: PromptBuilder, 
     Raises InputError when the answer's column is missing, or RowError naming what is wrong with a row.
     """
     source = discover(config.input)
-    if config.answer not in source.columns:
-        raise InputError(
-            f"{config.input.path}: data.answer names {config.answer!r}, which is no column of the data; "
-            f"columns: {', '.join(source.columns)}"
-        )
+    source.require(config.input.path, "data.answer", config.answer)
     examples = []
-    for shard in plan_shards(source, READ_ROWS, config.input.max_rows):
-        for index, row in enumerate(read_shard(shard, source).to_pylist(), shard.start):
-            prompt = builder.build(row, index, shard.name).token_ids
-            answer = [*encoder.data(str(row[config.answer])), end]
-            group = str(row[config.group]) if config.group else f"{shard.name}:{index}"
-            examples.append(Example(prompt, answer, group))
+    for shard, index, row in every_row(source, config.input.max_rows):
+        prompt = builder.build(row, index, shard.name).token_ids
+        answer = [*encoder.data(str(row[config.answer])), end]
+        group = str(row[config.group]) if config.group else f"{shard.name}:{index}"
+        examples.append(Example(prompt, answer, group))
     return examples
 
 
