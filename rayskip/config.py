@@ -189,7 +189,9 @@ class ClusterConfig(Section):
 
     address: str | None = Field(None, description="Ray address; null starts a local cluster")
     replicas: int | tuple[int, int] = Field(1, description="number of replicas, or [min, max]")
-    cpus_per_replica: float = Field(1, ge=0)
+    cpus_per_replica: float | None = Field(
+        None, ge=0, description="CPU cores of a replica; null: an equal share of this machine's, 1 on a cluster"
+    )
     gpus_per_replica: float = Field(0, ge=0)
 
     @model_validator(mode="after")
@@ -198,6 +200,11 @@ class ClusterConfig(Section):
         if not 1 <= low <= high:
             raise ValueError(f"replicas must be at least 1 and [min, max] in order, got {self.replicas}")
         return self
+
+    def with_cpus(self, cores: int) -> ClusterConfig:
+        """The same with cpus_per_replica filled in: where it is null, an equal share of `cores`, at least one."""
+        share = max(1, cores // self.replica_range[1])
+        return self if self.cpus_per_replica is not None else self.model_copy(update={"cpus_per_replica": share})
 
     @property
     def replica_range(self) -> tuple[int, int]:
@@ -295,6 +302,7 @@ class TrainSkipConfig(Section):
     evaluate_every: int = Field(50, ge=1, description="steps between held-out losses")
     held_out_examples: int = Field(128, ge=1, description="held-out examples looked at each time")
     save_every: int = Field(100, ge=1, description="steps between checkpoints to resume from")
+    keep_every: int | None = Field(None, ge=1, description="steps between checkpoints to evaluate: output/step-N")
     output: str = Field(description="local folder for the checkpoint and the loss curve")
 
 

@@ -65,6 +65,7 @@ def test_rayjob_replicas_fit_their_pods() -> None:
     cluster = load_config(ROOT / "configs/quickstart.yaml", overrides).cluster
     (workers,) = RAYJOB["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert cluster.cpus_per_replica is not None
     assert cluster.cpus_per_replica <= float(limits["cpu"])
     assert cluster.gpus_per_replica <= limits["nvidia.com/gpu"]
     assert cluster.replica_range == (workers["minReplicas"], workers["maxReplicas"])

@@ -47,8 +47,8 @@ class RayPool:
         import ray
 
         self._ray = ray
-        self._owns_cluster = _connect(job.cluster)
-        self._job = job
+        self._owns_cluster, self._cluster = _connect(job.cluster)
+        self._job = job.model_copy(update={"cluster": self._cluster})
         self._source = ray.put(source)
         self._actors: dict[int, Any] = {}
         self._ready: dict[int, float] = {}  # replica -> when to ask for its progress next
@@ -58,13 +58,12 @@ class RayPool:
     def start(self) -> int:
         from rayskip.cluster.replica import Replica
 
-        cluster = self._job.cluster
         replica, self._started = self._started, self._started + 1
         actor: Any = (
             self._ray.remote(Replica)
             .options(
-                num_cpus=cluster.cpus_per_replica,
-                num_gpus=cluster.gpus_per_replica,
+                num_cpus=self._cluster.cpus_per_replica,
+                num_gpus=self._cluster.gpus_per_replica,
                 max_restarts=0,
                 max_task_retries=0,
                 max_concurrency=LOOK_AHEAD + 1,  # + 1: progress answers while shards run
@@ -134,20 +133,23 @@ class RayPool:
         return Ready(call.replica, value) if call.kind == "ready" else Alive(call.replica, value)
 
 
-def _connect(cluster: ClusterConfig) -> bool:
-    """Attach to the cluster, or start a local one; True when it was started here and ends with the job."""
+def _connect(cluster: ClusterConfig) -> tuple[bool, ClusterConfig]:
+    """Attach to the cluster, or start a local one; whether it was started here and ends with the job, and the
+    config with its cpus_per_replica filled in."""
     import ray
 
+    most = cluster.replica_range[1]
     if ray.is_initialized():
-        return False
+        return False, cluster.with_cpus(most)
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address:
         _init(address=address, log_to_driver=False)
-        return False
+        return False, cluster.with_cpus(most)
     _make_private_token()
-    most = cluster.replica_range[1]
+    cores = os.cpu_count() or 1
+    cluster = cluster.with_cpus(cores)
     _init(
-        num_cpus=max(os.cpu_count() or 1, math.ceil(most * cluster.cpus_per_replica)),
+        num_cpus=max(cores, math.ceil(most * (cluster.cpus_per_replica or 0))),
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
@@ -160,7 +162,7 @@ def _connect(cluster: ClusterConfig) -> bool:
             f"{cluster.gpus_per_replica:g} GPUs each do not fit on this machine, which has {gpus:g}; "
             f"set cluster.address for a larger one"
         )
-    return True
+    return True, cluster
 
 
 def _init(**options: Any) -> None:

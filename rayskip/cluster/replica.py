@@ -42,7 +42,7 @@ class Replica:
     def ready(self) -> ReplicaInfo:
         """Load the engine and start its thread. Raises ModelError."""
         began = time.monotonic()
-        use_threads(self._job.cluster.cpus_per_replica)
+        use_threads(self._job.cluster.cpus_per_replica or 1)
         from rayskip.data.prompts import PromptBuilder
         from rayskip.engine import Engine
 

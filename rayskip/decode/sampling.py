@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rayskip.config import SamplingParams
@@ -22,6 +23,9 @@ from rayskip.data.records import TokenLogprob
 NUCLEUS = 1024
 """Candidates sorted for top-p before the whole vocabulary is: a nucleus is rarely wider."""
 
+
+BLOCK = 256
+"""Weights that are summed before one of them is looked for."""
 
 LEAST, MOST = 1e-6, 1e30
 """Bounds inside which no score overflows: of temperature and penalty, and of scores."""
@@ -86,7 +90,7 @@ def _by_width(draws: Sequence[Draw], vocab: int) -> dict[int, list[int]]:
 
 def _scores(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Penalised, tempered scores in float32, [R, V]."""
-    scores = logits.float().nan_to_num()
+    scores = logits.to(torch.float32, copy=True).nan_to_num_()
     for row, draw in enumerate(draws):
         if draw.params.repetition_penalty != 1:
             seen = torch.tensor(sorted(set(draw.seen)), device=scores.device)
@@ -97,16 +101,17 @@ def _scores(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         [max(draw.params.temperature, LEAST) if draw.params.temperature else 1.0 for draw in draws],
         device=scores.device,
     )
-    scores = scores.clamp(-MOST, MOST)
-    return (scores - scores.amax(dim=-1, keepdim=True)) / temperature.unsqueeze(1)
+    scores.clamp_(-MOST, MOST)
+    return scores.sub_(scores.amax(dim=-1, keepdim=True)).div_(temperature.unsqueeze(1))
 
 
 def _pick(scores: Tensor, draws: Sequence[Draw], width: int) -> list[int]:
     """One token per row out of the kept candidates, by its uniform."""
     probs = torch.softmax(scores, dim=-1)
     if width == 0:
-        keep = probs >= probs.amax(dim=-1, keepdim=True) * _column(draws, "min_p", probs)
-        return _invert((probs * keep).double(), draws)
+        if any(draw.params.min_p for draw in draws):
+            probs *= probs >= probs.amax(dim=-1, keepdim=True) * _column(draws, "min_p", probs)
+        return _invert(probs, draws)
     kept, ids = probs.topk(width, dim=-1)  # [R, K], descending
     weights = truncate(kept, draws)
     tokens: list[int] = ids.gather(1, torch.tensor(_invert(weights, draws), device=ids.device)[:, None])[
@@ -148,15 +153,29 @@ def _nucleus_too_wide(kept: Tensor, draws: Sequence[Draw], vocab: int) -> list[i
 
 
 def _invert(weights: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """Index per row where the cumulative weight [R, K] passes uniform x total."""
-    cumulative = weights.cumsum(dim=-1)
-    target = _column(draws, None, weights) * cumulative[:, -1:]
-    index = (cumulative <= target).sum(dim=-1)
-    last = (weights > 0).long().mul(torch.arange(1, weights.shape[1] + 1, device=weights.device)).amax(
-        dim=-1
-    ) - 1
-    result: list[int] = torch.minimum(index, last).tolist()
+    """Index per row where the cumulative weight [R, K] passes uniform x total, of those with weight.
+
+    Summed in float64 block by block: only the block with the passage is walked token by token.
+    """
+    if padding := -weights.shape[1] % BLOCK:
+        weights = F.pad(weights, (0, padding))
+    blocks = weights.view(len(weights), -1, BLOCK)
+    sums = blocks.sum(dim=-1, dtype=torch.float64)
+    upto = sums.cumsum(dim=-1)
+    target = _column(draws, None, sums) * upto[:, -1:]
+    block = _passage(sums, upto, target)
+    rest = target - F.pad(upto, (1, 0)).gather(1, block)
+    inside = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].double()
+    index = block * BLOCK + _passage(inside, inside.cumsum(dim=-1), rest)
+    result: list[int] = index[:, 0].tolist()
     return result
+
+
+def _passage(weights: Tensor, cumulative: Tensor, target: Tensor) -> Tensor:
+    """Per row the first index whose cumulative weight is over target, or the last one with weight, [R, 1]."""
+    places = torch.arange(1, weights.shape[1] + 1, device=weights.device)
+    last = ((weights > 0) * places).amax(dim=-1, keepdim=True) - 1
+    return torch.minimum((cumulative <= target).sum(dim=-1, keepdim=True), last)
 
 
 def _column(draws: Sequence[Draw], name: str | None, like: Tensor) -> Tensor:

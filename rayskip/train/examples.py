@@ -18,6 +18,9 @@ from rayskip.data.prompts import PromptBuilder
 from rayskip.data.sources import discover, every_row
 from rayskip.data.tokenizer import Encoder
 
+WINDOW = 16
+"""Batches whose examples are sorted by length together."""
+
 IGNORED = -100
 """Label of a position that has no loss, as in torch's cross_entropy."""
 
@@ -82,12 +85,19 @@ def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], 
 
 
 def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
-    """Endless batches: every pass in another order, none with examples left over from the pass before."""
+    """Endless batches: every pass in another order, none with examples left over from the pass before.
+
+    Neighbours in length share a batch (fewer padded columns), out of windows of WINDOW batches in random order.
+    """
     order = random.Random(seed)
     while True:
         shuffled = order.sample(list(examples), len(examples))
-        for start in range(0, len(shuffled) - size + 1, size):
-            yield shuffled[start : start + size]
+        whole = len(shuffled) - len(shuffled) % size
+        for start in range(0, whole, size * WINDOW):
+            window = shuffled[start : min(start + size * WINDOW, whole)]
+            window.sort(key=lambda example: (len(example.prompt) // 8, len(example.answer)))
+            parts = [window[at : at + size] for at in range(0, len(window), size)]
+            yield from order.sample(parts, len(parts))
 
 
 def collate(examples: Sequence[Example], pad: int) -> Batch:

@@ -41,6 +41,7 @@ class Schedule:
     seed: int
     evaluate_every: int
     save_every: int
+    keep_every: int | None
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,13 @@ def train(
     held_out: Sequence[Example],
     schedule: Schedule,
     output: Path,
+    keep: Callable[[nn.Module, int], None],
     on_point: Callable[[Point], None] = lambda point: None,
 ) -> nn.Module:
-    """Fit the model's trainable parameters; returns the model, unwrapped. Goes on where an earlier call stopped."""
+    """Fit the model's trainable parameters; returns the model, unwrapped. Goes on where an earlier call stopped.
+
+    `keep` is given the model, unwrapped, and the steps done, every schedule.keep_every steps.
+    """
     set_seed(schedule.seed)
     accelerator = Accelerator(
         mixed_precision="bf16",
@@ -71,7 +76,7 @@ def train(
         cpu=not torch.cuda.is_available(),
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     # accelerate steps a schedule once per process
     warmup, steps = (count * accelerator.num_processes for count in (schedule.warmup_steps, schedule.steps))
     rate = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
@@ -103,6 +108,8 @@ def train(
         if accelerator.is_main_process:
             _append(output / "curve.jsonl", point)
             on_point(point)
+        if schedule.keep_every and step % schedule.keep_every == 0 and accelerator.is_main_process:
+            keep(accelerator.unwrap_model(model), step)
         if last or step % schedule.save_every == 0:
             accelerator.save_state(str(state))
             if accelerator.is_main_process:

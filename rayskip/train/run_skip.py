@@ -62,28 +62,31 @@ def train_skip(config: TrainSkipConfig, on_point: Callable[[Point], None] = lamb
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     schedule = Schedule(**{name: getattr(config, name) for name in Schedule.__dataclass_fields__})
-    model = train(model, loss, training, held_out[: config.held_out_examples], schedule, output, on_point)
-    label = {
-        "base": config.model.path,
-        "base_tensors": tensors_fingerprint(folder),
-        "skip": policy.name,
-        "data": config.data.model_dump(),
-        "steps": config.steps,
-        "examples": len(training),
-    }
+
+    def save(model: Any, target: Path, steps: int) -> None:
+        """The whole checkpoint, or the adapter alone while there is one."""
+        model.save_pretrained(target)
+        label = {
+            "base": config.model.path,
+            "base_tensors": tensors_fingerprint(folder),
+            "skip": policy.name,
+            "data": config.data.model_dump(),
+            "steps": steps,
+            "examples": len(training),
+        }
+        (target / LABEL).write_text(json.dumps(label, indent=2) + "\n")
+        tokenizer.save_pretrained(target)
+
+    def keep(model: nn.Module, step: int) -> None:
+        save(model, output / f"step-{step}", step)
+
+    looked_at = held_out[: config.held_out_examples]
+    model = train(model, loss, training, looked_at, schedule, output, keep, on_point).to(torch.bfloat16)
     if config.lora is not None:
-        model.to(torch.bfloat16).save_pretrained(output / "adapter")
-        _write_label(output / "adapter", label)
+        save(model, output / "adapter", config.steps)
         model = model.merge_and_unload()
-    saved = output / "model"
-    model.to(torch.bfloat16).save_pretrained(saved)
-    tokenizer.save_pretrained(saved)
-    _write_label(saved, label)
-    return saved
-
-
-def _write_label(folder: Path, label: dict[str, Any]) -> None:
-    (folder / LABEL).write_text(json.dumps(label, indent=2) + "\n")
+    save(model, output / "model", config.steps)
+    return output / "model"
 
 
 def _teacher(config: TrainSkipConfig, folder: Path) -> Any:
