@@ -166,6 +166,21 @@ def eval_quality(config: Config, overrides: Overrides = None) -> None:
     print(format_quality(results))
 
 
+@app.command()
+def bench(config: Config, overrides: Overrides = None) -> None:
+    """Time several modes over the same rows, in turns."""
+    from rayskip.config import BenchConfig
+    from rayskip.config_file import load_section
+
+    job = load_section(BenchConfig, config, overrides or ())
+    from rayskip.evaluate.bench import format_timings, run_bench
+
+    def show(run: str, tok_s: float) -> None:
+        print(f"{run}: {tok_s:.0f} tok/s", file=sys.stderr)
+
+    print(format_timings(run_bench(job, show)))
+
+
 def _stop(number: int, frame: FrameType | None) -> None:
     """Before and after the driver listens to signals itself."""
     raise Interrupted(f"stopped by {signal.Signals(number).name}; the same command resumes")

@@ -190,7 +190,9 @@ class ClusterConfig(Section):
     address: str | None = Field(None, description="Ray address; null starts a local cluster")
     replicas: int | tuple[int, int] = Field(1, description="number of replicas, or [min, max]")
     cpus_per_replica: float | None = Field(
-        None, ge=0, description="CPU cores of a replica; null: an equal share of this machine's, 1 on a cluster"
+        None,
+        ge=0,
+        description="CPU cores of a replica; null: an equal share of this machine's, 1 on a cluster",
     )
     gpus_per_replica: float = Field(0, ge=0)
 
@@ -204,7 +206,9 @@ class ClusterConfig(Section):
     def with_cpus(self, cores: int) -> ClusterConfig:
         """The same with cpus_per_replica filled in: where it is null, an equal share of `cores`, at least one."""
         share = max(1, cores // self.replica_range[1])
-        return self if self.cpus_per_replica is not None else self.model_copy(update={"cpus_per_replica": share})
+        return (
+            self if self.cpus_per_replica is not None else self.model_copy(update={"cpus_per_replica": share})
+        )
 
     @property
     def replica_range(self) -> tuple[int, int]:
@@ -302,7 +306,9 @@ class TrainSkipConfig(Section):
     evaluate_every: int = Field(50, ge=1, description="steps between held-out losses")
     held_out_examples: int = Field(128, ge=1, description="held-out examples looked at each time")
     save_every: int = Field(100, ge=1, description="steps between checkpoints to resume from")
-    keep_every: int | None = Field(None, ge=1, description="steps between checkpoints to evaluate: output/step-N")
+    keep_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints to evaluate: output/step-N"
+    )
     output: str = Field(description="local folder for the checkpoint and the loss curve")
 
 
@@ -326,3 +332,34 @@ class EvalQualityConfig(Section):
     engine: EngineConfig = EngineConfig()
     runs: tuple[QualityRun, ...] = Field(min_length=1)
     output: str = Field(description="local folder for quality.json, quality.png and each run's texts")
+
+
+class BenchMode(Section):
+    """One way of generating, to be timed against the others; what is left out is as in the bench's own sections."""
+
+    name: str = Field(min_length=1)
+    model: ModelConfig | None = None
+    decode: DecodeConfig = DecodeConfig()
+    cohort: float | None = Field(None, ge=0, le=1, description="engine.cohort of this mode")
+
+
+class BenchConfig(Section):
+    """Timings of several modes over the same rows: `rayskip bench`. Ratios are over the first mode."""
+
+    name: str = Field(min_length=1)
+    model: ModelConfig
+    input: InputConfig
+    sampling: SamplingParams = SamplingParams()
+    engine: EngineConfig = EngineConfig()
+    modes: tuple[BenchMode, ...] = Field(min_length=1)
+    batch_rows: tuple[int | None, ...] = Field(
+        (None,), min_length=1, description="batch sizes to time; null: chosen by the engine"
+    )
+    rows_per_place: float | None = Field(
+        None,
+        gt=0,
+        description="rows to generate, as a multiple of the batch size; null: all that the input has",
+    )
+    min_rows: int = Field(1, ge=1, description="fewest rows to generate, however small the batch")
+    rounds: int = Field(3, ge=1, description="every mode runs once a round, in turns")
+    output: str = Field(description="local folder for bench.json and bench.png")

@@ -25,7 +25,8 @@ class Stats:
     prompt_tokens: tokens of the prompts; prefix_tokens of them were reused, not prefilled.
     steps, step_rows, step_slots: engine steps, sum of rows they ran, sum of rows they could have run.
     decode_tokens: generated tokens that ran through the decoder. cohort_tokens of them were in the largest group of
-    their step that runs the same layers.
+    their step that runs the same layers; steady_tokens of them ran in steps without prompt tokens, whose
+    seconds are those of the phase "decode".
     prompt_layer_tokens, decode_layer_tokens: layer executions, one per token and layer, of prompt tokens and of
     generated ones, as the skip policy wants them; padding_layer_tokens: those only there to fill a row tile.
     receipts: generations also decoded at full depth; receipt_*: sums over them of exact matches and of two
@@ -42,6 +43,7 @@ class Stats:
     step_rows: int = 0
     step_slots: int = 0
     decode_tokens: int = 0
+    steady_tokens: int = 0
     cohort_tokens: int = 0
     prompt_layer_tokens: int = 0
     decode_layer_tokens: int = 0

@@ -83,6 +83,7 @@ class Lane:
             step_slots=self._sizes.batch_rows,
             prefix_tokens=plan.reused,
             decode_tokens=len(decoding),
+            steady_tokens=0 if plan.prefills else len(decoding),
             decode_layer_tokens=generated,
             prompt_layer_tokens=sum(active) - generated,
             padding_layer_tokens=sum(rule.padding(count) for count in active if count),

@@ -76,7 +76,9 @@ def train(
         cpu=not torch.cuda.is_available(),
     )
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        trainable, lr=schedule.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+    )
     # accelerate steps a schedule once per process
     warmup, steps = (count * accelerator.num_processes for count in (schedule.warmup_steps, schedule.steps))
     rate = get_cosine_schedule_with_warmup(optimizer, warmup, steps)

@@ -1,0 +1,211 @@
+"""`rayskip bench`: modes of generating timed over the same rows, in interleaved rounds.
+
+Timings on one machine drift by more than what is to be measured, so every mode runs once a round and ratios are
+taken inside a round; the table has their medians. Does not know files' commits or Ray: the engine alone is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from rayskip.config import BenchConfig, BenchMode, ModelConfig
+from rayskip.data.prompts import PromptBuilder
+from rayskip.data.records import Prompt
+from rayskip.data.sources import discover, every_row
+from rayskip.engine import Engine
+from rayskip.stats import Stats
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One mode at one batch size; medians over rounds, [least, most] in the ranges.
+
+    tok_s: completion tokens per second, prompts included. decode_tok_s: generated tokens per second of the steps
+    without prompt tokens; None when no step was. speedup, decode_speedup: over the first mode in the same round.
+    allowed_speedup: what the layers skipped leave of the products' work, over full depth (see `allowed_speedup`).
+    layer_tokens_ratio: layer executions over
+    those the skip policy asks for.
+    """
+
+    mode: str
+    skip: str
+    batch_rows: int
+    rows: int
+    completion_tokens: int
+    tok_s: float
+    tok_s_range: tuple[float, float]
+    speedup: float
+    decode_tok_s: float | None
+    decode_speedup: float | None
+    allowed_speedup: float
+    mean_layers: float
+    layer_tokens_ratio: float
+    cohort_fill: float
+    batch_fill: float
+
+
+@dataclass(frozen=True)
+class _Run:
+    seconds: float
+    stats: Stats
+    lanes: int
+
+    @property
+    def tok_s(self) -> float:
+        return self.stats.completion_tokens / self.seconds
+
+    @property
+    def decode_tok_s(self) -> float | None:
+        """Lanes step at the same time, so seconds of one are shared by all."""
+        seconds = self.stats.seconds["decode"]
+        return self.stats.steady_tokens * self.lanes / seconds if self.stats.steady_tokens else None
+
+
+def run_bench(
+    config: BenchConfig, on_run: Callable[[str, float], None] = lambda run, tok_s: None
+) -> list[Timing]:
+    """Time every mode at every batch size; writes bench.json and bench.png. `on_run` is given each run's tok/s."""
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    loaded: dict[ModelConfig, Engine] = {}
+    timings: list[Timing] = []
+    for batch_rows in config.batch_rows:
+        engines = [_engine(config, mode, batch_rows, loaded) for mode in config.modes]
+        places = engines[0].sizes.batch_rows * engines[0].sizes.lanes
+        prompts = _prompts(config, engines[0], places)
+        runs: list[list[_Run]] = [[] for _ in engines]
+        for round_index in range(config.rounds):
+            for mode, engine, own in zip(config.modes, engines, runs, strict=True):
+                own.append(_time(engine, prompts))
+                on_run(f"{mode.name}, {places} rows, round {round_index + 1}", own[-1].tok_s)
+        timings += [
+            _timing(mode, engine, len(prompts), own, runs[0])
+            for mode, engine, own in zip(config.modes, engines, runs, strict=True)
+        ]
+        (output / "bench.json").write_text(
+            json.dumps([asdict(timing) for timing in timings], indent=2) + "\n"
+        )
+    plot(timings, output / "bench.png")
+    return timings
+
+
+def allowed_speedup(engine: Engine, mean_layers: float) -> float:
+    """How much faster a generated token's products are when `mean_layers` of the layers run and the head always
+    does: their work is proportional to their parameters."""
+    layers = sum(
+        linear.in_features * linear.out_features
+        for layer in engine.decoder.layers
+        for linear in layer.linears
+    )
+    head = engine.decoder.head.in_features * engine.decoder.head.out_features
+    return (layers + head) / (layers * mean_layers / len(engine.decoder.layers) + head)
+
+
+def format_timings(timings: Sequence[Timing]) -> str:
+    """A table for a terminal."""
+    head = (
+        f"{'mode':<24}{'batch':>6}{'rows':>6}{'tok/s':>8}{'speed-up':>10}{'decode tok/s':>14}"
+        f"{'speed-up':>10}{'allowed':>9}{'layers':>8}{'fill':>6}"
+    )
+    lines = [
+        f"{t.mode:<24}{t.batch_rows:>6}{t.rows:>6}{t.tok_s:>8.0f}{t.speedup:>10.2f}"
+        f"{_or_dash(t.decode_tok_s, '.0f'):>14}{_or_dash(t.decode_speedup, '.2f'):>10}"
+        f"{t.allowed_speedup:>9.2f}{t.mean_layers:>8.1f}{t.batch_fill:>6.2f}"
+        for t in timings
+    ]
+    return "\n".join([head, *lines])
+
+
+def plot(timings: Sequence[Timing], path: Path) -> None:
+    """Tokens per second against batch size, one line a mode."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for mode in dict.fromkeys(timing.mode for timing in timings):
+        own = sorted((t.batch_rows, t.tok_s) for t in timings if t.mode == mode)
+        axis.plot(*zip(*own, strict=True), "o-", label=mode)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("rows in flight")
+    axis.set_ylabel("completion tokens per second")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _engine(
+    config: BenchConfig, mode: BenchMode, batch_rows: int | None, loaded: dict[ModelConfig, Engine]
+) -> Engine:
+    """An engine of its own for the mode, over weights that modes of one model share."""
+    model = mode.model or config.model
+    sizes = config.engine.model_copy(update={"max_batch_rows": batch_rows})
+    if mode.cohort is not None:
+        sizes = sizes.model_copy(update={"cohort": mode.cohort})
+    if model not in loaded:
+        loaded[model] = Engine.load(model, sizes, mode.decode)
+        return loaded[model]
+    return Engine(loaded[model].decoder, loaded[model].tokenizer, sizes, mode.decode)
+
+
+def _prompts(config: BenchConfig, engine: Engine, places: int) -> list[Prompt]:
+    """The first rows of the input; raises RowError naming a row that has no prompt."""
+    builder = PromptBuilder(config.input, config.sampling, engine.tokenizer, engine.max_model_len)
+    wanted = config.input.max_rows
+    if config.rows_per_place is not None:
+        wanted = max(config.min_rows, round(places * config.rows_per_place))
+    source = discover(config.input)
+    return [builder.build(row, index, shard.name) for shard, index, row in every_row(source, wanted)]
+
+
+def _time(engine: Engine, prompts: Sequence[Prompt]) -> _Run:
+    for prompt in prompts:
+        engine.add(prompt)
+    engine.take_stats()
+    began = time.perf_counter()
+    for _ in engine.run():
+        pass
+    seconds = time.perf_counter() - began
+    return _Run(seconds, engine.take_stats(), engine.sizes.lanes)
+
+
+def _timing(
+    mode: BenchMode, engine: Engine, rows: int, runs: Sequence[_Run], first: Sequence[_Run]
+) -> Timing:
+    stats = runs[0].stats
+    mean_layers = stats.mean_layers or float(len(engine.decoder.layers))
+    rates = [run.tok_s for run in runs]
+    decode = [rate for run in runs if (rate := run.decode_tok_s)]
+    ratios = [
+        own / base
+        for run, other in zip(runs, first, strict=True)
+        if (own := run.decode_tok_s) and (base := other.decode_tok_s)
+    ]
+    return Timing(
+        mode=mode.name,
+        skip=engine.policy.name,
+        batch_rows=engine.sizes.batch_rows * engine.sizes.lanes,
+        rows=rows,
+        completion_tokens=stats.completion_tokens,
+        tok_s=median(rates),
+        tok_s_range=(min(rates), max(rates)),
+        speedup=median(run.tok_s / other.tok_s for run, other in zip(runs, first, strict=True)),
+        decode_tok_s=median(decode) if decode else None,
+        decode_speedup=median(ratios) if ratios else None,
+        allowed_speedup=allowed_speedup(engine, mean_layers),
+        mean_layers=mean_layers,
+        layer_tokens_ratio=stats.layer_tokens / stats.layer_tokens_ideal if stats.layer_tokens_ideal else 1.0,
+        cohort_fill=stats.cohort_fill or 1.0,
+        batch_fill=stats.batch_fill,
+    )
