@@ -151,6 +151,20 @@ def train_skip(config: Config, overrides: Overrides = None) -> None:
     print(f"checkpoint in {run_training(job, show_point)}")
 
 
+@train_app.command("kangaroo")
+def train_kangaroo(config: Config, overrides: Overrides = None) -> None:
+    """Train adapters that draft from the model's first layers; goes on where it stopped."""
+    from rayskip.config import TrainKangarooConfig
+    from rayskip.config_file import load_section
+
+    job = load_section(TrainKangarooConfig, config, overrides or ())
+    from rayskip.train.run_kangaroo import format_draft_quality
+    from rayskip.train.run_kangaroo import train_kangaroo as run_training
+    from rayskip.view import show_point
+
+    print(format_draft_quality(run_training(job, show_point)))
+
+
 @eval_app.command("quality")
 def eval_quality(config: Config, overrides: Overrides = None) -> None:
     """Compare models and skip policies by their texts and their speed."""
@@ -164,6 +178,18 @@ def eval_quality(config: Config, overrides: Overrides = None) -> None:
         job, lambda result: print(f"{result.name}: BLEU {result.bleu:.1f}", file=sys.stderr)
     )
     print(format_quality(results))
+
+
+@eval_app.command("spec-bench")
+def eval_spec_bench(config: Config, overrides: Overrides = None) -> None:
+    """Compare drafters by Spec-Bench's protocol."""
+    from rayskip.config import SpecBenchConfig
+    from rayskip.config_file import load_section
+
+    job = load_section(SpecBenchConfig, config, overrides or ())
+    from rayskip.evaluate.spec_bench import format_scores, run_spec_bench
+
+    print(format_scores(run_spec_bench(job, lambda line: print(line, file=sys.stderr))))
 
 
 @app.command()

@@ -177,11 +177,33 @@ class NoDraft(Section):
     kind: Literal["none"] = "none"
 
 
+class LookupDraft(Section):
+    """What followed the newest tokens earlier in the text (LLMA, arXiv 2304.04487)."""
+
+    kind: Literal["lookup"]
+    max_ngram: int = Field(3, ge=1, description="newest tokens looked up, at most")
+    tokens: int = Field(10, ge=1, description="tokens proposed at once")
+
+
+class KangarooDraft(Section):
+    """The model's first layers and a trained adapter (arXiv 2404.18911)."""
+
+    kind: Literal["kangaroo"]
+    path: str | None = Field(
+        None, description="the adapter's folder; by default the one that ships for the model"
+    )
+    gamma: int = Field(6, ge=1, description="tokens drafted in a row, at most")
+    eta: float = Field(0.6, ge=0, le=1, description="a draft ends after a token less probable than this")
+
+
+DraftConfig = Annotated[NoDraft | LookupDraft | KangarooDraft, Field(discriminator="kind")]
+
+
 class DecodeConfig(Section):
     """Layer-skipping policy and drafter."""
 
     skip: SkipConfig = NoSkip()
-    draft: NoDraft = NoDraft()
+    draft: DraftConfig = NoDraft()
 
 
 class ClusterConfig(Section):
@@ -288,15 +310,12 @@ class DistillConfig(Section):
     weight: float = Field(0.5, ge=0, le=1, description="share of the loss; the rest is cross-entropy")
 
 
-class TrainSkipConfig(Section):
-    """Fine-tuning under a skip schedule: `rayskip train skip`."""
+class TrainingConfig(Section):
+    """What the one training loop reads; every training has these keys."""
 
     name: str = Field(min_length=1)
     model: ModelConfig
     data: DataConfig
-    skip: SkipConfig = NoSkip()
-    lora: LoraConfig | None = Field(None, description="adapters instead of full fine-tuning")
-    distill: DistillConfig | None = None
     steps: int = Field(ge=1, description="optimizer steps")
     batch_size: int = Field(16, ge=1, description="examples per forward and process")
     accumulate: int = Field(1, ge=1, description="forwards per step")
@@ -309,7 +328,26 @@ class TrainSkipConfig(Section):
     keep_every: int | None = Field(
         None, ge=1, description="steps between checkpoints to evaluate: output/step-N"
     )
-    output: str = Field(description="local folder for the checkpoint and the loss curve")
+    output: str = Field(description="local folder for what is trained and the loss curve")
+
+
+class TrainSkipConfig(TrainingConfig):
+    """Fine-tuning under a skip schedule: `rayskip train skip`."""
+
+    skip: SkipConfig = NoSkip()
+    lora: LoraConfig | None = Field(None, description="adapters instead of full fine-tuning")
+    distill: DistillConfig | None = None
+
+
+class TrainKangarooConfig(TrainingConfig):
+    """Adapters that draft from the model's first layers: `rayskip train kangaroo`."""
+
+    exit_layers: tuple[int, ...] = Field(
+        (2, 3, 4), min_length=1, description="layers before an adapter, one each"
+    )
+    head_tokens: int = Field(16384, ge=1, description="most frequent tokens, which the draft's head scores")
+    gamma: int = Field(6, ge=1, description="for the expected tokens per round, as in decode.draft")
+    eta: float = Field(0.6, ge=0, le=1, description="as gamma")
 
 
 class QualityRun(Section):
@@ -363,3 +401,30 @@ class BenchConfig(Section):
     min_rows: int = Field(1, ge=1, description="fewest rows to generate, however small the batch")
     rounds: int = Field(3, ge=1, description="every mode runs once a round, in turns")
     output: str = Field(description="local folder for bench.json and bench.png")
+
+
+class SpecBenchDrafter(Section):
+    """A drafter to be compared, by its name in the tables."""
+
+    name: str = Field(min_length=1)
+    decode: DecodeConfig = DecodeConfig()
+
+
+class SpecBenchConfig(Section):
+    """Spec-Bench's protocol: `rayskip eval spec-bench`. Speed-ups are over the first drafter."""
+
+    name: str = Field(min_length=1)
+    model: ModelConfig
+    questions: str = Field(description="Spec-Bench's question.jsonl")
+    per_task: int | None = Field(
+        None, ge=1, description="questions of each of the six subtasks; null: all 80"
+    )
+    sampling: SamplingParams = SamplingParams(max_tokens=1024)
+    engine: EngineConfig = EngineConfig()
+    drafters: tuple[SpecBenchDrafter, ...] = Field(min_length=1)
+    batch_rows: tuple[int, ...] = Field(
+        (1,), min_length=1, description="1: question by question, as published"
+    )
+    warmups: int = Field(3, ge=0, description="questions generated before the clock runs")
+    rounds: int = Field(3, ge=1, description="times that everything runs")
+    output: str = Field(description="local folder for spec_bench.json, plots and spec_bench.html")

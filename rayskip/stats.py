@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, field, fields
 
 PHASES = ("tokenize", "prefill", "decode", "sample", "write", "idle")
@@ -24,11 +25,14 @@ class Stats:
     rows, rows_failed: output rows (input rows x n); failed ones have finish_reason "error".
     prompt_tokens: tokens of the prompts; prefix_tokens of them were reused, not prefilled.
     steps, step_rows, step_slots: engine steps, sum of rows they ran, sum of rows they could have run.
-    decode_tokens: generated tokens that ran through the decoder. cohort_tokens of them were in the largest group of
-    their step that runs the same layers; steady_tokens of them ran in steps without prompt tokens, whose
-    seconds are those of the phase "decode".
+    verify_rows: rows that decoded, summed over steps; cohort_rows of them were in the largest group of their step
+    that runs the same layers. drafted: tokens proposed to them; accepted_lengths: how many of those rows accepted
+    so many.
+    decode_tokens: generated tokens that ran through the decoder for good, one a verified row and every draft that
+    held; steady_tokens of them ran in steps without prompt tokens, whose seconds are those of the phase "decode".
     prompt_layer_tokens, decode_layer_tokens: layer executions, one per token and layer, of prompt tokens and of
-    generated ones, as the skip policy wants them; padding_layer_tokens: those only there to fill a row tile.
+    generated ones, as the skip policy wants them; draft_layer_tokens: of drafts that did not hold;
+    padding_layer_tokens: those only there to fill a row tile.
     receipts: generations also decoded at full depth; receipt_*: sums over them of exact matches and of two
     similarities from 0 to 1 (see data/agreement.py).
     kv_bytes_saved: keys and values not stored, because the token skipped their layer.
@@ -44,29 +48,36 @@ class Stats:
     step_slots: int = 0
     decode_tokens: int = 0
     steady_tokens: int = 0
-    cohort_tokens: int = 0
+    verify_rows: int = 0
+    cohort_rows: int = 0
+    drafted: int = 0
     prompt_layer_tokens: int = 0
     decode_layer_tokens: int = 0
+    draft_layer_tokens: int = 0
     padding_layer_tokens: int = 0
     kv_bytes_saved: int = 0
     receipts: int = 0
     receipt_exact: int = 0
     receipt_edit_similarity: float = 0.0
     receipt_rouge_l: float = 0.0
+    accepted_lengths: dict[int, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=_no_seconds)
 
     def __add__(self, other: Stats) -> Stats:
-        total = Stats(**{f.name: getattr(self, f.name) for f in fields(self) if f.name != "seconds"})
-        total.seconds = dict(self.seconds)
+        total = Stats(
+            **{f.name: copy(getattr(self, f.name)) for f in fields(self)},
+        )
         total += other
         return total
 
     def __iadd__(self, other: Stats) -> Stats:
         for f in fields(self):
-            if f.name != "seconds":
-                setattr(self, f.name, getattr(self, f.name) + getattr(other, f.name))
-        for phase, seconds in other.seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+            own, added = getattr(self, f.name), getattr(other, f.name)
+            if isinstance(own, dict):
+                for key, value in added.items():
+                    own[key] = own.get(key, 0) + value
+            else:
+                setattr(self, f.name, own + added)
         return self
 
     @property
@@ -82,7 +93,7 @@ class Stats:
     @property
     def layer_tokens(self) -> int:
         """Layer executions that took place."""
-        return self.layer_tokens_ideal + self.padding_layer_tokens
+        return self.layer_tokens_ideal + self.draft_layer_tokens + self.padding_layer_tokens
 
     @property
     def mean_layers(self) -> float | None:
@@ -91,8 +102,18 @@ class Stats:
 
     @property
     def cohort_fill(self) -> float | None:
-        """Share of the generated tokens that ran in the largest group of their step (0 to 1)."""
-        return self.cohort_tokens / self.decode_tokens if self.decode_tokens else None
+        """Share of the decoding rows that were in the largest group of their step (0 to 1)."""
+        return self.cohort_rows / self.verify_rows if self.verify_rows else None
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that held."""
+        return self.decode_tokens - self.verify_rows
+
+    @property
+    def mean_accepted(self) -> float | None:
+        """Tokens gained per decoding row and step; 1 without a drafter."""
+        return self.decode_tokens / self.verify_rows if self.verify_rows else None
 
     @property
     def agreement(self) -> dict[str, float]:

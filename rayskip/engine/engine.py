@@ -22,12 +22,13 @@ import torch
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.data.records import FinishReason, Generation, Prompt
 from rayskip.data.tokenizer import Encoder, load_tokenizer
+from rayskip.decode.drafters import load_drafters
 from rayskip.decode.sampling import Choice
+from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
 from rayskip.engine.lane import Lane, StepResult
 from rayskip.engine.memory import keep_freed_memory
 from rayskip.engine.scheduler import StepPlan
-from rayskip.engine.sequence import Sequence
 from rayskip.engine.sizes import choose_sizes
 from rayskip.errors import RowError
 from rayskip.model.checkpoint import load, resolve, trained_policy
@@ -86,7 +87,18 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self.policy = skip_policy(self.decode.skip, len(decoder.layers))
         self._full_depth = full_depth(len(decoder.layers))
-        self._lanes = [Lane(decoder, self.sizes, self.policy, self._waiting) for _ in range(self.sizes.lanes)]
+        drafters = load_drafters(self.decode.draft, decoder, self.policy)
+        self._lanes = [
+            Lane(
+                decoder,
+                self.sizes,
+                self.policy,
+                drafters.make(),
+                decoder.new_cache(drafters.cache_layers),
+                self._waiting,
+            )
+            for _ in range(self.sizes.lanes)
+        ]
         self._threads = ThreadPoolExecutor(
             self.sizes.lanes,
             "lane",
@@ -116,7 +128,7 @@ class Engine:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         keep_freed_memory()
         adapter = Path(model.adapter).expanduser() if model.adapter else None
-        decoder = Decoder(*load(folder, getattr(torch, model.dtype), place, adapter))
+        decoder = Decoder(*load(folder, getattr(torch, model.dtype), place, adapter), folder=folder)
         loaded = cls(decoder, load_tokenizer(folder), engine, decode)
         if (trained := trained_policy(adapter or folder)) not in (None, loaded.policy.name):
             _log.warning(
@@ -140,6 +152,7 @@ class Engine:
             "row_rule": dataclasses.asdict(decoder.row_rule),
             "batch_invariant": self._batch_invariant,
             "skip": self.policy.name,
+            "draft": self.decode.draft.kind,
         }
 
     @cached_property
@@ -255,28 +268,31 @@ class Engine:
     def _collect(self, lane: Lane, plan: StepPlan, result: StepResult) -> Iterator[Completion]:
         """Append what a step chose, and take out the rows that ended."""
         self._stats += result.stats
-        self._stats.completion_tokens += sum(choice.token_id is not None for _, choice in result.choices)
         with self._stats.timed("sample"):
             for chunk in plan.chunks:
                 chunk.sequence.computed = chunk.stop
-            ended = [row for row, choice in result.choices if self._advance(row, choice)]
+            ended = [row for row, choices in result.choices.items() if self._advance(row, choices)]
             lane.scheduler.retire({row.slot for row in ended})
             requests = dict.fromkeys(row.request_id for row in ended)
             completions = [done for request_id in requests if (done := self._complete(request_id))]
         yield from completions
 
-    def _advance(self, row: Sequence, choice: Choice) -> bool:
-        """Append the chosen token; whether the row ends with it."""
-        if choice.token_id is None:
-            self._finish(row, "error", ("non_finite_logits", "the model's logits are not finite"))
-            return True
-        row.generated.append(choice.token_id)
-        if choice.logprob is not None:
-            row.logprobs.append(choice.logprob)
-        reason = self._stopper.reason(row.generated, row.params, self.max_model_len - row.length)
-        if reason is not None:
-            self._finish(row, reason)
-        return reason is not None
+    def _advance(self, row: Sequence, choices: Seq[Choice]) -> bool:
+        """Append the chosen tokens, up to one that ends the row; whether one does."""
+        for choice in choices:
+            if choice.token_id is None:
+                self._finish(row, "error", ("non_finite_logits", "the model's logits are not finite"))
+                return True
+            row.generated.append(choice.token_id)
+            self._stats.completion_tokens += 1
+            if choice.logprob is not None:
+                row.logprobs.append(choice.logprob)
+            reason = self._stopper.reason(row.generated, row.params, self.max_model_len - row.length)
+            if reason is not None:
+                self._finish(row, reason)
+                return True
+        row.computed = row.length - 1
+        return False
 
     def _finish(
         self, row: Sequence, reason: FinishReason, error: tuple[str | None, str | None] = (None, None)

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from itertools import groupby
 
-import numpy as np
 import torch
 
-from rayskip.decode.randomness import uniform
-from rayskip.decode.sampling import Choice, Draw, choose
-from rayskip.engine.scheduler import Chunk, Scheduler, StepPlan
-from rayskip.engine.sequence import Sequence
+from rayskip.decode.batch import Chunk, draft_chunks, group_key, token_batch
+from rayskip.decode.drafters.drafter import Drafter, States
+from rayskip.decode.sampling import Choice
+from rayskip.decode.sequence import Sequence
+from rayskip.decode.verify import verify
+from rayskip.engine.scheduler import Scheduler, StepPlan
 from rayskip.engine.sizes import Sizes
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import KVCache, key_blocks
-from rayskip.model.ops import Group, TokenBatch
+from rayskip.model.kv_cache import KVCache
+from rayskip.model.ops import TokenBatch
 from rayskip.skip import SkipPolicy
 from rayskip.stats import Stats
 
@@ -32,7 +33,7 @@ from rayskip.stats import Stats
 class StepResult:
     """What a step chose, for every row whose newest token ran, and what it cost."""
 
-    choices: list[tuple[Sequence, Choice]]
+    choices: dict[Sequence, list[Choice]]
     stats: Stats
 
 
@@ -40,95 +41,89 @@ class Lane:
     """Schedules and runs steps. `plan` and `retire` are bookkeeping, for the engine's thread; `run` is the
     tensor work, for the lane's own."""
 
-    def __init__(self, decoder: Decoder, sizes: Sizes, policy: SkipPolicy, waiting: deque[Sequence]) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        sizes: Sizes,
+        policy: SkipPolicy,
+        drafter: Drafter,
+        cache: KVCache,
+        waiting: deque[Sequence],
+    ) -> None:
         self._decoder = decoder
         self._policy = policy
         self._sizes = sizes
-        self._cache = decoder.new_cache()
+        self._drafter = drafter
+        self._cache = cache
         self._layer_kv_bytes = KVCache.bytes_per_position(decoder.spec, 1, decoder.dtype)
         self.scheduler = Scheduler(
             sizes.batch_rows, sizes.batch_tokens, sizes.cache_positions, sizes.cohort, waiting
         )
 
+    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        """One forward over the plan's tokens; chooses the next token of every row whose newest token ran."""
+        """Drafts, then one forward over the plan's tokens and the drafts; chooses the tokens that follow each row
+        whose newest token ran."""
         start = time.perf_counter()
         if plan.resize is not None:
             self._cache.resize(plan.resize.slots, plan.resize.length, plan.resize.kept)
         for copy in plan.copies:
             self._cache.copy(copy.source, copy.target, copy.length)
-        chunks = sorted(plan.chunks, key=group_key)
+        decoding = [chunk.sequence for chunk in plan.chunks if chunk.generated]
+        states = self._drafter.draft(plan.chunks, decoding, self._cache)
+        drafts = [chunk for row in decoding for chunk in draft_chunks(row)]
+        chunks = sorted([*plan.chunks, *drafts], key=group_key)
         batch = token_batch(chunks, self._policy, self._decoder.device)
-        logits = self._decoder.forward(batch, self._cache)
+        logits = self._forward(chunks, batch, states)
         middle = time.perf_counter()
-        last = [chunk.sequence for chunk in chunks if chunk.last]
-        choices = choose(logits, [_draw(row) for row in last]) if last else []
-        for row, choice in zip(last, choices, strict=True):
-            if choice.token_id is None:
+        places = [(chunk.sequence, chunk.stop - chunk.sequence.length) for chunk in chunks if chunk.last]
+        choices = verify(logits, places)
+        for row, chosen in choices.items():
+            if chosen[-1].token_id is None:
                 self._cache.clear(row.slot)
-        stats = self._count(plan, batch)
+        stats = self._count(plan, batch, {row: len(choices[row]) for row in decoding})
+        for row in decoding:
+            row.draft = []
         stats.seconds["prefill" if plan.prefills else "decode"] = middle - start
         stats.seconds["sample"] = time.perf_counter() - middle
-        return StepResult(list(zip(last, choices, strict=True)), stats)
+        return StepResult(choices, stats)
 
-    def _count(self, plan: StepPlan, batch: TokenBatch) -> Stats:
+    def _forward(self, chunks: Seq[Chunk], batch: TokenBatch, states: States | None) -> torch.Tensor:
+        if states is None:
+            return self._decoder.forward(batch, self._cache)
+        order = [states.rows[chunk.sequence, at] for chunk in chunks for at in range(chunk.start, chunk.stop)]
+        return self._decoder.forward(batch, self._cache, states.x[order], states.layer)
+
+    def _count(self, plan: StepPlan, batch: TokenBatch, gained: dict[Sequence, int]) -> Stats:
+        """gained: tokens that each decoding row got; so many of its tokens ran for good, from its newest on."""
         layers, rule = len(self._decoder.layers), self._decoder.row_rule
         active = batch.active or [len(batch.token_ids)] * layers
-        decoding = [chunk for chunk in plan.chunks if chunk.generated]
-        depths = [self._policy.depth(chunk.sequence.skip_position(chunk.start)) for chunk in decoding]
-        generated = sum(depths)
+        newest = [self._policy.depth(row.skip_position(row.length - 1)) for row in gained]
+        useful = sum(
+            self._policy.depth(row.skip_position(row.length - 1 + offset))
+            for row, count in gained.items()
+            for offset in range(count)
+        )
+        in_vain = sum(
+            self._policy.depth(row.skip_position(row.length - 1 + offset))
+            for row, count in gained.items()
+            for offset in range(count, len(row.draft) + 1)
+        )
+        tokens = sum(gained.values())
         return Stats(
             steps=1,
             step_rows=len(plan.chunks),
             step_slots=self._sizes.batch_rows,
             prefix_tokens=plan.reused,
-            decode_tokens=len(decoding),
-            steady_tokens=0 if plan.prefills else len(decoding),
-            decode_layer_tokens=generated,
-            prompt_layer_tokens=sum(active) - generated,
+            verify_rows=len(gained),
+            drafted=sum(len(row.draft) for row in gained),
+            accepted_lengths=Counter(count - 1 for count in gained.values()),
+            decode_tokens=tokens,
+            steady_tokens=0 if plan.prefills else tokens,
+            decode_layer_tokens=useful,
+            prompt_layer_tokens=sum(active) - useful - in_vain,
+            draft_layer_tokens=in_vain,
             padding_layer_tokens=sum(rule.padding(count) for count in active if count),
-            cohort_tokens=max(Counter(depths).values(), default=0),
-            kv_bytes_saved=(layers * len(decoding) - generated) * self._layer_kv_bytes,
+            cohort_rows=max(Counter(newest).values(), default=0),
+            kv_bytes_saved=(layers * tokens - useful) * self._layer_kv_bytes,
         )
-
-
-def token_batch(chunks: list[Chunk], policy: SkipPolicy, device: torch.device) -> TokenBatch:
-    """Chunks as packed tensors. Those of one depth and width that read equally many key blocks attend as one group.
-
-    chunks: in the order of their groups, see `group_key`.
-    """
-    ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    outputs: list[int] = []
-    groups: list[Group] = []
-    skip_positions: list[int] = []
-    for (skip_position, width, keys), members in groupby(chunks, group_key):
-        start = len(ids)
-        for chunk in members:
-            ids += chunk.sequence.tokens(chunk.start, chunk.stop)
-            positions += range(chunk.start, chunk.stop)
-            slots += [chunk.sequence.slot] * width
-            skip_positions += [skip_position] * width
-            if chunk.last:
-                outputs.append(len(ids) - 1)
-        groups.append(Group(start, width, torch.tensor(slots[start::width], device=device), keys))
-    packed = torch.tensor([ids, positions, slots], device=device)
-    logits_of = torch.tensor(outputs, dtype=torch.long, device=device)
-    active = None if policy.is_full else np.searchsorted(skip_positions, policy.until).tolist()
-    return TokenBatch(packed[0], packed[1], packed[2], groups, logits_of, active)
-
-
-def group_key(chunk: Chunk) -> tuple[int, int, int]:
-    """(generated position, tokens, key positions read): depends on nothing but the row itself.
-
-    A chunk is either prompt or one generated token, so its tokens share a depth. Sorted, the deepest come first.
-    """
-    skip_position = chunk.sequence.skip_position(chunk.start)
-    return skip_position, chunk.stop - chunk.start, key_blocks(chunk.stop)
-
-
-def _draw(row: Sequence) -> Draw:
-    seen = row.tokens(0, row.length) if row.params.repetition_penalty != 1 else ()
-    chance = uniform(row.prompt.key, row.sample, len(row.generated)) if row.params.temperature else 0.0
-    return Draw(row.params, chance, seen)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from rayskip.engine.sequence import Sequence
+from rayskip.decode.batch import Chunk
+from rayskip.decode.sequence import Sequence
 
 SHARED_PREFIX = 16
 """Shortest prefix worth copying from another row instead of computing it."""
@@ -30,25 +31,6 @@ class Resize:
     slots: int
     length: int
     kept: list[int]
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Run tokens [start, stop) of a sequence."""
-
-    sequence: Sequence
-    start: int
-    stop: int
-
-    @property
-    def last(self) -> bool:
-        """Whether the newest known token is among them, so that the next one can be chosen."""
-        return self.stop == self.sequence.length
-
-    @property
-    def generated(self) -> bool:
-        """Whether it is a generated token that runs."""
-        return self.start >= len(self.sequence.prompt.token_ids)
 
 
 @dataclass

@@ -9,6 +9,7 @@ Shapes: N tokens, d hidden, Hq query heads, Hkv key-value heads, D head dim, V v
 from __future__ import annotations
 
 from copy import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,10 +25,14 @@ class Decoder:
     """A model that runs. Holds no state between calls; the caller owns the cache.
 
     ops: what computes between the products; by default the fastest that serves the model here.
+    folder: where the weights came from, for parts that were trained for them.
     """
 
-    def __init__(self, spec: Spec, weights: Weights, ops: Ops | None = None) -> None:
+    def __init__(
+        self, spec: Spec, weights: Weights, ops: Ops | None = None, folder: Path | None = None
+    ) -> None:
         self.spec = spec
+        self.folder = folder
         self.weights = weights
         self.dtype = weights.embed.dtype
         self.device = weights.embed.device
@@ -51,31 +56,52 @@ class Decoder:
         shallow.layers = self.layers[:count]
         return shallow
 
-    def new_cache(self) -> KVCache:
-        return KVCache(self.spec, len(self.layers), self.dtype, self.device)
+    def rope(self, name: str | None) -> Rope | None:
+        """The rotary table of a layer kind, on the device; None for learned positions."""
+        return None if name is None else self._ropes[name]
+
+    def new_cache(self, extra_layers: int = 0) -> KVCache:
+        """An empty cache; extra_layers: more layers than the model has, for what a drafter keeps."""
+        return KVCache(self.spec, len(self.layers) + extra_layers, self.dtype, self.device)
 
     @torch.inference_mode()
-    def forward(self, batch: TokenBatch, cache: KVCache) -> Tensor:
+    def forward(self, batch: TokenBatch, cache: KVCache, x: Tensor | None = None, first: int = 0) -> Tensor:
         """Run every layer on its active tokens, write their keys and values into `cache`, return logits [R, V].
 
-        A token passes a layer it skips unchanged (SkipDecode, arXiv 2307.02628, section 3).
+        x [N, d]: the tokens' states before layer `first`, where the layers before it have run; overwritten.
         """
-        x = self.weights.embed[batch.token_ids]  # [N, d]
+        x = self.run_layers(self.embed(batch) if x is None else x, batch, cache, first, len(self.layers))
+        return self.logits(x[batch.outputs])
+
+    def embed(self, batch: TokenBatch) -> Tensor:
+        """The tokens' states before the first layer, [N, d]."""
+        x = self.weights.embed[batch.token_ids]
         if self.spec.embed_scale != 1.0:
             x = x * torch.tensor(self.spec.embed_scale, dtype=x.dtype)
         if self.weights.positions is not None:
             x = x + self.weights.positions[batch.positions]
+        return x
+
+    def run_layers(self, x: Tensor, batch: TokenBatch, cache: KVCache, first: int, last: int) -> Tensor:
+        """The tokens' states [N, d] after layers [first, last), in place.
+
+        A token passes a layer it skips unchanged (SkipDecode, arXiv 2307.02628, section 3).
+        """
         branch: Tensor | None = None  # what the last layer adds to x; the next norm adds it on its way
-        for index, layer in enumerate(self.layers):
+        for index in range(first, last):
             count = len(x) if batch.active is None else batch.active[index]
             if branch is not None and len(branch) != count:
                 x[: len(branch)] += branch
                 branch = None
             if count:
-                branch = self._run_layer(index, layer, x[:count], branch, batch, cache)
+                branch = self._run_layer(index, self.layers[index], x[:count], branch, batch, cache)
         if branch is not None:
             x[: len(branch)] += branch
-        logits = self.head(normalise(x[batch.outputs], self.weights.final_norm))
+        return x
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [R, V] of states [R, d] after the last layer."""
+        logits = self.head(normalise(x, self.weights.final_norm))
         return logits if self.spec.logit_softcap is None else softcap(logits, self.spec.logit_softcap)
 
     def _run_layer(
@@ -106,8 +132,7 @@ class Decoder:
         q, k, v = torch.split(heads, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
         if own.q_norm is not None and own.k_norm is not None:
             q, k = normalise(q, own.q_norm), normalise(k, own.k_norm)
-        rope = self._ropes[own.rope] if own.rope is not None else None
-        return layer.out(self.ops.attention(q, k, v, rope, index, own.window, batch, cache))
+        return layer.out(self.ops.attention(q, k, v, self.rope(own.rope), index, own.window, batch, cache))
 
     def _mlp(self, layer: _PackedLayer, x: Tensor) -> Tensor:
         return layer.down(self.ops.gate(layer.up(x)))

@@ -21,6 +21,9 @@ from rayskip.data.tokenizer import Encoder
 WINDOW = 16
 """Batches whose examples are sorted by length together."""
 
+FINISH_REASON = "finish_reason"
+"""Column of a job's output that tells why a completion ended."""
+
 IGNORED = -100
 """Label of a position that has no loss, as in torch's cross_entropy."""
 
@@ -65,7 +68,8 @@ def read_examples(config: DataConfig, encoder: Encoder, builder: PromptBuilder, 
     examples = []
     for shard, index, row in every_row(source, config.input.max_rows):
         prompt = builder.build(row, index, shard.name).token_ids
-        answer = [*encoder.data(str(row[config.answer])), end]
+        cut = row.get(FINISH_REASON) == "length"  # a job's own output: such an answer has no end
+        answer = encoder.data(str(row[config.answer])) + ([] if cut else [end])
         group = str(row[config.group]) if config.group else f"{shard.name}:{index}"
         examples.append(Example(prompt, answer, group))
     return examples

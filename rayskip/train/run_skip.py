@@ -10,14 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rayskip.config import SamplingParams, TrainSkipConfig
-from rayskip.data.prompts import PromptBuilder
-from rayskip.data.tokenizer import Encoder, load_tokenizer
-from rayskip.errors import InputError, ModelError
-from rayskip.model.checkpoint import LABEL, read_spec, resolve, tensors_fingerprint
+from rayskip.config import TrainSkipConfig
+from rayskip.model.checkpoint import LABEL, resolve, tensors_fingerprint
 from rayskip.skip import full_depth, skip_policy
-from rayskip.train.examples import Example, collate, read_examples, split
+from rayskip.train.examples import Example, collate
 from rayskip.train.loop import Point, Schedule, train
+from rayskip.train.prepare import frozen, prepare
 from rayskip.train.skip import answer_logits, answer_loss, distillation_loss
 
 
@@ -28,28 +26,19 @@ def train_skip(config: TrainSkipConfig, on_point: Callable[[Point], None] = lamb
     """
     from transformers import AutoModelForCausalLM
 
-    folder = resolve(config.model.path, config.model.revision)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
-        raise ModelError(f"{folder}: training needs a tokenizer, and the model has none")
-    builder = PromptBuilder(config.data.input, SamplingParams(), tokenizer, read_spec(folder).max_positions)
-    end = tokenizer.eos_token_id
-    examples = read_examples(config.data, Encoder(tokenizer), builder, end)
-    training, held_out = split(examples, config.data.held_out)
-    if len(training) < config.batch_size or not held_out:
-        raise InputError(
-            f"{config.data.input.path}: {len(training)} examples to train on and {len(held_out)} held out; "
-            f"at least {config.batch_size} (batch_size) and 1 are needed"
-        )
+    ready = prepare(config.model, config.data, config.batch_size)
+    folder, training = ready.folder, ready.training
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     policy = skip_policy(config.skip, model.config.get_text_config().num_hidden_layers)
     full = full_depth(len(policy.until))
-    teacher = _teacher(config, folder)
+    teacher = None
+    if config.distill is not None:
+        teacher = frozen(resolve(config.distill.teacher) if config.distill.teacher else folder)
     if config.lora is not None:
         model = _with_adapters(model, config)
 
     def loss(model: nn.Module, part: Sequence[Example]) -> Tensor:
-        batch = collate(part, end).to(next(model.parameters()).device)
+        batch = collate(part, ready.end).to(next(model.parameters()).device)
         logits = answer_logits(model, batch, policy)
         value = answer_loss(logits, batch.labels)
         if teacher is None or not model.training:
@@ -75,29 +64,18 @@ def train_skip(config: TrainSkipConfig, on_point: Callable[[Point], None] = lamb
             "examples": len(training),
         }
         (target / LABEL).write_text(json.dumps(label, indent=2) + "\n")
-        tokenizer.save_pretrained(target)
+        ready.tokenizer.save_pretrained(target)
 
     def keep(model: nn.Module, step: int) -> None:
         save(model, output / f"step-{step}", step)
 
-    looked_at = held_out[: config.held_out_examples]
+    looked_at = ready.held_out[: config.held_out_examples]
     model = train(model, loss, training, looked_at, schedule, output, keep, on_point).to(torch.bfloat16)
     if config.lora is not None:
         save(model, output / "adapter", config.steps)
         model = model.merge_and_unload()
     save(model, output / "model", config.steps)
     return output / "model"
-
-
-def _teacher(config: TrainSkipConfig, folder: Path) -> Any:
-    """The frozen model whose distribution is the target, in bfloat16; None without distillation."""
-    from transformers import AutoModelForCausalLM
-
-    if config.distill is None:
-        return None
-    source = resolve(config.distill.teacher) if config.distill.teacher else folder
-    teacher: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    return teacher.eval().requires_grad_(False)
 
 
 def _with_adapters(model: Any, config: TrainSkipConfig) -> Any:

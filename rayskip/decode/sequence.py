@@ -11,13 +11,14 @@ from rayskip.config import SamplingParams
 from rayskip.data.records import Prompt, TokenLogprob
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """Sample `sample` of a prompt.
 
     computed: tokens whose keys and values are in the cache, at slot `slot`.
     reserved: positions it may come to need, prompt and completion together.
     full_depth: every layer runs, whatever the engine's skip policy.
+    draft: tokens proposed to follow, during a step.
     """
 
     request_id: int
@@ -28,6 +29,7 @@ class Sequence:
     slot: int = -1
     computed: int = 0
     generated: list[int] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_array: NDArray[np.int64] = field(init=False, repr=False)
 
@@ -52,11 +54,18 @@ class Sequence:
         """The generated position that decides which layers token `position` runs; -1: all of them."""
         return -1 if self.full_depth else max(position - len(self.prompt.token_ids), -1)
 
+    @property
+    def draft_room(self) -> int:
+        """Most tokens worth proposing: verification adds one of its own, and positions are reserved."""
+        return min(self.params.max_tokens - len(self.generated) - 1, self.reserved - self.length)
+
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Known tokens [start, stop)."""
-        prompt = len(self.prompt.token_ids)
+        """Tokens [start, stop), known ones and then the draft."""
+        prompt, known = len(self.prompt.token_ids), self.length
         return (
-            self.prompt.token_ids[start:stop] + self.generated[max(start - prompt, 0) : max(stop - prompt, 0)]
+            self.prompt.token_ids[start:stop]
+            + self.generated[max(start - prompt, 0) : max(stop - prompt, 0)]
+            + self.draft[max(start - known, 0) : max(stop - known, 0)]
         )
 
     def common_prefix(self, other: Sequence) -> int:

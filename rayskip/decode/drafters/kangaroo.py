@@ -1,0 +1,88 @@
+"""Kangaroo (arXiv 2404.18911): the model's own first layers and an adapter draft, token by token, all rows at once.
+
+A row stops drafting when it is unsure (early exit of the draft) or has gamma tokens, and leaves the draft batch.
+What the first layers computed is kept, so that verification begins at the exit layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from rayskip.config import KangarooDraft
+from rayskip.decode.batch import Chunk, group_key, token_batch
+from rayskip.decode.drafters.drafter import States
+from rayskip.decode.sequence import Sequence
+from rayskip.errors import ConfigError
+from rayskip.model.forward import Decoder
+from rayskip.model.kangaroo import Kangaroo
+from rayskip.model.kv_cache import KVCache
+from rayskip.skip import FOREVER, SkipPolicy, full_depth
+
+
+class KangarooDrafter:
+    def __init__(
+        self, config: KangarooDraft, kangaroo: Kangaroo, decoder: Decoder, policy: SkipPolicy
+    ) -> None:
+        """Raises ConfigError when the skip policy skips one of the first layers: drafts could not share them."""
+        skipped = [layer for layer in range(kangaroo.exit_layer) if policy.until[layer] != FOREVER]
+        if skipped:
+            raise ConfigError(
+                f"decode.draft: the adapter follows layer {kangaroo.exit_layer}, and the skip policy skips layer "
+                f"{skipped[0]}; set decode.skip.warmup to at least {kangaroo.exit_layer}"
+            )
+        self._config = config
+        self._kangaroo = kangaroo
+        self._decoder = decoder
+        self._full = full_depth(len(decoder.layers))
+
+    def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States:
+        """All tokens of the step run the first layers here and enter the adapter's cache, drafting or not."""
+        known: dict[tuple[Sequence, int], int] = {}
+        parts: list[torch.Tensor] = []
+        drafting = {row for row in rows if row.draft_room > 0}
+        chunks = sorted(chunks, key=group_key)
+        while chunks:
+            batch = token_batch(chunks, self._full, self._decoder.device)
+            x = self._decoder.run_layers(
+                self._decoder.embed(batch), batch, cache, 0, self._kangaroo.exit_layer
+            )
+            attended = self._kangaroo.attend(x, batch, cache)
+            first = sum(map(len, parts))
+            parts.append(x)
+            at = 0
+            going: list[tuple[Sequence, int]] = []
+            for chunk in chunks:
+                for position in range(chunk.start, chunk.stop):
+                    known[chunk.sequence, position] = first + at
+                    at += 1
+                if chunk.sequence in drafting:
+                    going.append((chunk.sequence, at - 1))
+            chunks = self._go_on(going, x, attended, drafting)
+        return States(self._kangaroo.exit_layer, parts[0] if len(parts) == 1 else torch.cat(parts), known)
+
+    def _go_on(
+        self,
+        going: Seq[tuple[Sequence, int]],
+        x: torch.Tensor,
+        attended: torch.Tensor,
+        drafting: set[Sequence],
+    ) -> list[Chunk]:
+        """Propose one token for each row, from its token's index; the chunks that run them next.
+
+        A row that is unsure of its token still has it verified, but leaves `drafting`.
+        """
+        if not going:
+            return []
+        index = torch.tensor([at for _, at in going], device=x.device)
+        tokens, confidences = self._kangaroo.propose(x[index], attended[index])
+        chunks = []
+        for (row, _), token, confidence in zip(going, tokens, confidences, strict=True):
+            row.draft.append(token)
+            end = row.length + len(row.draft)
+            chunks.append(Chunk(row, end - 1, end))
+            full = len(row.draft) >= min(self._config.gamma, row.draft_room)
+            if full or confidence < self._config.eta:
+                drafting.discard(row)
+        return sorted(chunks, key=group_key)

@@ -1,0 +1,248 @@
+"""`rayskip eval spec-bench`: drafters compared by Spec-Bench's protocol (Xia et al., arXiv 2401.07851).
+
+Six subtasks, MT-Bench's questions in two turns, greedy, one row at a time, prefill included in the time. The
+speed-up is the mean over questions of tokens per second over the same mean without a drafter; mean accepted tokens
+are per verification, 1 without a drafter. Drafters take turns at every question, so that drift of the machine's
+speed hits all. The same with more rows at once, which Spec-Bench lacks: all questions of a subtask together.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from itertools import islice
+from pathlib import Path
+from statistics import mean
+
+from rayskip.config import SpecBenchConfig
+from rayskip.engine import Engine
+from rayskip.errors import InputError
+from rayskip.stats import Stats
+
+MT_BENCH = "mt_bench"
+TASKS = (MT_BENCH, "translation", "summarization", "qa", "math_reasoning", "rag")
+"""Subtasks; the eight categories of question.jsonl that are none of them are MT-Bench's."""
+
+Chat = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A drafter on a subtask ("overall": on all), at one batch size.
+
+    tok_s: mean over questions and rounds, or over rounds where questions run together. identical: share of the
+    answers, token by token, that are the first drafter's.
+    """
+
+    drafter: str
+    batch_rows: int
+    task: str
+    tok_s: float
+    speedup: float
+    mean_accepted: float
+    drafted: int
+    accepted: int
+    accepted_lengths: dict[int, int]
+    identical: float
+
+
+@dataclass
+class _Tally:
+    rates: list[float] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+    answers: list[list[int]] = field(default_factory=list)
+
+
+def run_spec_bench(config: SpecBenchConfig, say: Callable[[str], None] = lambda line: None) -> list[Score]:
+    """Run everything; writes spec_bench.json, spec_bench.html and its two plots. `say` is told what is done."""
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    questions = _questions(config)
+    decoder = tokenizer = None
+    scores: list[Score] = []
+    for rows in config.batch_rows:
+        sizes = config.engine.model_copy(update={"max_batch_rows": rows})
+        engines = []
+        for drafter in config.drafters:
+            if decoder is None:
+                engines.append(Engine.load(config.model, sizes, drafter.decode))
+                decoder, tokenizer = engines[0].decoder, engines[0].tokenizer
+            else:
+                engines.append(Engine(decoder, tokenizer, sizes, drafter.decode))
+        _warm_up(config, questions, engines)
+        tallies = {(d.name, task): _Tally() for d in config.drafters for task in questions}
+        for round_index in range(config.rounds):
+            for task, of_task in questions.items():
+                for together in [[one] for one in of_task] if rows == 1 else [of_task]:
+                    for drafter, engine in zip(config.drafters, engines, strict=True):
+                        _run(config, engine, together, tallies[drafter.name, task])
+                say(f"batch {rows}, round {round_index + 1} of {config.rounds}: {task}")
+        scores += [
+            _score(config, rows, drafter.name, task, tallies)
+            for drafter in config.drafters
+            for task in (*questions, "overall")
+        ]
+        _write(config, scores, output)
+    return scores
+
+
+def format_scores(scores: Sequence[Score]) -> str:
+    """Tables for a terminal: speed-up and, in brackets, mean accepted tokens."""
+    lines = []
+    for rows in dict.fromkeys(score.batch_rows for score in scores):
+        own = [score for score in scores if score.batch_rows == rows]
+        tasks = list(dict.fromkeys(score.task for score in own))
+        lines.append(
+            f"batch {rows:<12}" + "".join(f"{task:>16}" for task in tasks) + f"{'tok/s':>8}{'same':>6}"
+        )
+        for name in dict.fromkeys(score.drafter for score in own):
+            by_task = {score.task: score for score in own if score.drafter == name}
+            cells = [f"{by_task[task].speedup:.2f} ({by_task[task].mean_accepted:.2f})" for task in tasks]
+            overall = by_task["overall"]
+            lines.append(
+                f"{name:<18}"
+                + "".join(f"{cell:>16}" for cell in cells)
+                + f"{overall.tok_s:>8.0f}{overall.identical:>6.0%}"
+            )
+    return "\n".join(lines)
+
+
+def _questions(config: SpecBenchConfig) -> dict[str, list[list[str]]]:
+    """Subtask -> questions -> turns."""
+    path = Path(config.questions)
+    if not path.is_file():
+        raise InputError(f"questions: {path} is no file; Spec-Bench's question.jsonl is wanted")
+    found: dict[str, list[list[str]]] = {task: [] for task in TASKS}
+    for number, line in enumerate(path.read_text().splitlines()):
+        try:
+            row = json.loads(line)
+            task = row["category"] if row["category"] in TASKS else MT_BENCH
+            found[task].append([str(turn) for turn in row["turns"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"questions: {path}: row {number} needs category and turns ({error})") from error
+    return {task: list(islice(rows, config.per_task)) for task, rows in found.items() if rows}
+
+
+def _warm_up(
+    config: SpecBenchConfig, questions: dict[str, list[list[str]]], engines: Sequence[Engine]
+) -> None:
+    every = [question for rows in questions.values() for question in rows]
+    for engine in engines:
+        for question in every[: config.warmups]:
+            _run(config, engine, [question], _Tally())
+
+
+def _run(config: SpecBenchConfig, engine: Engine, questions: Sequence[list[str]], tally: _Tally) -> None:
+    """Answer all turns of questions that run together, one turn after the other."""
+    chats: list[Chat] = [[] for _ in questions]
+    answers: list[list[int]] = [[] for _ in questions]
+    began = time.perf_counter()
+    for turn in range(max(map(len, questions))):
+        asked = [at for at, question in enumerate(questions) if turn < len(question)]
+        for at in asked:
+            chats[at].append({"role": "user", "content": questions[at][turn]})
+        found = engine.generate([chats[at] for at in asked], config.sampling)
+        for at, (generation,) in zip(asked, found, strict=True):
+            if generation.error_message is not None:
+                raise InputError(f"questions: {generation.error_message}")
+            answers[at] += generation.token_ids or []
+            chats[at].append({"role": "assistant", "content": generation.text or ""})
+    seconds = time.perf_counter() - began
+    tally.rates.append(sum(map(len, answers)) / seconds)
+    tally.answers += answers
+    tally.stats += engine.take_stats()
+
+
+def _score(
+    config: SpecBenchConfig, rows: int, name: str, task: str, tallies: dict[tuple[str, str], _Tally]
+) -> Score:
+    def of(drafter: str) -> list[_Tally]:
+        return [tally for (own, at), tally in tallies.items() if own == drafter and task in (at, "overall")]
+
+    own, base = of(name), of(config.drafters[0].name)
+    stats = sum((tally.stats for tally in own), Stats())
+    rate, first = (mean(rate for tally in some for rate in tally.rates) for some in (own, base))
+    pairs = [
+        pair
+        for mine, theirs in zip(own, base, strict=True)
+        for pair in zip(mine.answers, theirs.answers, strict=True)
+    ]
+    return Score(
+        drafter=name,
+        batch_rows=rows,
+        task=task,
+        tok_s=rate,
+        speedup=rate / first,
+        mean_accepted=stats.mean_accepted or 1.0,
+        drafted=stats.drafted,
+        accepted=stats.accepted,
+        accepted_lengths=dict(sorted(stats.accepted_lengths.items())),
+        identical=mean(mine == theirs for mine, theirs in pairs),
+    )
+
+
+def _write(config: SpecBenchConfig, scores: Sequence[Score], output: Path) -> None:
+    described = [asdict(score) for score in scores]
+    (output / "spec_bench.json").write_text(json.dumps(described, indent=2) + "\n")
+    first = [score for score in scores if score.batch_rows == config.batch_rows[0]]
+    _plot_acceptance(first, output / "acceptance.png")
+    _plot_speedups(first, output / "speedup.png")
+    (output / "spec_bench.html").write_text(
+        f"<!doctype html><meta charset=utf-8><title>{escape(config.name)}</title>"
+        f"<h1>{escape(config.name)}</h1><p>{escape(config.model.path)}: speed-up over "
+        f"{escape(config.drafters[0].name)} (mean accepted tokens)</p>"
+        f"<pre>{escape(format_scores(scores))}</pre>"
+        "<img src=speedup.png alt='speed-up by subtask'><img src=acceptance.png alt='acceptance by position'>"
+    )
+
+
+def _plot_acceptance(scores: Sequence[Score], path: Path) -> None:
+    """Share of verifications with at least so many accepted drafts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6, 4))
+    for score in scores:
+        lengths = Counter(score.accepted_lengths)
+        if score.task == "overall" and score.drafted:
+            most = max(lengths)
+            shares = [
+                sum(count for length, count in lengths.items() if length >= least) / lengths.total()
+                for least in range(1, most + 1)
+            ]
+            axis.plot(range(1, most + 1), shares, "o-", label=score.drafter)
+    axis.set_xlabel("drafted position")
+    axis.set_ylabel("share of verifications that accept it")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _plot_speedups(scores: Sequence[Score], path: Path) -> None:
+    """End-to-end bars, one group a subtask."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(score.drafter for score in scores))
+    tasks = list(dict.fromkeys(score.task for score in scores))
+    figure, axis = pyplot.subplots(figsize=(10, 4))
+    width = 0.8 / len(names)
+    for place, name in enumerate(names):
+        heights = [score.speedup for score in scores if score.drafter == name]
+        axis.bar([at + place * width for at in range(len(tasks))], heights, width, label=name)
+    axis.set_xticks([at + 0.4 - width / 2 for at in range(len(tasks))], tasks)
+    axis.axhline(1, color="black", linewidth=0.5)
+    axis.set_ylabel("speed-up")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

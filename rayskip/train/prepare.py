@@ -1,0 +1,54 @@
+"""What every training starts from: the base model's folder, its tokenizer, and examples split in two."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rayskip.config import DataConfig, ModelConfig, SamplingParams
+from rayskip.data.prompts import PromptBuilder
+from rayskip.data.tokenizer import Encoder, load_tokenizer
+from rayskip.errors import InputError, ModelError
+from rayskip.model.checkpoint import read_spec, resolve
+from rayskip.train.examples import Example, read_examples, split
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """end: the token that ends an answer, which also pads."""
+
+    folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    end: int
+    training: list[Example]
+    held_out: list[Example]
+
+
+def prepare(model: ModelConfig, data: DataConfig, least: int) -> Prepared:
+    """Raises UserError for what the config names and is not there, or fewer than `least` examples to train on."""
+    folder = resolve(model.path, model.revision)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise ModelError(f"{folder}: training needs a tokenizer, and the model has none")
+    builder = PromptBuilder(data.input, SamplingParams(), tokenizer, read_spec(folder).max_positions)
+    end: int = tokenizer.eos_token_id
+    training, held_out = split(read_examples(data, Encoder(tokenizer), builder, end), data.held_out)
+    if len(training) < least or not held_out:
+        raise InputError(
+            f"{data.input.path}: {len(training)} examples to train on and {len(held_out)} held out; "
+            f"at least {least} (batch_size) and 1 are needed"
+        )
+    return Prepared(folder, tokenizer, end, training, held_out)
+
+
+def frozen(folder: Path) -> Any:
+    """A checkpoint as a transformers model in bfloat16 that learns nothing: a teacher, a target."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return model.eval().requires_grad_(False)
