@@ -196,7 +196,31 @@ class KangarooDraft(Section):
     eta: float = Field(0.6, ge=0, le=1, description="a draft ends after a token less probable than this")
 
 
-DraftConfig = Annotated[NoDraft | LookupDraft | KangarooDraft, Field(discriminator="kind")]
+class RetrievalDraft(Section):
+    """What followed the newest tokens in the replica's earlier generations or a corpus (REST, arXiv 2311.08252)."""
+
+    kind: Literal["retrieval"]
+    corpus: str | None = Field(None, description="text file to begin with, a text a line")
+    tokens: int = Field(10, ge=1, description="tokens proposed at once")
+    max_tokens: int = Field(1_000_000, ge=1, description="tokens remembered; full, the store starts anew")
+
+
+class AutoDraft(Section):
+    """Lookup or Kangaroo, whichever pays at a step by measured costs and acceptance; nothing where none does."""
+
+    kind: Literal["auto"]
+    path: str | None = Field(None, description="Kangaroo adapter; by default the one that ships, if one does")
+    max_ngram: int = Field(4, ge=1, description="newest tokens looked up, at most")
+    tokens: int = Field(16, ge=1, description="tokens looked up at once, at most")
+    gamma: int = Field(6, ge=1, description="tokens that Kangaroo drafts in a row, at most")
+    eta: float = Field(
+        0.6, ge=0, le=1, description="Kangaroo's draft ends after a token less probable than this"
+    )
+
+
+DraftConfig = Annotated[
+    NoDraft | LookupDraft | RetrievalDraft | KangarooDraft | AutoDraft, Field(discriminator="kind")
+]
 
 
 class DecodeConfig(Section):

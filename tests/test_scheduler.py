@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from rayskip.config import SamplingParams
 from rayskip.data.records import Prompt
-from rayskip.engine.scheduler import Scheduler
 from rayskip.decode.sequence import Sequence
+from rayskip.engine.scheduler import Scheduler
 
 ROWS = st.lists(
     st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=60), st.integers(1, 6)),

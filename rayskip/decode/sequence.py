@@ -18,7 +18,8 @@ class Sequence:
     computed: tokens whose keys and values are in the cache, at slot `slot`.
     reserved: positions it may come to need, prompt and completion together.
     full_depth: every layer runs, whatever the engine's skip policy.
-    draft: tokens proposed to follow, during a step.
+    draft: tokens proposed to follow, during a step; drafter: which kind proposed them.
+    draft_cached: tokens whose keys and values a drafter's own cache layers hold, with those before them.
     """
 
     request_id: int
@@ -30,6 +31,8 @@ class Sequence:
     computed: int = 0
     generated: list[int] = field(default_factory=list)
     draft: list[int] = field(default_factory=list)
+    drafter: str = ""
+    draft_cached: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_array: NDArray[np.int64] = field(init=False, repr=False)
 

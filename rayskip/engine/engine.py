@@ -87,7 +87,9 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self.policy = skip_policy(self.decode.skip, len(decoder.layers))
         self._full_depth = full_depth(len(decoder.layers))
-        drafters = load_drafters(self.decode.draft, decoder, self.policy)
+        drafters = load_drafters(
+            self.decode.draft, decoder, self.policy, self.sizes.threads_per_lane, self.sizes.batch_rows
+        )
         self._lanes = [
             Lane(
                 decoder,

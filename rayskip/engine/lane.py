@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -81,7 +82,9 @@ class Lane:
         for row, chosen in choices.items():
             if chosen[-1].token_id is None:
                 self._cache.clear(row.slot)
-        stats = self._count(plan, batch, {row: len(choices[row]) for row in decoding})
+        gained = {row: len(choices[row]) for row in decoding}
+        stats = self._count(plan, batch, gained)
+        self._drafter.observe({row: count - 1 for row, count in gained.items()})
         for row in decoding:
             row.draft = []
         stats.seconds["prefill" if plan.prefills else "decode"] = middle - start
@@ -117,6 +120,8 @@ class Lane:
             prefix_tokens=plan.reused,
             verify_rows=len(gained),
             drafted=sum(len(row.draft) for row in gained),
+            drafted_by=_sum_by_drafter(gained, lambda row: len(row.draft)),
+            accepted_by=_sum_by_drafter(gained, lambda row: gained[row] - 1),
             accepted_lengths=Counter(count - 1 for count in gained.values()),
             decode_tokens=tokens,
             steady_tokens=0 if plan.prefills else tokens,
@@ -127,3 +132,11 @@ class Lane:
             cohort_rows=max(Counter(newest).values(), default=0),
             kv_bytes_saved=(layers * tokens - useful) * self._layer_kv_bytes,
         )
+
+
+def _sum_by_drafter(rows: Iterable[Sequence], count: Callable[[Sequence], int]) -> dict[str, int]:
+    sums: Counter[str] = Counter()
+    for row in rows:
+        if row.draft:
+            sums[row.drafter] += count(row)
+    return sums

@@ -107,6 +107,7 @@ class Scheduler:
             self.running.append(row)
             if source is not None and ready >= SHARED_PREFIX:
                 row.computed = ready
+                row.draft_cached = min(ready, source.draft_cached)
                 plan.copies.append(Copy(source.slot, row.slot, ready))
                 plan.reused += ready
             budget -= self._extend(plan, row, budget)

@@ -100,8 +100,11 @@ def load_kangaroo(decoder: Decoder, folder: Path | None) -> Kangaroo:
     from safetensors.torch import load_file
 
     fingerprint = tensors_fingerprint(decoder.folder) if decoder.folder else None
+    folder = folder or _shipped(fingerprint)
     if folder is None:
-        folder = _shipped(fingerprint)
+        raise ModelError(
+            "decode.draft.path: no Kangaroo adapter ships for this model; train one and name its folder"
+        )
     if missing := [name for name in (LABEL, WEIGHTS) if not (folder / name).is_file()]:
         raise ModelError(
             f"decode.draft.path: {folder} has no {missing[0]}; `rayskip train kangaroo` makes one"
@@ -131,10 +134,13 @@ def save_kangaroo(folder: Path, label: KangarooLabel, tensors: dict[str, Tensor]
     (folder / LABEL).write_text(json.dumps(asdict(label), indent=2) + "\n")
 
 
-def _shipped(fingerprint: str | None) -> Path:
+def has_shipped(decoder: Decoder) -> bool:
+    """Whether an adapter for the model comes with the package."""
+    return decoder.folder is not None and _shipped(tensors_fingerprint(decoder.folder)) is not None
+
+
+def _shipped(fingerprint: str | None) -> Path | None:
     for label in sorted(SHIPPED.glob(f"*/{LABEL}")):
-        if fingerprint is not None and json.loads(label.read_text())["base_tensors"] == fingerprint:
+        if json.loads(label.read_text())["base_tensors"] == fingerprint:
             return label.parent
-    raise ModelError(
-        "decode.draft.path: no Kangaroo adapter ships for this model; train one and name its folder"
-    )
+    return None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
@@ -25,15 +26,20 @@ class States:
     rows: dict[tuple[Sequence, int], int]
 
 
-class Drafter(Protocol):
+class Drafter(ABC):
     """Proposes what may follow. One object per lane; its methods run on the lane's thread.
 
     Proposals may be wrong and may depend on anything: tokens never do.
     """
 
+    @abstractmethod
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:
-        """Set `draft` of each of `rows`, which are those of `chunks` that decode, to at most its draft_room tokens.
+        """Set `draft` and `drafter` of those of `rows` that get a proposal, of at most their draft_room tokens.
 
-        chunks: the step's tokens without drafts. Returns what verification need not compute again, if anything.
+        chunks: the step's tokens without drafts; rows: those of them that decode. Returns what verification need
+        not compute again, if anything.
         """
-        ...
+
+    def observe(self, accepted: Mapping[Sequence, int]) -> None:
+        """Learn how many tokens of its draft each row of the step accepted, while the drafts still stand."""
+        return None

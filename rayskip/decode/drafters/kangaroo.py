@@ -6,13 +6,13 @@ What the first layers computed is kept, so that verification begins at the exit 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
 import torch
 
-from rayskip.config import KangarooDraft
-from rayskip.decode.batch import Chunk, group_key, token_batch
-from rayskip.decode.drafters.drafter import States
+from rayskip.decode.batch import Chunk, draft_chunks, group_key, token_batch
+from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.sequence import Sequence
 from rayskip.errors import ConfigError
 from rayskip.model.forward import Decoder
@@ -20,10 +20,12 @@ from rayskip.model.kangaroo import Kangaroo
 from rayskip.model.kv_cache import KVCache
 from rayskip.skip import FOREVER, SkipPolicy, full_depth
 
+KIND = "kangaroo"
 
-class KangarooDrafter:
+
+class KangarooDrafter(Drafter):
     def __init__(
-        self, config: KangarooDraft, kangaroo: Kangaroo, decoder: Decoder, policy: SkipPolicy
+        self, gamma: int, eta: float, kangaroo: Kangaroo, decoder: Decoder, policy: SkipPolicy
     ) -> None:
         """Raises ConfigError when the skip policy skips one of the first layers: drafts could not share them."""
         skipped = [layer for layer in range(kangaroo.exit_layer) if policy.until[layer] != FOREVER]
@@ -32,35 +34,47 @@ class KangarooDrafter:
                 f"decode.draft: the adapter follows layer {kangaroo.exit_layer}, and the skip policy skips layer "
                 f"{skipped[0]}; set decode.skip.warmup to at least {kangaroo.exit_layer}"
             )
-        self._config = config
+        self._gamma = gamma
+        self._eta = eta
         self._kangaroo = kangaroo
         self._decoder = decoder
         self._full = full_depth(len(decoder.layers))
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States:
-        """All tokens of the step run the first layers here and enter the adapter's cache, drafting or not."""
+        """All tokens of the step run the first layers here and enter the adapter's cache; also drafts that rows of
+        the step already have from elsewhere, and what a row that now drafts has missed in the adapter's cache."""
+        missed = [
+            Chunk(row, row.draft_cached, row.computed) for row in rows if row.draft_cached < row.computed
+        ]
+        drafts = [chunk for own in chunks if own.generated for chunk in draft_chunks(own.sequence)]
         known: dict[tuple[Sequence, int], int] = {}
         parts: list[torch.Tensor] = []
         drafting = {row for row in rows if row.draft_room > 0}
-        chunks = sorted(chunks, key=group_key)
-        while chunks:
-            batch = token_batch(chunks, self._full, self._decoder.device)
+        newest = {(row, row.length - 1) for row in drafting}
+        running = sorted([*missed, *chunks, *drafts], key=group_key)
+        while running:
+            batch = token_batch(running, self._full, self._decoder.device)
             x = self._decoder.run_layers(
                 self._decoder.embed(batch), batch, cache, 0, self._kangaroo.exit_layer
             )
             attended = self._kangaroo.attend(x, batch, cache)
             first = sum(map(len, parts))
             parts.append(x)
-            at = 0
-            going: list[tuple[Sequence, int]] = []
-            for chunk in chunks:
-                for position in range(chunk.start, chunk.stop):
-                    known[chunk.sequence, position] = first + at
-                    at += 1
-                if chunk.sequence in drafting:
-                    going.append((chunk.sequence, at - 1))
-            chunks = self._go_on(going, x, attended, drafting)
+            places = [(chunk.sequence, at) for chunk in running for at in range(chunk.start, chunk.stop)]
+            known.update({place: first + at for at, place in enumerate(places)})
+            going = [(row, at) for at, (row, position) in enumerate(places) if (row, position) in newest]
+            running = self._go_on(going, x, attended, drafting)
+            newest = {(chunk.sequence, chunk.start) for chunk in running if chunk.sequence in drafting}
+        for chunk in (*missed, *chunks):
+            if chunk.start <= chunk.sequence.draft_cached:
+                chunk.sequence.draft_cached = chunk.stop
         return States(self._kangaroo.exit_layer, parts[0] if len(parts) == 1 else torch.cat(parts), known)
+
+    def observe(self, accepted: Mapping[Sequence, int]) -> None:
+        """The adapter's cache holds the drafts that were accepted."""
+        for row, held in accepted.items():
+            if row.drafter == KIND and row.draft_cached == row.length:
+                row.draft_cached += held
 
     def _go_on(
         self,
@@ -80,9 +94,10 @@ class KangarooDrafter:
         chunks = []
         for (row, _), token, confidence in zip(going, tokens, confidences, strict=True):
             row.draft.append(token)
+            row.drafter = KIND
             end = row.length + len(row.draft)
             chunks.append(Chunk(row, end - 1, end))
-            full = len(row.draft) >= min(self._config.gamma, row.draft_room)
-            if full or confidence < self._config.eta:
+            full = len(row.draft) >= min(self._gamma, row.draft_room)
+            if full or confidence < self._eta:
                 drafting.discard(row)
         return sorted(chunks, key=group_key)

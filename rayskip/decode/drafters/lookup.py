@@ -6,10 +6,12 @@ Serves completions that repeat their prompt or themselves: extraction, summaries
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from itertools import cycle, islice
 from weakref import WeakKeyDictionary
 
 from rayskip.config import LookupDraft
 from rayskip.decode.batch import Chunk
+from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.sequence import Sequence
 from rayskip.model.kv_cache import KVCache
 
@@ -22,28 +24,46 @@ class Index:
         self._tokens: list[int] = []
         self._next: dict[tuple[int, ...], int] = {}
 
-    def propose(self, tokens: Seq[int], count: int) -> list[int]:
-        """Up to `count` tokens that followed the longest known suffix of `tokens`, a text that only grows."""
-        self._extend(tokens)
-        for size in range(min(self._longest, len(tokens)), 0, -1):
-            if (at := self._next.get(tuple(tokens[-size:]))) is not None:
-                return list(tokens[at : at + count])
-        return []
+    def propose(self, row: Sequence, count: int) -> tuple[list[int], int]:
+        """`count` tokens that followed the longest known suffix of the row's text, or none; the suffix's length."""
+        self._extend(row)
+        newest = row.tokens(row.length - 1, row.length)
+        recent = self._tokens[-self._longest :] + newest
+        for size in range(min(self._longest, len(recent)), 0, -1):
+            if (at := self._next.get(tuple(recent[-size:]))) is not None:
+                followed = self._tokens[at : at + count] + newest
+                return list(islice(cycle(followed), count)), size  # past its end, the text goes on in circles
+        return [], 0
 
-    def _extend(self, tokens: Seq[int]) -> None:
-        """Index the n-grams of all tokens but the last, which nothing follows yet."""
-        for stop in range(len(self._tokens) + 1, len(tokens)):
-            self._tokens.append(tokens[stop - 1])
-            for size in range(1, min(self._longest, stop) + 1):
-                self._next[tuple(self._tokens[-size:])] = stop
+    def _extend(self, row: Sequence) -> None:
+        """Index the n-grams of all tokens but the newest, which nothing follows yet."""
+        for token in row.tokens(len(self._tokens), row.length - 1):
+            self._tokens.append(token)
+            for size in range(1, min(self._longest, len(self._tokens)) + 1):
+                self._next[tuple(self._tokens[-size:])] = len(self._tokens)
 
 
-class LookupDrafter:
+class Lookups:
+    """The indexes of the rows in flight; forgotten with them."""
+
+    def __init__(self, longest: int) -> None:
+        self._longest = longest
+        self._indexes: WeakKeyDictionary[Sequence, Index] = WeakKeyDictionary()
+
+    def propose(self, row: Sequence, count: int) -> tuple[list[int], int]:
+        """See `Index.propose`."""
+        index = self._indexes.get(row)
+        if index is None:
+            index = self._indexes[row] = Index(self._longest)
+        return index.propose(row, count)
+
+
+class LookupDrafter(Drafter):
     def __init__(self, config: LookupDraft) -> None:
         self._config = config
-        self._indexes: WeakKeyDictionary[Sequence, Index] = WeakKeyDictionary()
+        self._lookups = Lookups(config.max_ngram)
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
         for row in rows:
-            index = self._indexes.setdefault(row, Index(self._config.max_ngram))
-            row.draft = index.propose(row.tokens(0, row.length), min(self._config.tokens, row.draft_room))
+            row.draft, _ = self._lookups.propose(row, min(self._config.tokens, row.draft_room))
+            row.drafter = "lookup"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 from rayskip.decode.batch import Chunk
+from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.sequence import Sequence
 from rayskip.model.kv_cache import KVCache
 
 
-class NoDrafter:
+class NoDrafter(Drafter):
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
         return None

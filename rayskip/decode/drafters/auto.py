@@ -1,0 +1,152 @@
+"""Chooses at every step what to draft, how much, and whether at all, by what it measures.
+
+A step's price comes from timings at start-up (costs.py), a draft's worth from how earlier drafts fared: by the
+length of the suffix that lookup found, and, for Kangaroo, over the last rounds. When the batch is full the price of
+a token is high and only near-certain copies are verified; as it thins out, drafts get longer by themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
+from weakref import WeakKeyDictionary
+
+from rayskip.config import AutoDraft
+from rayskip.decode.batch import Chunk
+from rayskip.decode.drafters.costs import StepCosts, worth_verifying
+from rayskip.decode.drafters.drafter import Drafter, States
+from rayskip.decode.drafters.kangaroo import KangarooDrafter
+from rayskip.decode.drafters.lookup import Lookups
+from rayskip.decode.sequence import Sequence
+from rayskip.model.kv_cache import KVCache
+
+BELIEF = 4.0
+"""Tests that a prior counts for."""
+FORGET = 0.98
+"""What earlier counts are multiplied by at each new one, so that old texts fade."""
+TRIALS, RETRY = 4, 64
+"""Rounds that a drafter gets to show its worth; steps after which one that did not pay gets another."""
+
+
+@dataclass
+class Rate:
+    """A share that is counted: successes over tests."""
+
+    successes: float = 0.0
+    tests: float = 0.0
+
+    def given(self, prior: float) -> float:
+        return (self.successes + BELIEF * prior) / (self.tests + BELIEF)
+
+    def count(self, success: bool) -> None:
+        self.successes = self.successes * FORGET + success
+        self.tests = self.tests * FORGET + 1
+
+
+@dataclass
+class Rounds:
+    """How Kangaroo's rounds at about one number of rows went: fading sums over them.
+
+    rounds: how many; rows: of them; drafted, accepted: tokens; seconds: of drafting.
+    """
+
+    rounds: float = 0.0
+    rows: float = 0.0
+    drafted: float = 0.0
+    accepted: float = 0.0
+    seconds: float = 0.0
+    idle: int = 0
+
+    def count(self, rows: int, drafted: int, seconds: float) -> None:
+        for name, value in (("rounds", 1), ("rows", rows), ("drafted", drafted), ("seconds", seconds)):
+            setattr(self, name, getattr(self, name) * FORGET + value)
+        self.accepted *= FORGET
+        self.idle = 0
+
+    def worth_trying(self, rows: int, base: int, costs: StepCosts) -> bool:
+        """Whether a round for `rows` rows beside `base` tokens that run anyway is expected to pay, or is due."""
+        if self.rounds < TRIALS or self.idle >= RETRY:
+            return True
+        pays = round_pays(
+            rows,
+            base,
+            self.accepted / self.rows,
+            self.drafted / self.rows,
+            self.seconds / self.rounds,
+            costs,
+        )
+        self.idle += not pays
+        return pays
+
+
+def round_pays(
+    rows: int, base: int, accepted: float, drafted: float, seconds: float, costs: StepCosts
+) -> bool:
+    """Whether drafting gains tokens faster than a plain step.
+
+    accepted, drafted: tokens per row and round, of which verification runs all; seconds: of a round's drafting.
+    """
+    return (1 + accepted) / (costs(base + round(rows * drafted)) + seconds) > 1 / costs(base)
+
+
+class AutoDrafter(Drafter):
+    def __init__(self, config: AutoDraft, costs: StepCosts, kangaroo: KangarooDrafter | None) -> None:
+        self._config = config
+        self._costs = costs
+        self._kangaroo = kangaroo
+        self._lookups = Lookups(config.max_ngram)
+        self._first = {size: Rate() for size in range(1, config.max_ngram + 1)}
+        self._later = {size: Rate() for size in range(1, config.max_ngram + 1)}
+        self._rows: WeakKeyDictionary[Sequence, Rate] = WeakKeyDictionary()
+        self._sizes: dict[Sequence, int] = {}
+        self._rounds: dict[int, Rounds] = {}
+        self._round = Rounds()
+
+    def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:
+        if not rows:
+            return None
+        proposals = [self._propose(row) for row in rows]
+        base = sum(chunk.stop - chunk.start for chunk in chunks)
+        lengths = worth_verifying([chances for _, chances in proposals], self._costs, base)
+        for row, (tokens, _), length in zip(rows, proposals, lengths, strict=True):
+            row.draft, row.drafter = tokens[:length], "lookup"
+        left = [row for row in rows if not row.draft and row.draft_room > 0]
+        if self._kangaroo is None or not left:
+            return None
+        self._round = self._rounds.setdefault(len(left).bit_length(), Rounds())
+        if not self._round.worth_trying(len(left), base + sum(lengths), self._costs):
+            return None
+        began = time.perf_counter()
+        states = self._kangaroo.draft(chunks, left, cache)
+        drafted = sum(len(row.draft) for row in left)
+        self._round.count(len(left), drafted, time.perf_counter() - began)
+        return states
+
+    def observe(self, accepted: Mapping[Sequence, int]) -> None:
+        for row, held in accepted.items():
+            if row.draft and row.drafter == "lookup":
+                size = self._sizes[row]
+                for rate in (self._first[size], self._rows[row]):
+                    rate.count(held > 0)
+                for at in range(1, min(held + 1, len(row.draft))):
+                    self._later[size].count(at < held)
+            elif row.draft:
+                self._round.accepted += held
+        if self._kangaroo is not None:
+            self._kangaroo.observe(accepted)
+        self._sizes = {}
+
+    def _propose(self, row: Sequence) -> tuple[list[int], list[float]]:
+        """A copied draft, and for each of its tokens the chance that all up to it hold."""
+        tokens, size = self._lookups.propose(row, min(self._config.tokens, row.draft_room))
+        if not tokens:
+            return [], []
+        self._sizes[row] = size
+        own = self._rows.setdefault(row, Rate())
+        first = own.given(self._first[size].given(0.2 + 0.15 * size))
+        later = self._later[size].given(0.7)
+        return tokens, list(accumulate([first, *[later] * (len(tokens) - 1)], mul))

@@ -1,0 +1,87 @@
+"""What a step costs on this machine, measured, and what is worth verifying at that price."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from rayskip.model.forward import Decoder
+from rayskip.model.kv_cache import KVCache, key_blocks
+from rayskip.model.ops import Group, TokenBatch
+
+PROBED = (1, 2, 4, 8, 16, 32, 64, 128)
+"""Tokens in a forward whose time is taken."""
+LENGTH = 256
+"""Positions in the cache while it is."""
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a forward over so many tokens: `seconds[i]` for `tokens[i]`, both ascending; linear in between."""
+
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, tokens: int) -> float:
+        at = min(max(bisect_left(self.tokens, tokens), 1), len(self.tokens) - 1)
+        left, right = self.tokens[at - 1], self.tokens[at]
+        share = (tokens - left) / (right - left)
+        return self.seconds[at - 1] + share * (self.seconds[at] - self.seconds[at - 1])
+
+
+def measure_costs(decoder: Decoder, threads: int, most: int) -> StepCosts:
+    """Time forwards of 1 to about `most` tokens of a row, on `threads` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        cache = decoder.new_cache()
+        cache.resize(1, key_blocks(LENGTH))
+        tokens = [count for count in PROBED if count < 2 * most or count <= 2]
+        seconds = [_seconds(decoder, cache, count) for count in tokens]
+    finally:
+        torch.set_num_threads(before)
+    # noise must not make more tokens look cheaper than fewer
+    ascending = [max(seconds[: at + 1]) for at in range(len(seconds))]
+    return StepCosts(tuple(tokens), tuple(ascending))
+
+
+def _seconds(decoder: Decoder, cache: KVCache, count: int) -> float:
+    """Fastest of a few forwards of `count` tokens."""
+    device = decoder.device
+    zeros = torch.zeros(count, dtype=torch.long, device=device)
+    positions = torch.arange(LENGTH - count, LENGTH, device=device)
+    outputs = torch.arange(count, device=device)
+    batch = TokenBatch(zeros, positions, zeros, [Group(0, count, zeros[:1], LENGTH)], outputs)
+    best = float("inf")
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        decoder.forward(batch, cache)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def worth_verifying(chances: Seq[Seq[float]], costs: StepCosts, base: int) -> list[int]:
+    """How much of each row's draft to verify, so that expected tokens per second are most.
+
+    chances[i][j]: probability that row i's drafted tokens up to j all hold, so descending in j. base: tokens that
+    run anyway. Tokens are added by falling chance, over all rows (TETRIS, arXiv 2502.15197).
+    """
+    order = sorted(
+        ((chance, row, at) for row, own in enumerate(chances) for at, chance in enumerate(own)),
+        key=lambda item: (-item[0], item[2], item[1]),
+    )
+    gained = float(len(chances))
+    best, best_count = gained / costs(base), 0
+    for count, (chance, _, _) in enumerate(order, 1):
+        gained += chance
+        if (rate := gained / costs(base + count)) > best:
+            best, best_count = rate, count
+    lengths = [0] * len(chances)
+    for _, row, at in order[:best_count]:
+        lengths[row] = max(lengths[row], at + 1)
+    return lengths

@@ -1,0 +1,274 @@
+"""Drafters propose, the model decides: tokens are those of the engine without one, whatever the drafter says."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
+from rayskip.data.records import Generation, Prompt
+from rayskip.decode.drafters.auto import Rate, Rounds, round_pays
+from rayskip.decode.drafters.costs import StepCosts, worth_verifying
+from rayskip.decode.drafters.lookup import Index
+from rayskip.decode.drafters.retrieval import Store
+from rayskip.decode.sequence import Sequence
+from rayskip.engine import Engine
+from rayskip.errors import ConfigError, ModelError
+from rayskip.model.checkpoint import load, tensors_fingerprint
+from rayskip.model.kangaroo import KangarooLabel, save_kangaroo
+
+LAYERS, VOCAB, EXIT = 4, 61, 2
+DRAFTERS = ("lookup", "retrieval", "kangaroo", "auto")
+POLICIES: dict[str, dict[str, Any]] = {
+    "full": {"kind": "none"},
+    "skip": {"kind": "skipdecode", "max_layers": 4, "min_layers": 3, "horizon": 5, "warmup": EXIT},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model, and in `adapter` a Kangaroo adapter that reads the exit layer as if it were the last."""
+    torch.manual_seed(3)
+    root = tmp_path_factory.mktemp("drafting")
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(root)
+    _save_adapter(root, root / "adapter", tensors_fingerprint(root))
+    return root
+
+
+def _save_adapter(model: Path, target: Path, fingerprint: str) -> None:
+    _, weights = load(model, torch.bfloat16, torch.device("cpu"))
+    layer = weights.layers[EXIT]
+    tensors = {
+        "attn_norm": layer.attn_norm.weight,
+        "final_norm": weights.final_norm.weight,
+        "qkv": layer.qkv.weight,
+        "out": layer.out.weight,
+        "token_ids": torch.arange(VOCAB - 5),
+    }
+    save_kangaroo(target, KangarooLabel("tiny", fingerprint, EXIT, VOCAB - 5, 0, 0.0), tensors)
+
+
+def _draft(kind: str, folder: Path) -> dict[str, Any]:
+    if kind in ("kangaroo", "auto"):
+        return {"kind": kind, "path": str(folder / "adapter"), "gamma": 4, "eta": 0.02}
+    return {"kind": kind}
+
+
+def _engine(folder: Path, draft: dict[str, Any], policy: str = "full", rows: int = 5) -> Engine:
+    decode = DecodeConfig.model_validate({"draft": draft, "skip": POLICIES[policy]})
+    return Engine.load(ModelConfig(path=str(folder)), EngineConfig(max_batch_rows=rows), decode)
+
+
+def _prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = (3, 17, 9, 40, 1, 5, 70, 12)
+    prompts = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+    return [*prompts, [*prompts[3], 7, 8], prompts[2] * 3]
+
+
+def _outcomes(generations: list[list[Generation]]) -> list[tuple[Any, ...]]:
+    return [
+        (own.token_ids, own.finish_reason, own.logprobs, own.mean_layers)
+        for samples in generations
+        for own in samples
+    ]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_tokens_are_those_without_a_drafter(folder: Path, kind: str, policy: str) -> None:
+    params = [
+        SamplingParams(max_tokens=25),
+        SamplingParams(max_tokens=9, ignore_eos=True, logprobs=2),
+        SamplingParams(max_tokens=21, temperature=0.8, seed=3, n=2),
+        SamplingParams(max_tokens=18, temperature=1.2, top_p=0.9, repetition_penalty=1.3),
+        SamplingParams(max_tokens=30, stop_token_ids=[11, 17]),
+    ]
+    prompts = _prompts()
+    every = [params[index % len(params)] for index in range(len(prompts))]
+    plain = _engine(folder, {"kind": "none"}, policy)
+    expected = _outcomes(plain.generate(prompts, every))
+    assert plain.take_stats().mean_accepted == 1
+    for rows in (1, 5):
+        engine = _engine(folder, _draft(kind, folder), policy, rows)
+        assert _outcomes(engine.generate(prompts, every)) == expected
+        stats = engine.take_stats()
+        assert stats.drafted > 0
+        assert stats.drafted == sum(stats.drafted_by.values())
+        assert stats.accepted == sum(stats.accepted_by.values())
+        assert stats.accepted == sum(length * rows for length, rows in stats.accepted_lengths.items())
+        assert sum(len(tokens) for tokens, *_ in expected) == stats.completion_tokens
+
+
+@pytest.mark.parametrize("kind", ["lookup", "kangaroo"])
+def test_good_drafts_save_steps(folder: Path, kind: str) -> None:
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    engine = _engine(folder, _draft(kind, folder))
+    engine.generate(_prompts(), params)
+    stats = engine.take_stats()
+    assert stats.accepted > 20
+    assert stats.mean_accepted is not None
+    assert stats.mean_accepted > 1.05
+
+
+def test_sampling_with_a_drafter_has_the_models_distribution(folder: Path) -> None:
+    """Chi-square of the second token over many rows against the distribution that logprobs tell."""
+    rows, prompt = 1500, [5, 9, 5, 9, 5]
+    engine = _engine(folder, _draft("lookup", folder), rows=64)
+    params = SamplingParams(max_tokens=3, temperature=1.0, ignore_eos=True)
+    found = engine.generate([prompt] * rows, params)
+    assert engine.take_stats().drafted > 0
+    first = Counter(samples[0].token_ids[0] for samples in found)  # type: ignore[index]
+    token, count = first.most_common(1)[0]
+    second = Counter(
+        samples[0].token_ids[1]  # type: ignore[index]
+        for samples in found
+        if samples[0].token_ids and samples[0].token_ids[0] == token
+    )
+    plain = _engine(folder, {"kind": "none"})
+    asked = SamplingParams(max_tokens=1, logprobs=20, ignore_eos=True)
+    ((told,),) = plain.generate([[*prompt, token]], asked)
+    assert told.logprobs is not None
+    likely = {
+        one: math.exp(logprob) for one, logprob in told.logprobs[0].top if math.exp(logprob) * count >= 5
+    }
+    likely_count = sum(second[one] for one in likely)
+    statistic = sum((second[one] - count * share) ** 2 / (count * share) for one, share in likely.items())
+    rest = count * (1 - sum(likely.values()))
+    statistic += (count - likely_count - rest) ** 2 / max(rest, 1)
+    assert statistic < len(likely) + 4 * math.sqrt(2 * len(likely))  # four deviations
+
+
+def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
+    _save_adapter(folder, tmp_path, "another")
+    with pytest.raises(ModelError, match="another model"):
+        _engine(folder, {"kind": "kangaroo", "path": str(tmp_path)})
+
+
+def test_a_model_without_a_shipped_adapter_says_so(folder: Path) -> None:
+    with pytest.raises(ModelError, match="no Kangaroo adapter ships"):
+        _engine(folder, {"kind": "kangaroo"})
+
+
+def test_skipping_a_layer_that_drafts_is_refused(folder: Path) -> None:
+    decode = DecodeConfig.model_validate(
+        {"draft": _draft("kangaroo", folder), "skip": {**POLICIES["skip"], "warmup": 1}}
+    )
+    with pytest.raises(ConfigError, match="warmup to at least 2"):
+        Engine.load(ModelConfig(path=str(folder)), None, decode)
+
+
+def _row(prompt: list[int], generated: list[int]) -> Sequence:
+    row = Sequence(0, Prompt(0, prompt, SamplingParams(max_tokens=64), 0), 0, 256)
+    row.generated = generated
+    return row
+
+
+def test_lookup_follows_the_longest_suffix() -> None:
+    index = Index(3)
+    row = _row([1, 2, 3, 9, 2, 3, 5, 6], [1, 2, 3])
+    assert index.propose(row, 3) == ([9, 2, 3], 3)
+    row.generated += [5]
+    assert index.propose(row, 3) == ([6, 1, 2], 3)
+    row.generated += [77]
+    assert index.propose(row, 3) == ([], 0)
+
+
+def test_lookup_goes_on_in_circles() -> None:
+    assert Index(2).propose(_row([4, 1, 2, 1, 2], []), 5) == ([1, 2, 1, 2, 1], 2)
+
+
+def test_retrieval_copies_from_other_texts() -> None:
+    store = Store(limit=100)
+    store.add([7], [1, 2, 3, 4, 5])
+    assert store.propose([9, 2, 3], 2) == [4, 5]
+    assert store.propose([7, 1], 1) == [2]
+    assert store.propose([3], 2) == []
+    store.add([], range(100))
+    assert store.propose([50, 51], 1) == [52]
+    assert store.propose([7, 1], 1) == []
+
+
+COSTS = st.lists(st.floats(0.001, 10), min_size=4, max_size=4).map(
+    lambda steps: StepCosts((1, 4, 16, 64), tuple(sum(steps[: at + 1]) for at in range(4)))
+)
+CHANCES = st.lists(
+    st.lists(st.floats(0.01, 1), max_size=4).map(lambda own: sorted(own, reverse=True)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@given(CHANCES, COSTS, st.integers(0, 20))
+def test_the_budget_beats_every_other(chances: list[list[float]], costs: StepCosts, prompt: int) -> None:
+    base = len(chances) + prompt
+
+    def rate(lengths: list[int]) -> float:
+        gained = sum(sum(own[:length]) for own, length in zip(chances, lengths, strict=True))
+        return (len(chances) + gained) / costs(base + sum(lengths))
+
+    chosen = worth_verifying(chances, costs, base)
+    for row, own in enumerate(chances):
+        for length in range(len(own) + 1):
+            other = [*chosen[:row], length, *chosen[row + 1 :]]
+            # another length in one row may only win by cutting or adding tokens that the cost curve's kinks favour
+            assert rate(chosen) >= rate([0] * len(chances)) - 1e-9
+            if sum(other) == sum(chosen):
+                assert rate(chosen) >= rate(other) - 1e-9
+
+
+def test_costs_are_linear_in_between_and_beyond() -> None:
+    costs = StepCosts((1, 2, 4), (1.0, 1.5, 2.5))
+    assert [costs(tokens) for tokens in (1, 2, 3, 4, 6)] == [1.0, 1.5, 2.0, 2.5, 3.5]
+
+
+def test_free_tokens_are_drafted_and_dear_ones_are_not() -> None:
+    free, dear = StepCosts((1, 64), (1.0, 1.01)), StepCosts((1, 64), (1.0, 64.0))
+    assert worth_verifying([[0.5, 0.2, 0.1]], free, 1) == [3]
+    assert worth_verifying([[0.5, 0.2, 0.1]], dear, 1) == [0]
+    assert worth_verifying([[0.9, 0.8], [0.3]], StepCosts((1, 64), (1.0, 30.0)), 2) == [2, 0]
+
+
+def test_a_round_pays_when_it_gains_more_than_it_costs() -> None:
+    costs = StepCosts((1, 64), (1.0, 1.5))
+    assert round_pays(1, 1, accepted=0.8, drafted=2, seconds=0.3, costs=costs)
+    assert not round_pays(1, 1, accepted=0.2, drafted=2, seconds=0.3, costs=costs)
+
+
+def test_what_does_not_pay_is_tried_again_now_and_then() -> None:
+    rounds, costs = Rounds(), StepCosts((1, 64), (1.0, 1.5))
+    tried = []
+    for _ in range(400):
+        tried.append(rounds.worth_trying(1, 1, costs))
+        if tried[-1]:
+            rounds.count(1, drafted=3, seconds=5.0)
+    assert all(tried[:4])
+    assert 5 <= sum(tried) <= 12
+
+
+def test_counts_move_a_rate_from_its_prior() -> None:
+    rate = Rate()
+    assert rate.given(0.3) == pytest.approx(0.3)
+    for _ in range(200):
+        rate.count(True)
+    assert rate.given(0.3) > 0.9
