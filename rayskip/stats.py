@@ -27,7 +27,7 @@ class Stats:
     steps, step_rows, step_slots: engine steps, sum of rows they ran, sum of rows they could have run.
     verify_rows: rows that decoded, summed over steps; cohort_rows of them were in the largest group of their step
     that runs the same layers. drafted: tokens proposed to them; accepted_lengths: how many of those rows accepted
-    so many; drafted_by, accepted_by: tokens by kind of drafter.
+    so many (keys are numbers as text, as in JSON); drafted_by, accepted_by: tokens by kind of drafter.
     decode_tokens: generated tokens that ran through the decoder for good, one a verified row and every draft that
     held; steady_tokens of them ran in steps without prompt tokens, whose seconds are those of the phase "decode".
     prompt_layer_tokens, decode_layer_tokens: layer executions, one per token and layer, of prompt tokens and of
@@ -62,7 +62,7 @@ class Stats:
     receipt_rouge_l: float = 0.0
     drafted_by: dict[str, int] = field(default_factory=dict)
     accepted_by: dict[str, int] = field(default_factory=dict)
-    accepted_lengths: dict[int, int] = field(default_factory=dict)
+    accepted_lengths: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=_no_seconds)
 
     def __add__(self, other: Stats) -> Stats:

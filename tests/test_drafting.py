@@ -116,7 +116,7 @@ def test_tokens_are_those_without_a_drafter(folder: Path, kind: str, policy: str
         assert stats.drafted > 0
         assert stats.drafted == sum(stats.drafted_by.values())
         assert stats.accepted == sum(stats.accepted_by.values())
-        assert stats.accepted == sum(length * rows for length, rows in stats.accepted_lengths.items())
+        assert stats.accepted == sum(int(length) * count for length, count in stats.accepted_lengths.items())
         assert sum(len(tokens) for tokens, *_ in expected) == stats.completion_tokens
 
 

@@ -20,6 +20,8 @@ class Report(Document):
     mean_layers: layers run per generated token. layer_tokens, layer_tokens_ideal: layer executions that took place
     and that the skip policy asks for; prompt_layer_tokens of them for prompts. cohort_fill: share of generated
     tokens that ran in their step's largest group of one layer set. kv_bytes_saved: keys and values not stored.
+    drafted, accepted: tokens that drafters proposed, and of them those that held; drafted_by, accepted_by: the same
+    by kind of drafter. mean_accepted: tokens gained per row and verification, 1 without a drafter.
     receipts: generations also decoded at full depth; agreement: what both have in common, on average.
     """
 
@@ -50,6 +52,11 @@ class Report(Document):
     prompt_layer_tokens: int
     cohort_fill: float | None
     kv_bytes_saved: int
+    drafted: int
+    accepted: int
+    mean_accepted: float | None
+    drafted_by: dict[str, int]
+    accepted_by: dict[str, int]
     receipts: int
     agreement: dict[str, float]
     fell_back_to_full_depth: bool
@@ -106,5 +113,8 @@ def format_report(report: Report) -> str:
     }
     if report.skip != "none":
         facts["layers"] = _layers(report)
+    if report.drafted:
+        kinds = ", ".join(f"{kind} {report.accepted_by[kind]:,} of {n:,}" for kind, n in report.drafted_by.items())
+        facts["drafts"] = f"{report.mean_accepted:.2f} tokens a verification; held: {kinds}"
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())

@@ -122,7 +122,7 @@ class Lane:
             drafted=sum(len(row.draft) for row in gained),
             drafted_by=_sum_by_drafter(gained, lambda row: len(row.draft)),
             accepted_by=_sum_by_drafter(gained, lambda row: gained[row] - 1),
-            accepted_lengths=Counter(count - 1 for count in gained.values()),
+            accepted_lengths=Counter(str(count - 1) for count in gained.values()),
             decode_tokens=tokens,
             steady_tokens=0 if plan.prefills else tokens,
             decode_layer_tokens=useful,

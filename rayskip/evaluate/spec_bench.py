@@ -180,7 +180,7 @@ def _score(
         mean_accepted=stats.mean_accepted or 1.0,
         drafted=stats.drafted,
         accepted=stats.accepted,
-        accepted_lengths=dict(sorted(stats.accepted_lengths.items())),
+        accepted_lengths=dict(sorted((int(length), rows) for length, rows in stats.accepted_lengths.items())),
         identical=mean(mine == theirs for mine, theirs in pairs),
     )
 
