@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from rayskip.config import EvalQualityConfig, TrainSkipConfig
+from rayskip.config import (
+    BenchConfig,
+    EvalQualityConfig,
+    SpecBenchConfig,
+    TrainKangarooConfig,
+    TrainSkipConfig,
+)
 from rayskip.config_file import load_config, load_section
 from rayskip.data.output import check_output
 from rayskip.data.prompts import PromptBuilder, check_input
@@ -16,6 +22,7 @@ from rayskip.data.tokenizer import load_tokenizer
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
 QUICKSTART_ROWS = 200
+Named = BenchConfig | EvalQualityConfig | SpecBenchConfig | TrainKangarooConfig | TrainSkipConfig
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -28,12 +35,17 @@ def test_config_loads_and_writes_below_out(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "kind"), [("train", TrainSkipConfig), ("eval", EvalQualityConfig)], ids=["train", "eval"]
+    ("pattern", "kind"),
+    [
+        ("train/*_skip.yaml", TrainSkipConfig),
+        ("train/kangaroo.yaml", TrainKangarooConfig),
+        ("eval/*_quality.yaml", EvalQualityConfig),
+        ("eval/spec_bench.yaml", SpecBenchConfig),
+        ("bench/*.yaml", BenchConfig),
+    ],
 )
-def test_configs_of_other_commands_load_and_write_below_out(
-    folder: str, kind: type[TrainSkipConfig] | type[EvalQualityConfig]
-) -> None:
-    paths = sorted((ROOT / "configs" / folder).glob("*.yaml"))
+def test_configs_of_other_commands_load_and_write_below_out(pattern: str, kind: type[Named]) -> None:
+    paths = sorted((ROOT / "configs").glob(pattern))
     assert paths
     for path in paths:
         assert load_section(kind, path).output.startswith("out/")
