@@ -114,7 +114,9 @@ def format_report(report: Report) -> str:
     if report.skip != "none":
         facts["layers"] = _layers(report)
     if report.drafted:
-        kinds = ", ".join(f"{kind} {report.accepted_by[kind]:,} of {n:,}" for kind, n in report.drafted_by.items())
+        kinds = ", ".join(
+            f"{kind} {report.accepted_by[kind]:,} of {n:,}" for kind, n in report.drafted_by.items()
+        )
         facts["drafts"] = f"{report.mean_accepted:.2f} tokens a verification; held: {kinds}"
     width = max(map(len, facts))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())

@@ -212,7 +212,7 @@ def _tokens_per_round(
         at = 1  # the first token comes from the prompt
         while at < len(hits):
             held = 0
-            for offset in range(min(gamma, len(hits) - at)):
+            for offset in range(min(gamma, len(hits) - at - 1)):  # the last token is never drafted
                 if not hits[at + offset]:
                     break
                 held += 1

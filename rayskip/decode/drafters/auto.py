@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import accumulate
-from operator import mul
+from operator import and_, mul
 from weakref import WeakKeyDictionary
 
 from rayskip.config import AutoDraft
 from rayskip.decode.batch import Chunk
 from rayskip.decode.drafters.costs import StepCosts, worth_verifying
 from rayskip.decode.drafters.drafter import Drafter, States
-from rayskip.decode.drafters.kangaroo import KangarooDrafter
+from rayskip.decode.drafters.kangaroo import KANGAROO, KangarooDrafter
 from rayskip.decode.drafters.lookup import Lookups
 from rayskip.decode.sequence import Sequence
 from rayskip.model.kv_cache import KVCache
@@ -93,6 +93,15 @@ def round_pays(
     return (1 + accepted) / (costs(base + round(rows * drafted)) + seconds) > 1 / costs(base)
 
 
+@dataclass(frozen=True)
+class _Copy:
+    """What lookup found for the tokens from `position` on, after a suffix of `size` tokens."""
+
+    position: int
+    tokens: list[int]
+    size: int
+
+
 class AutoDrafter(Drafter):
     def __init__(self, config: AutoDraft, costs: StepCosts, kangaroo: KangarooDrafter | None) -> None:
         self._config = config
@@ -101,8 +110,8 @@ class AutoDrafter(Drafter):
         self._lookups = Lookups(config.max_ngram)
         self._first = {size: Rate() for size in range(1, config.max_ngram + 1)}
         self._later = {size: Rate() for size in range(1, config.max_ngram + 1)}
-        self._rows: WeakKeyDictionary[Sequence, Rate] = WeakKeyDictionary()
-        self._sizes: dict[Sequence, int] = {}
+        self._own: WeakKeyDictionary[Sequence, Rate] = WeakKeyDictionary()
+        self._copies: WeakKeyDictionary[Sequence, _Copy] = WeakKeyDictionary()
         self._rounds: dict[int, Rounds] = {}
         self._round = Rounds()
 
@@ -122,31 +131,39 @@ class AutoDrafter(Drafter):
             return None
         began = time.perf_counter()
         states = self._kangaroo.draft(chunks, left, cache)
+        seconds = time.perf_counter() - began
         drafted = sum(len(row.draft) for row in left)
-        self._round.count(len(left), drafted, time.perf_counter() - began)
+        spared = self._kangaroo.share * self._costs(
+            base + sum(lengths) + drafted
+        )  # verification begins later
+        self._round.count(len(left), drafted, seconds - spared)
         return states
 
     def observe(self, accepted: Mapping[Sequence, int]) -> None:
-        for row, held in accepted.items():
-            if row.draft and row.drafter == "lookup":
-                size = self._sizes[row]
-                for rate in (self._first[size], self._rows[row]):
-                    rate.count(held > 0)
-                for at in range(1, min(held + 1, len(row.draft))):
-                    self._later[size].count(at < held)
-            elif row.draft:
-                self._round.accepted += held
+        self._round.accepted += sum(held for row, held in accepted.items() if row.drafter == KANGAROO)
         if self._kangaroo is not None:
             self._kangaroo.observe(accepted)
-        self._sizes = {}
 
     def _propose(self, row: Sequence) -> tuple[list[int], list[float]]:
         """A copied draft, and for each of its tokens the chance that all up to it hold."""
+        own = self._settle(row)
         tokens, size = self._lookups.propose(row, min(self._config.tokens, row.draft_room))
         if not tokens:
             return [], []
-        self._sizes[row] = size
-        own = self._rows.setdefault(row, Rate())
+        self._copies[row] = _Copy(row.length, tokens, size)
         first = own.given(self._first[size].given(0.2 + 0.15 * size))
         later = self._later[size].given(0.7)
         return tokens, list(accumulate([first, *[later] * (len(tokens) - 1)], mul))
+
+    def _settle(self, row: Sequence) -> Rate:
+        """Count how the row's last copy fared against what came, verified or not; the row's own rate."""
+        own = self._own.setdefault(row, Rate())
+        if copy := self._copies.pop(row, None):
+            came = row.tokens(copy.position, row.length)
+            held = [drafted == token for drafted, token in zip(copy.tokens, came, strict=False)]
+            self._first[copy.size].count(held[0])
+            own.count(held[0])
+            for before, at in zip(accumulate(held, and_), held[1:], strict=False):
+                if before:
+                    self._later[copy.size].count(at)
+        return own

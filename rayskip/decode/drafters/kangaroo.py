@@ -20,20 +20,25 @@ from rayskip.model.kangaroo import Kangaroo
 from rayskip.model.kv_cache import KVCache
 from rayskip.skip import FOREVER, SkipPolicy, full_depth
 
-KIND = "kangaroo"
+KANGAROO = "kangaroo"
+"""What its drafts are counted as."""
 
 
 class KangarooDrafter(Drafter):
     def __init__(
         self, gamma: int, eta: float, kangaroo: Kangaroo, decoder: Decoder, policy: SkipPolicy
     ) -> None:
-        """Raises ConfigError when the skip policy skips one of the first layers: drafts could not share them."""
+        """share: of the layers, those that verification is spared.
+
+        Raises ConfigError when the skip policy skips one of the first layers: drafts could not share them.
+        """
         skipped = [layer for layer in range(kangaroo.exit_layer) if policy.until[layer] != FOREVER]
         if skipped:
             raise ConfigError(
                 f"decode.draft: the adapter follows layer {kangaroo.exit_layer}, and the skip policy skips layer "
                 f"{skipped[0]}; set decode.skip.warmup to at least {kangaroo.exit_layer}"
             )
+        self.share = kangaroo.exit_layer / len(decoder.layers)
         self._gamma = gamma
         self._eta = eta
         self._kangaroo = kangaroo
@@ -73,7 +78,7 @@ class KangarooDrafter(Drafter):
     def observe(self, accepted: Mapping[Sequence, int]) -> None:
         """The adapter's cache holds the drafts that were accepted."""
         for row, held in accepted.items():
-            if row.drafter == KIND and row.draft_cached == row.length:
+            if row.drafter == KANGAROO and row.draft_cached == row.length:
                 row.draft_cached += held
 
     def _go_on(
@@ -94,7 +99,7 @@ class KangarooDrafter(Drafter):
         chunks = []
         for (row, _), token, confidence in zip(going, tokens, confidences, strict=True):
             row.draft.append(token)
-            row.drafter = KIND
+            row.drafter = KANGAROO
             end = row.length + len(row.draft)
             chunks.append(Chunk(row, end - 1, end))
             full = len(row.draft) >= min(self._gamma, row.draft_room)
