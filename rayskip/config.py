@@ -205,6 +205,13 @@ class RetrievalDraft(Section):
     max_tokens: int = Field(1_000_000, ge=1, description="tokens remembered; full, the store starts anew")
 
 
+class LookaheadDraft(Section):
+    """Jacobi iteration and a pool of the n-grams it passes through (Lookahead, arXiv 2402.02057)."""
+
+    kind: Literal["lookahead"]
+    tokens: int = Field(5, ge=1, description="tokens proposed at once")
+
+
 class AutoDraft(Section):
     """Lookup or Kangaroo, whichever pays at a step by measured costs and acceptance; nothing where none does."""
 
@@ -219,7 +226,8 @@ class AutoDraft(Section):
 
 
 DraftConfig = Annotated[
-    NoDraft | LookupDraft | RetrievalDraft | KangarooDraft | AutoDraft, Field(discriminator="kind")
+    NoDraft | LookupDraft | RetrievalDraft | LookaheadDraft | KangarooDraft | AutoDraft,
+    Field(discriminator="kind"),
 ]
 
 

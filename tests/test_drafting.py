@@ -26,7 +26,7 @@ from rayskip.model.checkpoint import load, tensors_fingerprint
 from rayskip.model.kangaroo import KangarooLabel, save_kangaroo
 
 LAYERS, VOCAB, EXIT = 4, 61, 2
-DRAFTERS = ("lookup", "retrieval", "kangaroo", "auto")
+DRAFTERS = ("lookup", "retrieval", "lookahead", "kangaroo", "auto")
 POLICIES: dict[str, dict[str, Any]] = {
     "full": {"kind": "none"},
     "skip": {"kind": "skipdecode", "max_layers": 4, "min_layers": 3, "horizon": 5, "warmup": EXIT},
@@ -120,7 +120,7 @@ def test_tokens_are_those_without_a_drafter(folder: Path, kind: str, policy: str
         assert sum(len(tokens) for tokens, *_ in expected) == stats.completion_tokens
 
 
-@pytest.mark.parametrize("kind", ["lookup", "kangaroo"])
+@pytest.mark.parametrize("kind", ["lookup", "lookahead", "kangaroo"])
 def test_good_drafts_save_steps(folder: Path, kind: str) -> None:
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     engine = _engine(folder, _draft(kind, folder))

@@ -60,7 +60,7 @@ class Sequence:
     @property
     def draft_room(self) -> int:
         """Most tokens worth proposing: verification adds one of its own, and positions are reserved."""
-        return min(self.params.max_tokens - len(self.generated) - 1, self.reserved - self.length)
+        return max(0, min(self.params.max_tokens - len(self.generated) - 1, self.reserved - self.length))
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens [start, stop), known ones and then the draft."""

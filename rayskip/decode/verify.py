@@ -8,6 +8,7 @@ rejection sampling is needed, and no random number is drawn twice. Knows no draf
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,22 +17,39 @@ from rayskip.decode.sampling import Choice, Draw, choose
 from rayskip.decode.sequence import Sequence
 
 
-def verify(logits: Tensor, places: Seq[tuple[Sequence, int]]) -> dict[Sequence, list[Choice]]:
-    """The tokens that follow each row: those of its draft that hold, and then the model's own, at least one.
+@dataclass(frozen=True)
+class Verdict:
+    """What verification said of one row.
+
+    choices: the tokens that follow: those of its draft that hold, and one of the model's own. guesses: the model's
+    token after each start of the draft, the wrong ones too (None: logits not finite). place: where among the
+    verified places the last of `choices` was chosen.
+    """
+
+    choices: list[Choice]
+    guesses: list[int | None]
+    place: int
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that hold."""
+        return len(self.choices) - 1
+
+
+def verify(logits: Tensor, places: Seq[tuple[Sequence, int]]) -> dict[Sequence, Verdict]:
+    """The verdict on every row among `places`.
 
     logits [R, V]: of `places`, (row, number of its draft's tokens that are taken as given), in any order. Every row
     has all numbers from 0 to the length of its draft.
     """
     choices = choose(logits, [_draw(row, offset) for row, offset in places]) if places else []
-    chosen = {(row, offset): choice for (row, offset), choice in zip(places, choices, strict=True)}
+    at = {place: index for index, place in enumerate(places)}
     verdicts = {}
     for row in dict.fromkeys(row for row, _ in places):
-        tokens = [chosen[row, 0]]
-        for offset, drafted in enumerate(row.draft, 1):
-            if tokens[-1].token_id != drafted:
-                break
-            tokens.append(chosen[row, offset])
-        verdicts[row] = tokens
+        own = [choices[at[row, offset]] for offset in range(len(row.draft) + 1)]
+        guesses = [choice.token_id for choice in own]
+        held = next((n for n, token in enumerate(row.draft) if guesses[n] != token), len(row.draft))
+        verdicts[row] = Verdict(own[: held + 1], guesses, at[row, held])
     return verdicts
 
 

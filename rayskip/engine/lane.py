@@ -75,27 +75,33 @@ class Lane:
         drafts = [chunk for row in decoding for chunk in draft_chunks(row)]
         chunks = sorted([*plan.chunks, *drafts], key=group_key)
         batch = token_batch(chunks, self._policy, self._decoder.device)
-        logits = self._forward(chunks, batch, states)
+        hidden = self._hidden(chunks, batch, states)
+        logits = self._decoder.logits(hidden)
         middle = time.perf_counter()
         places = [(chunk.sequence, chunk.stop - chunk.sequence.length) for chunk in chunks if chunk.last]
-        choices = verify(logits, places)
-        for row, chosen in choices.items():
-            if chosen[-1].token_id is None:
+        verdicts = verify(logits, places)
+        for row, verdict in verdicts.items():
+            if verdict.choices[-1].token_id is None:
                 self._cache.clear(row.slot)
-        gained = {row: len(choices[row]) for row in decoding}
-        stats = self._count(plan, batch, gained)
-        self._drafter.observe({row: count - 1 for row, count in gained.items()})
+        stats = self._count(plan, batch, {row: len(verdicts[row].choices) for row in decoding})
+        self._drafter.observe(verdicts, hidden)
         for row in decoding:
             row.draft = []
         stats.seconds["prefill" if plan.prefills else "decode"] = middle - start
         stats.seconds["sample"] = time.perf_counter() - middle
-        return StepResult(choices, stats)
+        return StepResult({row: verdict.choices for row, verdict in verdicts.items()}, stats)
 
-    def _forward(self, chunks: Seq[Chunk], batch: TokenBatch, states: States | None) -> torch.Tensor:
+    def _hidden(self, chunks: Seq[Chunk], batch: TokenBatch, states: States | None) -> torch.Tensor:
+        """States [R, d] after the last layer of the batch's outputs; `states` is where a drafter already is."""
+        decoder, first = self._decoder, 0
         if states is None:
-            return self._decoder.forward(batch, self._cache)
-        order = [states.rows[chunk.sequence, at] for chunk in chunks for at in range(chunk.start, chunk.stop)]
-        return self._decoder.forward(batch, self._cache, states.x[order], states.layer)
+            x = decoder.embed(batch)
+        else:
+            at = [
+                states.rows[chunk.sequence, at] for chunk in chunks for at in range(chunk.start, chunk.stop)
+            ]
+            x, first = states.x[at], states.layer
+        return decoder.run_layers(x, batch, self._cache, first, len(decoder.layers))[batch.outputs]
 
     def _count(self, plan: StepPlan, batch: TokenBatch, gained: dict[Sequence, int]) -> Stats:
         """gained: tokens that each decoding row got; so many of its tokens ran for good, from its newest on."""

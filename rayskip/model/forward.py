@@ -65,12 +65,9 @@ class Decoder:
         return KVCache(self.spec, len(self.layers) + extra_layers, self.dtype, self.device)
 
     @torch.inference_mode()
-    def forward(self, batch: TokenBatch, cache: KVCache, x: Tensor | None = None, first: int = 0) -> Tensor:
-        """Run every layer on its active tokens, write their keys and values into `cache`, return logits [R, V].
-
-        x [N, d]: the tokens' states before layer `first`, where the layers before it have run; overwritten.
-        """
-        x = self.run_layers(self.embed(batch) if x is None else x, batch, cache, first, len(self.layers))
+    def forward(self, batch: TokenBatch, cache: KVCache) -> Tensor:
+        """Run every layer on its active tokens, write their keys and values into `cache`, return logits [R, V]."""
+        x = self.run_layers(self.embed(batch), batch, cache, 0, len(self.layers))
         return self.logits(x[batch.outputs])
 
     def embed(self, batch: TokenBatch) -> Tensor:

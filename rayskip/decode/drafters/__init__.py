@@ -6,12 +6,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rayskip.config import AutoDraft, DraftConfig, KangarooDraft, LookupDraft, NoDraft, RetrievalDraft
+from rayskip.config import (
+    AutoDraft,
+    DraftConfig,
+    KangarooDraft,
+    LookaheadDraft,
+    LookupDraft,
+    NoDraft,
+    RetrievalDraft,
+)
 from rayskip.data.tokenizer import Encoder, load_tokenizer
 from rayskip.decode.drafters.auto import AutoDrafter
 from rayskip.decode.drafters.costs import measure_costs
 from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.drafters.kangaroo import KangarooDrafter
+from rayskip.decode.drafters.lookahead import LookaheadDrafter
 from rayskip.decode.drafters.lookup import LookupDrafter
 from rayskip.decode.drafters.none import NoDrafter
 from rayskip.decode.drafters.retrieval import RetrievalDrafter
@@ -49,6 +58,8 @@ def load_drafters(
             return Drafters(NoDrafter)
         case LookupDraft():
             return Drafters(lambda: LookupDrafter(config))
+        case LookaheadDraft():
+            return Drafters(lambda: LookaheadDrafter(config))
         case RetrievalDraft():
             corpus = _corpus(config, decoder)
             return Drafters(lambda: RetrievalDrafter(config, corpus))

@@ -15,6 +15,8 @@ from itertools import accumulate
 from operator import and_, mul
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
+
 from rayskip.config import AutoDraft
 from rayskip.decode.batch import Chunk
 from rayskip.decode.drafters.costs import StepCosts, worth_verifying
@@ -22,6 +24,7 @@ from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.drafters.kangaroo import KANGAROO, KangarooDrafter
 from rayskip.decode.drafters.lookup import Lookups
 from rayskip.decode.sequence import Sequence
+from rayskip.decode.verify import Verdict
 from rayskip.model.kv_cache import KVCache
 
 BELIEF = 4.0
@@ -139,10 +142,12 @@ class AutoDrafter(Drafter):
         self._round.count(len(left), drafted, seconds - spared)
         return states
 
-    def observe(self, accepted: Mapping[Sequence, int]) -> None:
-        self._round.accepted += sum(held for row, held in accepted.items() if row.drafter == KANGAROO)
+    def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: Tensor) -> None:
+        self._round.accepted += sum(
+            verdict.accepted for row, verdict in verdicts.items() if row.drafter == KANGAROO
+        )
         if self._kangaroo is not None:
-            self._kangaroo.observe(accepted)
+            self._kangaroo.observe(verdicts, hidden)
 
     def _propose(self, row: Sequence) -> tuple[list[int], list[float]]:
         """A copied draft, and for each of its tokens the chance that all up to it hold."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rayskip.decode.batch import Chunk
 from rayskip.decode.sequence import Sequence
+from rayskip.decode.verify import Verdict
 from rayskip.model.kv_cache import KVCache
 
 
@@ -40,6 +41,9 @@ class Drafter(ABC):
         not compute again, if anything.
         """
 
-    def observe(self, accepted: Mapping[Sequence, int]) -> None:
-        """Learn how many tokens of its draft each row of the step accepted, while the drafts still stand."""
+    def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: Tensor) -> None:
+        """Learn what became of the step, while the drafts still stand.
+
+        verdicts: of all rows that got tokens. hidden [R, d]: states after the last layer, by `Verdict.place`.
+        """
         return None

@@ -14,6 +14,7 @@ import torch
 from rayskip.decode.batch import Chunk, draft_chunks, group_key, token_batch
 from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.sequence import Sequence
+from rayskip.decode.verify import Verdict
 from rayskip.errors import ConfigError
 from rayskip.model.forward import Decoder
 from rayskip.model.kangaroo import Kangaroo
@@ -75,11 +76,11 @@ class KangarooDrafter(Drafter):
                 chunk.sequence.draft_cached = chunk.stop
         return States(self._kangaroo.exit_layer, parts[0] if len(parts) == 1 else torch.cat(parts), known)
 
-    def observe(self, accepted: Mapping[Sequence, int]) -> None:
+    def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: torch.Tensor) -> None:
         """The adapter's cache holds the drafts that were accepted."""
-        for row, held in accepted.items():
+        for row, verdict in verdicts.items():
             if row.drafter == KANGAROO and row.draft_cached == row.length:
-                row.draft_cached += held
+                row.draft_cached += verdict.accepted
 
     def _go_on(
         self,
