@@ -29,7 +29,7 @@ class Stats:
     that runs the same layers. drafted: tokens proposed to them; accepted_lengths: how many of those rows accepted
     so many (keys are numbers as text, as in JSON); drafted_by, accepted_by: tokens by kind of drafter.
     decode_tokens: generated tokens that ran through the decoder for good, one a verified row and every draft that
-    held; steady_tokens of them ran in steps without prompt tokens, whose seconds are those of the phase "decode".
+    held; steady_tokens of them ran in steps without prompt tokens, which took steady_seconds.
     prompt_layer_tokens, decode_layer_tokens: layer executions, one per token and layer, of prompt tokens and of
     generated ones, as the skip policy wants them; draft_layer_tokens: of drafts that did not hold;
     padding_layer_tokens: those only there to fill a row tile.
@@ -48,6 +48,7 @@ class Stats:
     step_slots: int = 0
     decode_tokens: int = 0
     steady_tokens: int = 0
+    steady_seconds: float = 0.0
     verify_rows: int = 0
     cohort_rows: int = 0
     drafted: int = 0

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.data.records import Generation, Prompt
-from rayskip.decode.drafters.auto import Rate, Rounds, round_pays
+from rayskip.decode.drafters.auto import AutoDrafter, Rate, Rounds, round_pays
 from rayskip.decode.drafters.costs import StepCosts, worth_verifying
 from rayskip.decode.drafters.lookup import Index
 from rayskip.decode.drafters.retrieval import Store
@@ -118,6 +118,9 @@ def test_tokens_are_those_without_a_drafter(folder: Path, kind: str, policy: str
         assert stats.accepted == sum(stats.accepted_by.values())
         assert stats.accepted == sum(int(length) * count for length, count in stats.accepted_lengths.items())
         assert sum(len(tokens) for tokens, *_ in expected) == stats.completion_tokens
+        assert stats.decode_tokens == stats.completion_tokens - len(
+            expected
+        )  # a row's first token needs no step
 
 
 @pytest.mark.parametrize("kind", ["lookup", "lookahead", "kangaroo"])
@@ -129,6 +132,73 @@ def test_good_drafts_save_steps(folder: Path, kind: str) -> None:
     assert stats.accepted > 20
     assert stats.mean_accepted is not None
     assert stats.mean_accepted > 1.05
+
+
+@pytest.mark.parametrize("kind", DRAFTERS)
+def test_rows_at_full_depth_and_at_the_contexts_end_and_on_two_lanes(folder: Path, kind: str) -> None:
+    def outcome(draft: dict[str, Any]) -> dict[int, list[tuple[Any, ...]]]:
+        decode = DecodeConfig.model_validate({"draft": draft, "skip": POLICIES["skip"]})
+        engine = Engine.load(
+            ModelConfig(path=str(folder)), EngineConfig(max_batch_rows=16, max_model_len=75), decode
+        )
+        params = SamplingParams(max_tokens=60, ignore_eos=True)
+        for index, prompt in enumerate(_prompts() * 2):
+            engine.add(prompt, params, full_depth=index % 3 == 0)
+        return {done.request_id: _outcomes([done.generations]) for done in engine.run()}
+
+    plain = outcome({"kind": "none"})
+    assert {reason for ((_, reason, *_),) in plain.values()} == {"length"}
+    assert outcome(_draft(kind, folder)) == plain
+
+
+def test_a_stop_string_inside_a_draft_ends_the_row() -> None:
+    chat = [
+        {"role": "user", "content": "Repeat: one two three. one two three. one two three. one two three."}
+    ]
+    params = SamplingParams(max_tokens=40, stop=["three"])
+    found = [
+        Engine.load(
+            "smollm2-135m-instruct", None, DecodeConfig.model_validate({"draft": {"kind": kind}})
+        ).generate([chat], params)[0][0]
+        for kind in ("none", "lookup")
+    ]
+    assert found[0].finish_reason == "stop"
+    assert (found[0].text, found[0].token_ids) == (found[1].text, found[1].token_ids)
+
+
+def test_auto_goes_from_copies_to_kangaroo_to_nothing_and_back(folder: Path) -> None:
+    """Every switch leaves the adapter's cache behind; what it missed is caught up, and no token changes."""
+    prompts, params = _prompts(), SamplingParams(max_tokens=60, ignore_eos=True)
+    expected = _outcomes(_engine(folder, {"kind": "none"}).generate(prompts, params))
+    engine = _engine(folder, _draft("auto", folder))
+    free, dear = StepCosts((1, 64), (1.0, 1.01)), StepCosts((1, 64), (1.0, 640.0))
+    drafters = [lane._drafter for lane in engine._lanes]
+    for prompt in prompts:
+        engine.add(prompt, params)
+    found, step = {}, 0
+    while engine.has_work:
+        for drafter in drafters:
+            assert isinstance(drafter, AutoDrafter)
+            drafter._costs = free if step // 4 % 2 else dear
+            drafter._rounds.clear()
+            if step // 8 % 2:  # as if Kangaroo had been tried and found wanting
+                drafter._rounds.update({bits: Rounds(9, 9, 9, 0, 1e9) for bits in range(8)})
+        found.update({done.request_id: done.generations for done in engine.step()})
+        step += 1
+    assert _outcomes([found[index] for index in range(len(prompts))]) == expected
+    assert set(engine.take_stats().drafted_by) == {"lookup", "kangaroo"}
+
+
+def test_drafts_fit_the_forward(folder: Path) -> None:
+    decode = DecodeConfig.model_validate({"draft": {"kind": "lookup", "tokens": 50}})
+    config = EngineConfig(max_batch_rows=4, max_batch_tokens=16)
+    engine = Engine.load(ModelConfig(path=str(folder)), config, decode)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    found = engine.generate([[4, 5] * 6] * 8, params)
+    stats = engine.take_stats()
+    assert stats.drafted <= 16 * stats.steps
+    plain = _engine(folder, {"kind": "none"}).generate([[4, 5] * 6] * 8, params)
+    assert _outcomes(found) == _outcomes(plain)
 
 
 def test_sampling_with_a_drafter_has_the_models_distribution(folder: Path) -> None:
@@ -174,12 +244,12 @@ def test_skipping_a_layer_that_drafts_is_refused(folder: Path) -> None:
     decode = DecodeConfig.model_validate(
         {"draft": _draft("kangaroo", folder), "skip": {**POLICIES["skip"], "warmup": 1}}
     )
-    with pytest.raises(ConfigError, match="warmup to at least 2"):
+    with pytest.raises(ConfigError, match="keeps the bottom 2"):
         Engine.load(ModelConfig(path=str(folder)), None, decode)
 
 
 def _row(prompt: list[int], generated: list[int]) -> Sequence:
-    row = Sequence(0, Prompt(0, prompt, SamplingParams(max_tokens=64), 0), 0, 256)
+    row = Sequence(0, Prompt(0, prompt, SamplingParams(max_tokens=64), 0), 0, 256, 256)
     row.generated = generated
     return row
 
@@ -200,13 +270,24 @@ def test_lookup_goes_on_in_circles() -> None:
 
 def test_retrieval_copies_from_other_texts() -> None:
     store = Store(limit=100)
-    store.add([7], [1, 2, 3, 4, 5])
+    store.add([7, 1, 2, 3, 4, 5])
+    store.add([8, 8, 9])
     assert store.propose([9, 2, 3], 2) == [4, 5]
     assert store.propose([7, 1], 1) == [2]
+    assert store.propose([3, 4], 5) == [5]  # not on into another text
     assert store.propose([3], 2) == []
-    store.add([], range(100))
+    store.add(range(100))
     assert store.propose([50, 51], 1) == [52]
     assert store.propose([7, 1], 1) == []
+
+
+def test_retrieval_learns_from_completions_that_ended(folder: Path) -> None:
+    engine = _engine(folder, {"kind": "retrieval"}, rows=1)
+    params = SamplingParams(max_tokens=8, ignore_eos=True)
+    engine.generate([[5, 6, 7, 8]], params)
+    assert engine.take_stats().drafted == 0
+    engine.generate([[5, 6, 7, 8]], params)
+    assert engine.take_stats().accepted == 6  # all but the first and the last token
 
 
 COSTS = st.lists(st.floats(0.001, 10), min_size=4, max_size=4).map(
@@ -251,15 +332,16 @@ def test_free_tokens_are_drafted_and_dear_ones_are_not() -> None:
 
 def test_a_round_pays_when_it_gains_more_than_it_costs() -> None:
     costs = StepCosts((1, 64), (1.0, 1.5))
-    assert round_pays(1, 1, accepted=0.8, drafted=2, seconds=0.3, costs=costs)
-    assert not round_pays(1, 1, accepted=0.2, drafted=2, seconds=0.3, costs=costs)
+    assert round_pays(1, 0, 1, accepted=0.8, drafted=2, seconds=0.3, costs=costs)
+    assert not round_pays(1, 0, 1, accepted=0.2, drafted=2, seconds=0.3, costs=costs)
+    assert not round_pays(1, 63, 64, accepted=0.8, drafted=2, seconds=0.3, costs=costs)  # others wait for it
 
 
 def test_what_does_not_pay_is_tried_again_now_and_then() -> None:
     rounds, costs = Rounds(), StepCosts((1, 64), (1.0, 1.5))
     tried = []
     for _ in range(400):
-        tried.append(rounds.worth_trying(1, 1, costs))
+        tried.append(rounds.worth_trying(1, 0, 1, costs))
         if tried[-1]:
             rounds.count(1, drafted=3, seconds=5.0)
     assert all(tried[:4])

@@ -20,7 +20,7 @@ ROWS = st.lists(
 
 
 def _sequence(number: int, prompt: list[int], tokens: int) -> Sequence:
-    return Sequence(number, Prompt(number, prompt, SamplingParams(max_tokens=tokens), 0), 0, 128)
+    return Sequence(number, Prompt(number, prompt, SamplingParams(max_tokens=tokens), 0), 0, 128, 128)
 
 
 @settings(deadline=None)
@@ -73,7 +73,9 @@ def test_the_cache_keeps_its_limit_when_a_long_row_joins_short_ones() -> None:
     """A shape of many short rows gives way to one of few long ones, and comes back."""
 
     def sequence(number: int, reserved: int, tokens: int) -> Sequence:
-        return Sequence(number, Prompt(number, [number], SamplingParams(max_tokens=tokens), 0), 0, reserved)
+        return Sequence(
+            number, Prompt(number, [number], SamplingParams(max_tokens=tokens), 0), 0, reserved, reserved
+        )
 
     limit = 8 * 128
     rows = [sequence(number, 128, 2 + number % 3) for number in range(8)]

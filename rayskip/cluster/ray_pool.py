@@ -146,7 +146,7 @@ def _connect(cluster: ClusterConfig) -> tuple[bool, ClusterConfig]:
         _init(address=address, log_to_driver=False)
         return False, cluster.with_cpus(most)
     _make_private_token()
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     cluster = cluster.with_cpus(cores)
     _init(
         num_cpus=max(cores, math.ceil(most * (cluster.cpus_per_replica or 0))),
@@ -163,6 +163,15 @@ def _connect(cluster: ClusterConfig) -> tuple[bool, ClusterConfig]:
             f"set cluster.address for a larger one"
         )
     return True, cluster
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, cut by a container's quota (cgroup v2)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists() and (parts := quota.read_text().split())[0].isdigit():
+        cores = min(cores, max(1, int(parts[0]) // int(parts[1])))
+    return cores
 
 
 def _init(**options: Any) -> None:

@@ -16,7 +16,7 @@ class Sequence:
     """Sample `sample` of a prompt.
 
     computed: tokens whose keys and values are in the cache, at slot `slot`.
-    reserved: positions it may come to need, prompt and completion together.
+    limit: tokens it may come to have, prompt and completion together. reserved: positions kept for them.
     full_depth: every layer runs, whatever the engine's skip policy.
     draft: tokens proposed to follow, during a step; drafter: which kind proposed them.
     draft_cached: tokens whose keys and values a drafter's own cache layers hold, with those before them.
@@ -25,6 +25,7 @@ class Sequence:
     request_id: int
     prompt: Prompt
     sample: int
+    limit: int
     reserved: int
     full_depth: bool = False
     slot: int = -1
@@ -59,8 +60,8 @@ class Sequence:
 
     @property
     def draft_room(self) -> int:
-        """Most tokens worth proposing: verification adds one of its own, and positions are reserved."""
-        return max(0, min(self.params.max_tokens - len(self.generated) - 1, self.reserved - self.length))
+        """Most tokens worth proposing: verification adds one of its own."""
+        return max(0, self.limit - self.length - 1)
 
     def tokens(self, start: int, stop: int) -> list[int]:
         """Tokens [start, stop), known ones and then the draft."""

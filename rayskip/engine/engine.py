@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -83,19 +84,17 @@ class Engine:
         self.decode = decode or DecodeConfig()
         longest = decoder.spec.max_positions
         self.max_model_len = min(engine.max_model_len or longest, longest)
-        self.sizes = choose_sizes(decoder, engine)
         self._waiting: deque[Sequence] = deque()
         self.policy = skip_policy(self.decode.skip, len(decoder.layers))
         self._full_depth = full_depth(len(decoder.layers))
-        drafters = load_drafters(
-            self.decode.draft, decoder, self.policy, self.sizes.threads_per_lane, self.sizes.batch_rows
-        )
+        drafters = load_drafters(self.decode.draft, decoder, self.policy)
+        self.sizes = choose_sizes(decoder, engine, drafters.cache_layers)
         self._lanes = [
             Lane(
                 decoder,
                 self.sizes,
                 self.policy,
-                drafters.make(),
+                drafters.make(self.sizes.threads_per_lane, self.sizes.batch_rows),
                 decoder.new_cache(drafters.cache_layers),
                 self._waiting,
             )
@@ -183,9 +182,9 @@ class Engine:
         self._check(prompt.token_ids, prompt.params)
         request_id, self._next_id = self._next_id, self._next_id + 1
         self._requests[request_id] = _Request(prompt)
-        reserved = key_blocks(min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len))
+        limit = min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len)
         for sample in range(prompt.params.n):
-            self._waiting.append(Sequence(request_id, prompt, sample, reserved, full_depth))
+            self._waiting.append(Sequence(request_id, prompt, sample, limit, key_blocks(limit), full_depth))
         return request_id
 
     def step(self) -> list[Completion]:
@@ -269,32 +268,37 @@ class Engine:
 
     def _collect(self, lane: Lane, plan: StepPlan, result: StepResult) -> Iterator[Completion]:
         """Append what a step chose, and take out the rows that ended."""
-        self._stats += result.stats
-        with self._stats.timed("sample"):
-            for chunk in plan.chunks:
-                chunk.sequence.computed = chunk.stop
-            ended = [row for row, choices in result.choices.items() if self._advance(row, choices)]
-            lane.scheduler.retire({row.slot for row in ended})
-            requests = dict.fromkeys(row.request_id for row in ended)
-            completions = [done for request_id in requests if (done := self._complete(request_id))]
+        began = time.perf_counter()
+        for chunk in plan.chunks:
+            chunk.sequence.computed = chunk.stop
+        gained, ended = {}, []
+        for row, choices in result.choices.items():
+            gained[row], ends = self._advance(row, choices)
+            if ends:
+                ended.append(row)
+        self._stats += lane.count(plan, result, gained)
+        self._stats.completion_tokens += sum(gained.values())
+        lane.scheduler.retire({row.slot for row in ended})
+        requests = dict.fromkeys(row.request_id for row in ended)
+        completions = [done for request_id in requests if (done := self._complete(request_id))]
+        self._stats.seconds["sample"] += time.perf_counter() - began
         yield from completions
 
-    def _advance(self, row: Sequence, choices: Seq[Choice]) -> bool:
-        """Append the chosen tokens, up to one that ends the row; whether one does."""
-        for choice in choices:
+    def _advance(self, row: Sequence, choices: Seq[Choice]) -> tuple[int, bool]:
+        """Append the chosen tokens, up to one that ends the row; how many it got, and whether it ended."""
+        for count, choice in enumerate(choices):
             if choice.token_id is None:
                 self._finish(row, "error", ("non_finite_logits", "the model's logits are not finite"))
-                return True
+                return count, True
             row.generated.append(choice.token_id)
-            self._stats.completion_tokens += 1
             if choice.logprob is not None:
                 row.logprobs.append(choice.logprob)
             reason = self._stopper.reason(row.generated, row.params, self.max_model_len - row.length)
             if reason is not None:
                 self._finish(row, reason)
-                return True
+                return count + 1, True
         row.computed = row.length - 1
-        return False
+        return len(choices), False
 
     def _finish(
         self, row: Sequence, reason: FinishReason, error: tuple[str | None, str | None] = (None, None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -31,11 +31,24 @@ from rayskip.stats import Stats
 
 
 @dataclass(frozen=True)
+class Decoded:
+    """A decoding row in a step: position of its newest token, and the draft that ran behind it."""
+
+    row: Sequence
+    position: int
+    drafted: int
+    drafter: str
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """What a step chose, for every row whose newest token ran, and what it cost."""
+    """choices: what follows every row whose newest token ran. active: tokens that each layer ran. seconds: of
+    drafts and forward, and of choosing."""
 
     choices: dict[Sequence, list[Choice]]
-    stats: Stats
+    decoded: list[Decoded]
+    active: list[int]
+    seconds: tuple[float, float]
 
 
 class Lane:
@@ -72,6 +85,7 @@ class Lane:
             self._cache.copy(copy.source, copy.target, copy.length)
         decoding = [chunk.sequence for chunk in plan.chunks if chunk.generated]
         states = self._drafter.draft(plan.chunks, decoding, self._cache)
+        self._fit(plan, decoding)
         drafts = [chunk for row in decoding for chunk in draft_chunks(row)]
         chunks = sorted([*plan.chunks, *drafts], key=group_key)
         batch = token_batch(chunks, self._policy, self._decoder.device)
@@ -83,13 +97,18 @@ class Lane:
         for row, verdict in verdicts.items():
             if verdict.choices[-1].token_id is None:
                 self._cache.clear(row.slot)
-        stats = self._count(plan, batch, {row: len(verdicts[row].choices) for row in decoding})
+            elif None in verdict.guesses:
+                self._cache.clear(row.slot, row.length + verdict.accepted)
         self._drafter.observe(verdicts, hidden)
+        decoded = [Decoded(row, row.length - 1, len(row.draft), row.drafter) for row in decoding]
         for row in decoding:
             row.draft = []
-        stats.seconds["prefill" if plan.prefills else "decode"] = middle - start
-        stats.seconds["sample"] = time.perf_counter() - middle
-        return StepResult({row: verdict.choices for row, verdict in verdicts.items()}, stats)
+        return StepResult(
+            {row: verdict.choices for row, verdict in verdicts.items()},
+            decoded,
+            batch.active or [len(batch.token_ids)] * len(self._decoder.layers),
+            (middle - start, time.perf_counter() - middle),
+        )
 
     def _hidden(self, chunks: Seq[Chunk], batch: TokenBatch, states: States | None) -> torch.Tensor:
         """States [R, d] after the last layer of the batch's outputs; `states` is where a drafter already is."""
@@ -103,46 +122,56 @@ class Lane:
             x, first = states.x[at], states.layer
         return decoder.run_layers(x, batch, self._cache, first, len(decoder.layers))[batch.outputs]
 
-    def _count(self, plan: StepPlan, batch: TokenBatch, gained: dict[Sequence, int]) -> Stats:
-        """gained: tokens that each decoding row got; so many of its tokens ran for good, from its newest on."""
+    def _fit(self, plan: StepPlan, rows: Seq[Sequence]) -> None:
+        """Cut drafts, all rows' alike, to what a forward may hold beside the plan's own tokens."""
+        room = self._sizes.batch_tokens - sum(chunk.stop - chunk.start for chunk in plan.chunks)
+        if sum(len(row.draft) for row in rows) > room:
+            for row in rows:
+                row.draft = row.draft[: max(room, 0) // len(rows)]
+
+    def count(self, plan: StepPlan, result: StepResult, gained: Mapping[Sequence, int]) -> Stats:
+        """What a step ran and what came of it. gained: tokens that each row got; where one ended inside its draft,
+        fewer than verification allowed."""
         layers, rule = len(self._decoder.layers), self._decoder.row_rule
-        active = batch.active or [len(batch.token_ids)] * layers
-        newest = [self._policy.depth(row.skip_position(row.length - 1)) for row in gained]
-        useful = sum(
-            self._policy.depth(row.skip_position(row.length - 1 + offset))
-            for row, count in gained.items()
-            for offset in range(count)
-        )
-        in_vain = sum(
-            self._policy.depth(row.skip_position(row.length - 1 + offset))
-            for row, count in gained.items()
-            for offset in range(count, len(row.draft) + 1)
-        )
-        tokens = sum(gained.values())
+        got = {
+            ran.row: max(gained[ran.row], 1) for ran in result.decoded
+        }  # at least the newest token ran for good
+        useful = in_vain = 0
+        newest: Counter[int] = Counter()
+        for ran in result.decoded:
+            depths = [
+                self._policy.depth(ran.row.skip_position(ran.position + offset))
+                for offset in range(ran.drafted + 1)
+            ]
+            newest[depths[0]] += 1
+            useful += sum(depths[: got[ran.row]])
+            in_vain += sum(depths[got[ran.row] :])
+        tokens = sum(got.values())
+        drafted_by: Counter[str] = Counter()
+        accepted_by: Counter[str] = Counter()
+        for ran in result.decoded:
+            if ran.drafted:
+                drafted_by[ran.drafter] += ran.drafted
+                accepted_by[ran.drafter] += got[ran.row] - 1
+        steady = not plan.prefills
         return Stats(
             steps=1,
             step_rows=len(plan.chunks),
             step_slots=self._sizes.batch_rows,
             prefix_tokens=plan.reused,
-            verify_rows=len(gained),
-            drafted=sum(len(row.draft) for row in gained),
-            drafted_by=_sum_by_drafter(gained, lambda row: len(row.draft)),
-            accepted_by=_sum_by_drafter(gained, lambda row: gained[row] - 1),
-            accepted_lengths=Counter(str(count - 1) for count in gained.values()),
+            verify_rows=len(result.decoded),
+            drafted=drafted_by.total(),
+            drafted_by=drafted_by,
+            accepted_by=accepted_by,
+            accepted_lengths=Counter(str(count - 1) for count in got.values()),
             decode_tokens=tokens,
-            steady_tokens=0 if plan.prefills else tokens,
+            steady_tokens=tokens if steady else 0,
+            steady_seconds=sum(result.seconds) if steady else 0.0,
             decode_layer_tokens=useful,
-            prompt_layer_tokens=sum(active) - useful - in_vain,
+            prompt_layer_tokens=sum(result.active) - useful - in_vain,
             draft_layer_tokens=in_vain,
-            padding_layer_tokens=sum(rule.padding(count) for count in active if count),
-            cohort_rows=max(Counter(newest).values(), default=0),
+            padding_layer_tokens=sum(rule.padding(count) for count in result.active if count),
+            cohort_rows=max(newest.values(), default=0),
             kv_bytes_saved=(layers * tokens - useful) * self._layer_kv_bytes,
+            seconds={"decode" if steady else "prefill": result.seconds[0], "sample": result.seconds[1]},
         )
-
-
-def _sum_by_drafter(rows: Iterable[Sequence], count: Callable[[Sequence], int]) -> dict[str, int]:
-    sums: Counter[str] = Counter()
-    for row in rows:
-        if row.draft:
-            sums[row.drafter] += count(row)
-    return sums

@@ -38,11 +38,14 @@ class Sizes:
     cohort: int
 
 
-def choose_sizes(decoder: Decoder, config: EngineConfig) -> Sizes:
-    """The configured sizes, shared out among the lanes; what is left out is chosen here."""
+def choose_sizes(decoder: Decoder, config: EngineConfig, extra_layers: int = 0) -> Sizes:
+    """The configured sizes, shared out among the lanes; what is left out is chosen here.
+
+    extra_layers: of the KV cache, beside the model's own.
+    """
     threads = torch.get_num_threads()
     lanes = _lanes(decoder.device, threads, config.max_batch_rows)
-    per_position = KVCache.bytes_per_position(decoder.spec, len(decoder.layers), decoder.dtype)
+    per_position = KVCache.bytes_per_position(decoder.spec, len(decoder.layers) + extra_layers, decoder.dtype)
     free = config.kv_cache_gb * 1e9 if config.kv_cache_gb else free_bytes(decoder.device) * MEMORY_SHARE
     rows = (
         -(-config.max_batch_rows // lanes) if config.max_batch_rows else best_rows(decoder, threads // lanes)

@@ -18,6 +18,7 @@ from rayskip.data.prompts import PromptBuilder
 from rayskip.data.records import Prompt
 from rayskip.data.sources import discover, every_row
 from rayskip.engine import Engine
+from rayskip.engine.sizes import Sizes
 from rayskip.stats import Stats
 
 
@@ -28,7 +29,7 @@ class Timing:
     tok_s: completion tokens per second, prompts included. decode_tok_s: generated tokens per second of the steps
     without prompt tokens; None when no step was. speedup, decode_speedup: over the first mode in the same round.
     allowed_speedup: what the layers skipped leave of the products' work, over full depth (see `allowed_speedup`).
-    layer_tokens_ratio: layer executions over
+    mean_accepted: tokens per row and verification, 1 without a drafter. layer_tokens_ratio: layer executions over
     those the skip policy asks for.
     """
 
@@ -44,6 +45,7 @@ class Timing:
     decode_speedup: float | None
     allowed_speedup: float
     mean_layers: float
+    mean_accepted: float
     layer_tokens_ratio: float
     cohort_fill: float
     batch_fill: float
@@ -51,9 +53,14 @@ class Timing:
 
 @dataclass(frozen=True)
 class _Run:
+    """A run's figures; its engine, with its cache, is gone."""
+
     seconds: float
     stats: Stats
-    lanes: int
+    sizes: Sizes
+    skip: str
+    mean_layers: float
+    allowed_speedup: float
 
     @property
     def tok_s(self) -> float:
@@ -61,9 +68,9 @@ class _Run:
 
     @property
     def decode_tok_s(self) -> float | None:
-        """Lanes step at the same time, so seconds of one are shared by all."""
-        seconds = self.stats.seconds["decode"]
-        return self.stats.steady_tokens * self.lanes / seconds if self.stats.steady_tokens else None
+        """A lane's rate times the lanes: what they would make while all are busy."""
+        seconds = self.stats.steady_seconds
+        return self.stats.steady_tokens * self.sizes.lanes / seconds if self.stats.steady_tokens else None
 
 
 def run_bench(
@@ -75,17 +82,18 @@ def run_bench(
     loaded: dict[ModelConfig, Engine] = {}
     timings: list[Timing] = []
     for batch_rows in config.batch_rows:
-        engines = [_engine(config, mode, batch_rows, loaded) for mode in config.modes]
-        places = engines[0].sizes.batch_rows * engines[0].sizes.lanes
-        prompts = _prompts(config, engines[0], places)
-        runs: list[list[_Run]] = [[] for _ in engines]
+        first = _engine(config, config.modes[0], batch_rows, loaded)
+        places = first.sizes.batch_rows * first.sizes.lanes
+        prompts = _prompts(config, first, places)
+        runs: dict[str, list[_Run]] = {mode.name: [] for mode in config.modes}
         for round_index in range(config.rounds):
-            for mode, engine, own in zip(config.modes, engines, runs, strict=True):
-                own.append(_time(engine, prompts))
-                on_run(f"{mode.name}, {places} rows, round {round_index + 1}", own[-1].tok_s)
+            for mode in config.modes:  # a new engine each time: drafters learn from what they have seen
+                run = _time(_engine(config, mode, places, loaded), prompts)
+                runs[mode.name].append(run)
+                on_run(f"{mode.name}, {places} rows, round {round_index + 1}", run.tok_s)
         timings += [
-            _timing(mode, engine, len(prompts), own, runs[0])
-            for mode, engine, own in zip(config.modes, engines, runs, strict=True)
+            _timing(mode.name, len(prompts), own, runs[config.modes[0].name])
+            for mode, own in zip(config.modes, runs.values(), strict=True)
         ]
         (output / "bench.json").write_text(
             json.dumps([asdict(timing) for timing in timings], indent=2) + "\n"
@@ -110,12 +118,12 @@ def format_timings(timings: Sequence[Timing]) -> str:
     """A table for a terminal."""
     head = (
         f"{'mode':<24}{'batch':>6}{'rows':>6}{'tok/s':>8}{'speed-up':>10}{'decode tok/s':>14}"
-        f"{'speed-up':>10}{'allowed':>9}{'layers':>8}{'fill':>6}"
+        f"{'speed-up':>10}{'allowed':>9}{'layers':>8}{'accepted':>10}{'fill':>6}"
     )
     lines = [
         f"{t.mode:<24}{t.batch_rows:>6}{t.rows:>6}{t.tok_s:>8.0f}{t.speedup:>10.2f}"
         f"{_or_dash(t.decode_tok_s, '.0f'):>14}{_or_dash(t.decode_speedup, '.2f'):>10}"
-        f"{t.allowed_speedup:>9.2f}{t.mean_layers:>8.1f}{t.batch_fill:>6.2f}"
+        f"{t.allowed_speedup:>9.2f}{t.mean_layers:>8.1f}{t.mean_accepted:>10.2f}{t.batch_fill:>6.2f}"
         for t in timings
     ]
     return "\n".join([head, *lines])
@@ -177,25 +185,25 @@ def _time(engine: Engine, prompts: Sequence[Prompt]) -> _Run:
     for _ in engine.run():
         pass
     seconds = time.perf_counter() - began
-    return _Run(seconds, engine.take_stats(), engine.sizes.lanes)
-
-
-def _timing(
-    mode: BenchMode, engine: Engine, rows: int, runs: Sequence[_Run], first: Sequence[_Run]
-) -> Timing:
-    stats = runs[0].stats
+    stats = engine.take_stats()
     mean_layers = stats.mean_layers or float(len(engine.decoder.layers))
+    allowed = allowed_speedup(engine, mean_layers)
+    return _Run(seconds, stats, engine.sizes, engine.policy.name, mean_layers, allowed)
+
+
+def _timing(mode: str, rows: int, runs: Sequence[_Run], first: Sequence[_Run]) -> Timing:
+    run, stats = runs[0], runs[0].stats
     rates = [run.tok_s for run in runs]
-    decode = [rate for run in runs if (rate := run.decode_tok_s)]
+    decode = [rate for own in runs if (rate := own.decode_tok_s)]
     ratios = [
         own / base
         for run, other in zip(runs, first, strict=True)
         if (own := run.decode_tok_s) and (base := other.decode_tok_s)
     ]
     return Timing(
-        mode=mode.name,
-        skip=engine.policy.name,
-        batch_rows=engine.sizes.batch_rows * engine.sizes.lanes,
+        mode=mode,
+        skip=run.skip,
+        batch_rows=run.sizes.batch_rows * run.sizes.lanes,
         rows=rows,
         completion_tokens=stats.completion_tokens,
         tok_s=median(rates),
@@ -203,8 +211,9 @@ def _timing(
         speedup=median(run.tok_s / other.tok_s for run, other in zip(runs, first, strict=True)),
         decode_tok_s=median(decode) if decode else None,
         decode_speedup=median(ratios) if ratios else None,
-        allowed_speedup=allowed_speedup(engine, mean_layers),
-        mean_layers=mean_layers,
+        allowed_speedup=run.allowed_speedup,
+        mean_layers=run.mean_layers,
+        mean_accepted=stats.mean_accepted or 1.0,
         layer_tokens_ratio=stats.layer_tokens / stats.layer_tokens_ideal if stats.layer_tokens_ideal else 1.0,
         cohort_fill=stats.cohort_fill or 1.0,
         batch_fill=stats.batch_fill,

@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import mean
 
-from rayskip.config import SpecBenchConfig
+from rayskip.config import EngineConfig, SpecBenchConfig, SpecBenchDrafter
 from rayskip.engine import Engine
 from rayskip.errors import InputError
 from rayskip.stats import Stats
@@ -62,20 +62,15 @@ def run_spec_bench(config: SpecBenchConfig, say: Callable[[str], None] = lambda 
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     questions = _questions(config)
-    decoder = tokenizer = None
+    loaded = Engine.load(config.model)
     scores: list[Score] = []
     for rows in config.batch_rows:
         sizes = config.engine.model_copy(update={"max_batch_rows": rows})
-        engines = []
-        for drafter in config.drafters:
-            if decoder is None:
-                engines.append(Engine.load(config.model, sizes, drafter.decode))
-                decoder, tokenizer = engines[0].decoder, engines[0].tokenizer
-            else:
-                engines.append(Engine(decoder, tokenizer, sizes, drafter.decode))
-        _warm_up(config, questions, engines)
         tallies = {(d.name, task): _Tally() for d in config.drafters for task in questions}
         for round_index in range(config.rounds):
+            # new engines each time: drafters learn from what they have seen, and must not see a question twice
+            _warm_up(config, questions, [_engine(loaded, sizes, drafter) for drafter in config.drafters])
+            engines = [_engine(loaded, sizes, drafter) for drafter in config.drafters]
             for task, of_task in questions.items():
                 for together in [[one] for one in of_task] if rows == 1 else [of_task]:
                     for drafter, engine in zip(config.drafters, engines, strict=True):
@@ -125,6 +120,10 @@ def _questions(config: SpecBenchConfig) -> dict[str, list[list[str]]]:
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"questions: {path}: row {number} needs category and turns ({error})") from error
     return {task: list(islice(rows, config.per_task)) for task, rows in found.items() if rows}
+
+
+def _engine(loaded: Engine, sizes: EngineConfig, drafter: SpecBenchDrafter) -> Engine:
+    return Engine(loaded.decoder, loaded.tokenizer, sizes, drafter.decode)
 
 
 def _warm_up(

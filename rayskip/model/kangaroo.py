@@ -33,14 +33,15 @@ SHIPPED = Path(__file__).parent / "shipped"
 class KangarooLabel:
     """What stands beside the weights. base_tensors: fingerprint of the model it was trained on.
 
-    exit_layer: layers before the adapter. agreement: share of held-out tokens where both choose the same.
+    exit_layer: layers before the adapter. steps: of training. agreement: share of held-out tokens where both choose
+    the same.
     """
 
     base: str
     base_tensors: str
     exit_layer: int
     tokens: int
-    trained_tokens: int
+    steps: int
     agreement: float
 
 

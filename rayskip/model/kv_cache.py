@@ -60,10 +60,11 @@ class KVCache:
             new[:, : len(kept), :, :shared] = content
             setattr(self, name, new)
 
-    def clear(self, slot: int) -> None:
-        """Forget a row whose numbers are not finite: masked positions are read, and 0 times NaN is NaN."""
-        self.keys[:, slot] = 0
-        self.values[:, slot] = 0
+    def clear(self, slot: int, start: int = 0) -> None:
+        """Forget a row's positions from `start` on, for numbers that are not finite: masked positions are read, and
+        0 times NaN is NaN."""
+        self.keys[:, slot, :, start:] = 0
+        self.values[:, slot, :, start:] = 0
 
     def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys, values [N, Hkv, D] of N tokens at slots [N], positions [N]."""

@@ -185,7 +185,7 @@ def draft_quality(
         for batch in batches:
             targets = run_target(target, batch, exits)
             lengths = (batch.labels != IGNORED).sum(1).tolist()
-            covered += torch.isin(targets.chosen, token_ids).tolist()
+            covered += torch.isin(targets.chosen.cpu(), token_ids).tolist()
             for layer, logits in adapters(targets).items():
                 best = logits.float().softmax(-1).max(-1)
                 hits = token_ids[best.indices.cpu()] == targets.chosen.cpu()

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from rayskip.config import TrainKangarooConfig
+from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import tensors_fingerprint
 from rayskip.model.kangaroo import KangarooLabel, save_kangaroo
 from rayskip.train.examples import Batch, Example, collate
@@ -34,6 +36,7 @@ def train_kangaroo(
     """
     ready = prepare(config.model, config.data, config.batch_size)
     target = frozen(ready.folder)
+    _check(config, target)
     token_ids = frequent_tokens(ready.training, config.head_tokens, target.config.vocab_size)
     adapters = Adapters(target, config.exit_layers, token_ids)
 
@@ -59,14 +62,12 @@ def train_kangaroo(
 
         model.eval()
         found = draft_quality(model, target, batches(), token_ids, config.gamma, config.eta)
-        seen = ready.training * (1 + steps * config.batch_size * config.accumulate // len(ready.training))
-        trained = sum(len(e.answer) for e in seen[: steps * config.batch_size * config.accumulate])
         for quality, adapter in zip(found, model.each.values(), strict=True):  # type: ignore[operator]
             own = KangarooLabel(
                 **label,
                 exit_layer=quality.exit_layer,
                 tokens=len(token_ids),
-                trained_tokens=trained,
+                steps=steps,
                 agreement=round(quality.agreement, 4),
             )
             tensors = {**adapter.tensors(), "token_ids": token_ids}
@@ -80,6 +81,20 @@ def train_kangaroo(
 
     model = train(adapters, loss, ready.training, looked_at, schedule, output, keep, on_point)
     return save(model, output, config.steps)
+
+
+def _check(config: TrainKangarooConfig, target: Any) -> None:
+    """Refuse what the adapter is not made for. Raises ModelError or ConfigError."""
+    if target.config.model_type != "llama":
+        raise ModelError(
+            f"model.path: Kangaroo adapters can be trained for Llama models, and {config.model.path} is a "
+            f"{target.config.model_type}"
+        )
+    layers = target.config.num_hidden_layers
+    if wrong := [layer for layer in config.exit_layers if not 1 <= layer < layers]:
+        raise ConfigError(
+            f"exit_layers: {wrong[0]} is not between 1 and {layers - 1}, the model's layers less one"
+        )
 
 
 def format_draft_quality(qualities: Sequence[DraftQuality]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from rayskip.config import (
@@ -17,13 +18,13 @@ from rayskip.config import (
 )
 from rayskip.data.tokenizer import Encoder, load_tokenizer
 from rayskip.decode.drafters.auto import AutoDrafter
-from rayskip.decode.drafters.costs import measure_costs
+from rayskip.decode.drafters.costs import StepCosts, measure_costs
 from rayskip.decode.drafters.drafter import Drafter
-from rayskip.decode.drafters.kangaroo import KangarooDrafter
+from rayskip.decode.drafters.kangaroo import KangarooDrafter, check_policy
 from rayskip.decode.drafters.lookahead import LookaheadDrafter
 from rayskip.decode.drafters.lookup import LookupDrafter
 from rayskip.decode.drafters.none import NoDrafter
-from rayskip.decode.drafters.retrieval import RetrievalDrafter
+from rayskip.decode.drafters.retrieval import RetrievalDrafter, Store
 from rayskip.errors import ConfigError, ModelError
 from rayskip.model.forward import Decoder
 from rayskip.model.kangaroo import has_shipped, load_kangaroo
@@ -35,48 +36,67 @@ KANGAROO_LAYERS = 1
 
 @dataclass(frozen=True)
 class Drafters:
-    """make: a drafter for one lane. cache_layers: layers that it keeps in the KV cache, after the model's."""
+    """make(threads, rows): a drafter for a lane with so many threads and places. cache_layers: layers that it keeps
+    in the KV cache, after the model's."""
 
-    make: Callable[[], Drafter]
+    make: Callable[[int, int], Drafter]
     cache_layers: int = 0
 
 
-def load_drafters(
-    config: DraftConfig, decoder: Decoder, policy: SkipPolicy, threads: int, rows: int
-) -> Drafters:
-    """Load and measure what the drafter needs, once for all lanes.
+def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> Drafters:
+    """Load what the drafter needs, once for all lanes.
 
-    threads, rows: of a lane. Raises ConfigError or ModelError where something does not fit.
+    Raises ConfigError or ModelError where something does not fit.
     """
 
-    def kangaroo_of(path: str | None, gamma: int, eta: float) -> Callable[[], KangarooDrafter]:
-        kangaroo = load_kangaroo(decoder, Path(path).expanduser() if path else None)
-        return lambda: KangarooDrafter(gamma, eta, kangaroo, decoder, policy)
+    def kangaroo_maker(config: KangarooDraft | AutoDraft) -> Callable[[], KangarooDrafter]:
+        kangaroo = load_kangaroo(decoder, Path(config.path).expanduser() if config.path else None)
+        check_policy(kangaroo, policy)
+        return lambda: KangarooDrafter(config.gamma, config.eta, kangaroo, decoder)
 
     match config:
         case NoDraft():
-            return Drafters(NoDrafter)
+            return Drafters(lambda threads, rows: NoDrafter())
         case LookupDraft():
-            return Drafters(lambda: LookupDrafter(config))
+            return Drafters(lambda threads, rows: LookupDrafter(config))
         case LookaheadDraft():
-            return Drafters(lambda: LookaheadDrafter(config))
+            return Drafters(lambda threads, rows: LookaheadDrafter(config))
         case RetrievalDraft():
-            corpus = _corpus(config, decoder)
-            return Drafters(lambda: RetrievalDrafter(config, corpus))
+            store = _store(config, decoder)
+            return Drafters(lambda threads, rows: RetrievalDrafter(config, store))
         case KangarooDraft():
-            return Drafters(kangaroo_of(config.path, config.gamma, config.eta), KANGAROO_LAYERS)
+            make = kangaroo_maker(config)
+            return Drafters(lambda threads, rows: make(), KANGAROO_LAYERS)
         case AutoDraft():
-            costs = measure_costs(decoder, threads, rows * (1 + config.tokens))
-            if config.path is None and not has_shipped(decoder):
-                return Drafters(lambda: AutoDrafter(config, costs, None))
-            make = kangaroo_of(config.path, config.gamma, config.eta)
-            return Drafters(lambda: AutoDrafter(config, costs, make()), KANGAROO_LAYERS)
+            with_kangaroo = config.path is not None or ships_for(decoder, policy)
+            maker = kangaroo_maker(config) if with_kangaroo else None
+
+            @cache
+            def costs(threads: int, rows: int) -> StepCosts:
+                return measure_costs(decoder, threads, rows, rows * (1 + config.tokens))
+
+            return Drafters(
+                lambda threads, rows: AutoDrafter(config, costs(threads, rows), maker and maker()),
+                KANGAROO_LAYERS if maker else 0,
+            )
 
 
-def _corpus(config: RetrievalDraft, decoder: Decoder) -> list[list[int]]:
-    """The corpus' lines as token ids."""
+def ships_for(decoder: Decoder, policy: SkipPolicy) -> bool:
+    """Whether an adapter comes with the package that can draft under the policy."""
+    if not has_shipped(decoder):
+        return False
+    try:
+        check_policy(load_kangaroo(decoder, None), policy)
+    except ConfigError:
+        return False
+    return True
+
+
+def _store(config: RetrievalDraft, decoder: Decoder) -> Store:
+    """With the corpus' lines."""
+    store = Store(config.max_tokens)
     if config.corpus is None:
-        return []
+        return store
     path = Path(config.corpus).expanduser()
     if not path.is_file():
         raise ConfigError(f"decode.draft.corpus: {path} is no file; a text file with a text a line is wanted")
@@ -84,4 +104,11 @@ def _corpus(config: RetrievalDraft, decoder: Decoder) -> list[list[int]]:
     if tokenizer is None:
         raise ModelError("decode.draft.corpus: the model's folder has no tokenizer to read it with")
     encoder = Encoder(tokenizer)
-    return [encoder.data(line) for line in path.read_text().splitlines() if line]
+    texts = [encoder.data(line) for line in path.read_text().splitlines()]
+    if (size := sum(map(len, texts))) > config.max_tokens:
+        raise ConfigError(
+            f"decode.draft.max_tokens: the corpus has {size} tokens, {config.max_tokens} are kept"
+        )
+    for text in texts:
+        store.add(text)
+    return store

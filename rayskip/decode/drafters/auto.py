@@ -35,6 +35,10 @@ TRIALS, RETRY = 4, 64
 """Rounds that a drafter gets to show its worth; steps after which one that did not pay gets another."""
 
 
+MISSED = 512
+"""Tokens of all rows together that a round may catch up on in the adapter's cache; rows beyond do not draft."""
+
+
 @dataclass
 class Rate:
     """A share that is counted: successes over tests."""
@@ -70,30 +74,26 @@ class Rounds:
         self.accepted *= FORGET
         self.idle = 0
 
-    def worth_trying(self, rows: int, base: int, costs: StepCosts) -> bool:
-        """Whether a round for `rows` rows beside `base` tokens that run anyway is expected to pay, or is due."""
+    def worth_trying(self, rows: int, others: float, base: int, costs: StepCosts) -> bool:
+        """Whether a round for `rows` rows is expected to pay, or is due; the rest as in `round_pays`."""
         if self.rounds < TRIALS or self.idle >= RETRY:
             return True
-        pays = round_pays(
-            rows,
-            base,
-            self.accepted / self.rows,
-            self.drafted / self.rows,
-            self.seconds / self.rounds,
-            costs,
-        )
+        accepted, drafted = self.accepted / self.rows, self.drafted / self.rows
+        pays = round_pays(rows, others, base, accepted, drafted, self.seconds / self.rounds, costs)
         self.idle += not pays
         return pays
 
 
 def round_pays(
-    rows: int, base: int, accepted: float, drafted: float, seconds: float, costs: StepCosts
+    rows: int, others: float, base: int, accepted: float, drafted: float, seconds: float, costs: StepCosts
 ) -> bool:
-    """Whether drafting gains tokens faster than a plain step.
+    """Whether the batch gains tokens faster with a round for `rows` of its rows than without.
 
-    accepted, drafted: tokens per row and round, of which verification runs all; seconds: of a round's drafting.
+    others: tokens that the other rows will gain, and wait for. base: tokens that run anyway. accepted, drafted:
+    tokens per row and round, of which verification runs all. seconds: that a round adds, besides.
     """
-    return (1 + accepted) / (costs(base + round(rows * drafted)) + seconds) > 1 / costs(base)
+    with_round = (others + rows * (1 + accepted)) / (costs(base + round(rows * drafted)) + seconds)
+    return with_round > (others + rows) / costs(base)
 
 
 @dataclass(frozen=True)
@@ -126,20 +126,37 @@ class AutoDrafter(Drafter):
         lengths = worth_verifying([chances for _, chances in proposals], self._costs, base)
         for row, (tokens, _), length in zip(rows, proposals, lengths, strict=True):
             row.draft, row.drafter = tokens[:length], "lookup"
-        left = [row for row in rows if not row.draft and row.draft_room > 0]
+        return self._try_kangaroo(chunks, rows, proposals, base + sum(lengths), cache)
+
+    def _try_kangaroo(
+        self,
+        chunks: Seq[Chunk],
+        rows: Seq[Sequence],
+        proposals: Seq[tuple[list[int], list[float]]],
+        base: int,
+        cache: KVCache,
+    ) -> States | None:
+        """A round for the rows that copy nothing, if it is expected to pay. base: tokens that run anyway."""
+        left, missed = [], 0
+        for row in rows:
+            behind = row.computed - row.draft_cached
+            if not row.draft and row.draft_room > 0 and missed + behind <= MISSED:
+                left.append(row)
+                missed += behind
         if self._kangaroo is None or not left:
             return None
+        waiting = zip(rows, proposals, strict=True)
+        others = len(rows) - len(left) + sum(sum(chances[: len(row.draft)]) for row, (_, chances) in waiting)
         self._round = self._rounds.setdefault(len(left).bit_length(), Rounds())
-        if not self._round.worth_trying(len(left), base + sum(lengths), self._costs):
+        if not self._round.worth_trying(len(left), others, base, self._costs):
             return None
         began = time.perf_counter()
         states = self._kangaroo.draft(chunks, left, cache)
         seconds = time.perf_counter() - began
         drafted = sum(len(row.draft) for row in left)
-        spared = self._kangaroo.share * self._costs(
-            base + sum(lengths) + drafted
-        )  # verification begins later
-        self._round.count(len(left), drafted, seconds - spared)
+        # verification begins later; and what a row has missed is paid once, not every round
+        spared = self._kangaroo.share * (self._costs(base + drafted) + missed * self._costs.each)
+        self._round.count(len(left), drafted, max(seconds - spared, 0.0))
         return states
 
     def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: Tensor) -> None:

@@ -13,10 +13,10 @@ from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache, key_blocks
 from rayskip.model.ops import Group, TokenBatch
 
-PROBED = (1, 2, 4, 8, 16, 32, 64, 128)
-"""Tokens in a forward whose time is taken."""
-LENGTH = 256
-"""Positions in the cache while it is."""
+CPU_MOST, GPU_MOST = 256, 4096
+"""Most tokens in a forward whose time is taken: on a CPU the rest is a straight line, on a GPU they are short."""
+LENGTH = 128
+"""Positions in the cache while it is, or as many as the model has."""
 REPEATS = 3
 
 
@@ -27,6 +27,11 @@ class StepCosts:
     tokens: tuple[int, ...]
     seconds: tuple[float, ...]
 
+    @property
+    def each(self) -> float:
+        """Seconds that one token more costs in a large forward."""
+        return (self.seconds[-1] - self.seconds[-2]) / (self.tokens[-1] - self.tokens[-2])
+
     def __call__(self, tokens: int) -> float:
         at = min(max(bisect_left(self.tokens, tokens), 1), len(self.tokens) - 1)
         left, right = self.tokens[at - 1], self.tokens[at]
@@ -34,15 +39,17 @@ class StepCosts:
         return self.seconds[at - 1] + share * (self.seconds[at] - self.seconds[at - 1])
 
 
-def measure_costs(decoder: Decoder, threads: int, most: int) -> StepCosts:
-    """Time forwards of 1 to about `most` tokens of a row, on `threads` threads."""
+def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepCosts:
+    """Time forwards of 1, 2, 4, ... up to about `most` tokens of `rows` rows, on `threads` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         cache = decoder.new_cache()
-        cache.resize(1, key_blocks(LENGTH))
-        tokens = [count for count in PROBED if count < 2 * most or count <= 2]
-        seconds = [_seconds(decoder, cache, count) for count in tokens]
+        length = min(LENGTH, decoder.spec.max_positions)
+        cache.resize(rows, key_blocks(length))
+        limit = CPU_MOST if decoder.device.type == "cpu" else GPU_MOST
+        tokens = [2**power for power in range(13) if power < 2 or (2**power < 2 * most and 2**power <= limit)]
+        seconds = [_seconds(decoder, cache, count, length) for count in tokens]
     finally:
         torch.set_num_threads(before)
     # noise must not make more tokens look cheaper than fewer
@@ -50,13 +57,14 @@ def measure_costs(decoder: Decoder, threads: int, most: int) -> StepCosts:
     return StepCosts(tuple(tokens), tuple(ascending))
 
 
-def _seconds(decoder: Decoder, cache: KVCache, count: int) -> float:
-    """Fastest of a few forwards of `count` tokens."""
-    device = decoder.device
-    zeros = torch.zeros(count, dtype=torch.long, device=device)
-    positions = torch.arange(LENGTH - count, LENGTH, device=device)
-    outputs = torch.arange(count, device=device)
-    batch = TokenBatch(zeros, positions, zeros, [Group(0, count, zeros[:1], LENGTH)], outputs)
+def _seconds(decoder: Decoder, cache: KVCache, count: int, length: int) -> float:
+    """Fastest of a few forwards of `count` tokens, each attending on its own as in verification."""
+    index = torch.arange(count, device=decoder.device)
+    slots = index % cache.slots
+    positions = torch.full_like(index, length - 1)
+    batch = TokenBatch(
+        torch.zeros_like(index), positions, slots, [Group(0, 1, slots, key_blocks(length))], index
+    )
     best = float("inf")
     for _ in range(REPEATS):
         start = time.perf_counter()

@@ -26,19 +26,8 @@ KANGAROO = "kangaroo"
 
 
 class KangarooDrafter(Drafter):
-    def __init__(
-        self, gamma: int, eta: float, kangaroo: Kangaroo, decoder: Decoder, policy: SkipPolicy
-    ) -> None:
-        """share: of the layers, those that verification is spared.
-
-        Raises ConfigError when the skip policy skips one of the first layers: drafts could not share them.
-        """
-        skipped = [layer for layer in range(kangaroo.exit_layer) if policy.until[layer] != FOREVER]
-        if skipped:
-            raise ConfigError(
-                f"decode.draft: the adapter follows layer {kangaroo.exit_layer}, and the skip policy skips layer "
-                f"{skipped[0]}; set decode.skip.warmup to at least {kangaroo.exit_layer}"
-            )
+    def __init__(self, gamma: int, eta: float, kangaroo: Kangaroo, decoder: Decoder) -> None:
+        """share: of the layers, those that verification is spared."""
         self.share = kangaroo.exit_layer / len(decoder.layers)
         self._gamma = gamma
         self._eta = eta
@@ -107,3 +96,12 @@ class KangarooDrafter(Drafter):
             if full or confidence < self._eta:
                 drafting.discard(row)
         return sorted(chunks, key=group_key)
+
+
+def check_policy(kangaroo: Kangaroo, policy: SkipPolicy) -> None:
+    """Raises ConfigError when the policy skips one of the adapter's layers: verification could not share them."""
+    if skipped := [layer for layer in range(kangaroo.exit_layer) if policy.until[layer] != FOREVER]:
+        raise ConfigError(
+            f"decode.draft: the adapter follows {kangaroo.exit_layer} layers, and {policy.name} skips layer "
+            f"{skipped[0]}; a policy that keeps the bottom {kangaroo.exit_layer} is wanted (skipdecode: warmup)"
+        )

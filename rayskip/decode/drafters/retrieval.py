@@ -1,4 +1,4 @@
-"""Retrieval (REST, arXiv 2311.08252): what followed the newest tokens in other texts: the replica's own generations
+"""Retrieval (REST, arXiv 2311.08252): what followed the newest tokens in other texts: the replica's own completions
 so far, and a corpus if one is given.
 
 Serves jobs whose completions resemble each other: labels, templates, one format for all rows.
@@ -7,7 +7,7 @@ Serves jobs whose completions resemble each other: labels, templates, one format
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from weakref import WeakKeyDictionary
+from threading import Lock
 
 from rayskip.config import RetrievalDraft
 from rayskip.decode.batch import Chunk
@@ -20,48 +20,47 @@ SIZES = (4, 3, 2)
 
 
 class Store:
-    """All texts in one list, and where each n-gram was last followed by something."""
+    """Whole texts, and where each n-gram was last followed by something. Lanes share it."""
 
     def __init__(self, limit: int) -> None:
+        """limit: tokens kept; a text that does not fit any more replaces all before it."""
         self._limit = limit
-        self._tokens: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}
+        self._lock = Lock()
+        self._size = 0
+        self._next: dict[tuple[int, ...], tuple[Seq[int], int]] = {}
 
-    def add(self, before: Seq[int], tokens: Seq[int]) -> None:
-        """Learn what follows what in `tokens`; before: the few tokens in front of them. Full, it starts anew."""
-        if len(self._tokens) + len(tokens) > self._limit:
-            self._tokens, self._next = [], {}
-        start = len(self._tokens)
-        self._tokens += [*before, *tokens]
-        for at in range(start + len(before), len(self._tokens)):
-            for size in SIZES:
-                if at - size >= start:
-                    self._next[tuple(self._tokens[at - size : at])] = at
+    def add(self, text: Seq[int]) -> None:
+        """Learn what follows what in a text."""
+        with self._lock:
+            if self._size + len(text) > self._limit:
+                self._next, self._size = {}, 0
+            self._size += len(text)
+            for at in range(min(SIZES), len(text)):
+                for size in SIZES:
+                    if size <= at:
+                        self._next[tuple(text[at - size : at])] = (text, at)
 
     def propose(self, suffix: Seq[int], count: int) -> list[int]:
-        """Up to `count` tokens that followed the longest of SIZES ends of `suffix`."""
+        """Up to `count` tokens that followed the longest of SIZES ends of `suffix`, to the end of their text."""
         for size in SIZES:
-            if len(suffix) >= size and (at := self._next.get(tuple(suffix[-size:]))) is not None:
-                return self._tokens[at : at + count]
+            if len(suffix) >= size and (found := self._next.get(tuple(suffix[-size:]))) is not None:
+                text, at = found
+                return list(text[at : at + count])
         return []
 
 
 class RetrievalDrafter(Drafter):
-    def __init__(self, config: RetrievalDraft, corpus: Seq[Seq[int]]) -> None:
+    def __init__(self, config: RetrievalDraft, store: Store) -> None:
         self._config = config
-        self._store = Store(config.max_tokens)
-        for text in corpus:
-            self._store.add((), text)
-        self._seen: WeakKeyDictionary[Sequence, int] = WeakKeyDictionary()
+        self._store = store
+        self._running: set[Sequence] = set()
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
-        longest = SIZES[0]
+        for ended in self._running.difference(rows):  # a row decodes in every step until it ends
+            prompt = ended.prompt.token_ids
+            self._store.add([*prompt[-SIZES[0] :], *ended.generated])
+        self._running = set(rows)
         for row in rows:
-            seen = self._seen.get(row, 0)
-            if len(row.generated) - seen >= self._config.tokens:
-                known = len(row.prompt.token_ids) + seen
-                self._store.add(row.tokens(max(known - longest, 0), known), row.generated[seen:])
-                self._seen[row] = len(row.generated)
-            suffix = row.tokens(max(row.length - longest, 0), row.length)
+            suffix = row.tokens(max(row.length - SIZES[0], 0), row.length)
             row.draft = self._store.propose(suffix, min(self._config.tokens, row.draft_room))
             row.drafter = "retrieval"
