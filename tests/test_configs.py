@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from rayskip.config import (
     BenchConfig,
@@ -18,6 +19,8 @@ from rayskip.config_file import load_config, load_section
 from rayskip.data.output import check_output
 from rayskip.data.prompts import PromptBuilder, check_input
 from rayskip.data.tokenizer import load_tokenizer
+from rayskip.model.checkpoint import check_base, load, trained_policy
+from rayskip.skip import skip_policy
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -49,6 +52,16 @@ def test_configs_of_other_commands_load_and_write_below_out(pattern: str, kind: 
     assert paths
     for path in paths:
         assert load_section(kind, path).output.startswith("out/")
+
+
+def test_the_shipped_adapter_was_trained_for_its_job(smollm2: Path) -> None:
+    job = load_config(ROOT / "configs/e2e_2x.yaml")
+    assert job.model.adapter is not None
+    adapter = ROOT / job.model.adapter
+    check_base(adapter, smollm2)
+    assert trained_policy(adapter) == skip_policy(job.decode.skip, 30).name
+    load(smollm2, torch.bfloat16, torch.device("cpu"), adapter)
+    assert sum(file.stat().st_size for file in adapter.iterdir()) < 8_000_000
 
 
 def test_every_quickstart_row_is_a_prompt(smollm2: Path) -> None:

@@ -64,10 +64,10 @@ def train_skip(config: TrainSkipConfig, on_point: Callable[[Point], None] = lamb
             "examples": len(training),
         }
         (target / LABEL).write_text(json.dumps(label, indent=2) + "\n")
-        ready.tokenizer.save_pretrained(target)
 
     def keep(model: nn.Module, step: int) -> None:
         save(model, output / f"step-{step}", step)
+        ready.tokenizer.save_pretrained(output / f"step-{step}")
 
     looked_at = ready.held_out[: config.held_out_examples]
     model = train(model, loss, training, looked_at, schedule, output, keep, on_point).to(torch.bfloat16)
@@ -75,6 +75,7 @@ def train_skip(config: TrainSkipConfig, on_point: Callable[[Point], None] = lamb
         save(model, output / "adapter", config.steps)
         model = model.merge_and_unload()
     save(model, output / "model", config.steps)
+    ready.tokenizer.save_pretrained(output / "model")
     return output / "model"
 
 
@@ -88,4 +89,6 @@ def _with_adapters(model: Any, config: TrainSkipConfig) -> Any:
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    wrapped: Any = get_peft_model(model, lora)
+    wrapped.peft_config["default"].base_model_name_or_path = config.model.path  # not this machine's folder
+    return wrapped
