@@ -100,12 +100,12 @@ class EngineConfig(Section):
 
     max_batch_rows: int | None = Field(None, ge=1, description="most rows that generate at once")
     max_batch_tokens: int | None = Field(None, ge=16, description="most tokens in one forward")
-    cohort: float = Field(
-        0.0,
+    cohort: float | None = Field(
+        None,
         ge=0,
         le=1,
         description="share of the batch that must be free before rows join, so that they share positions and "
-        "layer sets; 1: static batches",
+        "layer sets; 0: one is enough, 1: static batches; null: 1/4 where layers depend on the position, else 0",
     )
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt + completion; the model's own by default"

@@ -51,6 +51,11 @@ class SkipPolicy:
         return cls(name, tuple(FOREVER if end == len(sets) else end for end in ends))
 
     @property
+    def depends_on_position(self) -> bool:
+        """Whether some layer runs at some generated positions only."""
+        return not set(self.until) <= {0, FOREVER}
+
+    @property
     def is_full(self) -> bool:
         """Whether no layer is ever skipped."""
         return set(self.until) == {FOREVER}

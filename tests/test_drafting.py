@@ -156,12 +156,11 @@ def test_a_stop_string_inside_a_draft_ends_the_row() -> None:
         {"role": "user", "content": "Repeat: one two three. one two three. one two three. one two three."}
     ]
     params = SamplingParams(max_tokens=40, stop=["three"])
-    found = [
-        Engine.load(
-            "smollm2-135m-instruct", None, DecodeConfig.model_validate({"draft": {"kind": kind}})
-        ).generate([chat], params)[0][0]
-        for kind in ("none", "lookup")
-    ]
+    sizes = EngineConfig(max_batch_rows=1)
+    plain = Engine.load("smollm2-135m-instruct", sizes)
+    lookup = DecodeConfig.model_validate({"draft": {"kind": "lookup"}})
+    drafting = Engine(plain.decoder, plain.tokenizer, sizes, lookup)
+    found = [engine.generate([chat], params)[0][0] for engine in (plain, drafting)]
     assert found[0].finish_reason == "stop"
     assert (found[0].text, found[0].token_ids) == (found[1].text, found[1].token_ids)
 

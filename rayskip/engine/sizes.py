@@ -12,6 +12,7 @@ from rayskip.engine.memory import free_bytes
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KEY_BLOCK, KVCache
 from rayskip.model.ops import Group, TokenBatch
+from rayskip.skip import SkipPolicy
 
 CANDIDATES = (32, 64, 128, 256)
 WORTH = 1.1
@@ -21,6 +22,9 @@ MEMORY_SHARE = 0.4
 """Share of the free memory that the KV cache may take when kv_cache_gb is not set."""
 LANE_ROWS = 8
 """Fewest rows worth a lane of their own."""
+COHORT = 0.25
+"""Share of the batch that joins together where depth depends on the position: a layer that few rows run costs
+nearly what it costs for all, so rows of one position are cheaper; larger cohorts leave more places empty."""
 CPU_TOKENS, GPU_TOKENS = 1024, 8192
 """Tokens in one forward when max_batch_tokens is not set: a longer prefill is no faster per token."""
 
@@ -38,11 +42,14 @@ class Sizes:
     cohort: int
 
 
-def choose_sizes(decoder: Decoder, config: EngineConfig, extra_layers: int = 0) -> Sizes:
+def choose_sizes(decoder: Decoder, config: EngineConfig, policy: SkipPolicy, extra_layers: int = 0) -> Sizes:
     """The configured sizes, shared out among the lanes; what is left out is chosen here.
 
     extra_layers: of the KV cache, beside the model's own.
     """
+    cohort = config.cohort
+    if cohort is None:
+        cohort = COHORT if policy.depends_on_position else 0.0
     threads = torch.get_num_threads()
     lanes = _lanes(decoder.device, threads, config.max_batch_rows)
     per_position = KVCache.bytes_per_position(decoder.spec, len(decoder.layers) + extra_layers, decoder.dtype)
@@ -57,7 +64,7 @@ def choose_sizes(decoder: Decoder, config: EngineConfig, extra_layers: int = 0) 
         batch_rows=rows,
         batch_tokens=max(tokens // lanes, rows),
         cache_positions=max(int(free / per_position / lanes), KEY_BLOCK),
-        cohort=max(1, round(config.cohort * rows)),
+        cohort=max(1, round(cohort * rows)),
     )
 
 

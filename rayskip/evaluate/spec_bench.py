@@ -62,7 +62,7 @@ def run_spec_bench(config: SpecBenchConfig, say: Callable[[str], None] = lambda 
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     questions = _questions(config)
-    loaded = Engine.load(config.model)
+    loaded = Engine.load(config.model, EngineConfig(max_batch_rows=1))
     scores: list[Score] = []
     for rows in config.batch_rows:
         sizes = config.engine.model_copy(update={"max_batch_rows": rows})
