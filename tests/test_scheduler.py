@@ -24,13 +24,13 @@ def _sequence(number: int, prompt: list[int], tokens: int) -> Sequence:
 
 
 @settings(deadline=None)
-@given(ROWS, st.integers(1, 6), st.integers(4, 40))
+@given(ROWS, st.integers(1, 6), st.integers(4, 40), st.integers(1, 6))
 def test_every_token_runs_once_within_the_limits(
-    rows: list[tuple[list[int], int]], max_rows: int, max_tokens: int
+    rows: list[tuple[list[int], int]], max_rows: int, max_tokens: int, cohort: int
 ) -> None:
     waiting = deque(_sequence(number, *row) for number, row in enumerate(rows))
     every = list(waiting)
-    scheduler = Scheduler(max_rows, max_tokens, 4 * 128, 1, waiting)
+    scheduler = Scheduler(max_rows, max_tokens, 4 * 128, cohort, waiting)
     cache: dict[int, list[int]] = {}  # what each slot holds
     for _ in range(10_000):
         plan = scheduler.schedule(share=max_rows)
@@ -55,6 +55,20 @@ def test_every_token_runs_once_within_the_limits(
     assert not waiting
     assert not scheduler.running
     assert all(len(row.generated) == row.params.max_tokens for row in every)
+
+
+def test_a_cohort_begins_to_decode_together() -> None:
+    waiting = deque(_sequence(number, [number] * 30, 4) for number in range(6))
+    scheduler = Scheduler(6, 60, 6 * 128, 6, waiting)
+    positions = []
+    for _ in range(6):
+        plan = scheduler.schedule(share=6)
+        positions.append({len(chunk.sequence.generated) for chunk in plan.chunks})
+        for chunk in plan.chunks:
+            chunk.sequence.computed = chunk.stop
+            if chunk.last:
+                chunk.sequence.generated.append(1)
+    assert positions == [{0}, {0}, {0}, {1}, {2}, {3}]
 
 
 def test_a_shared_prefix_is_prefilled_once() -> None:

@@ -86,9 +86,11 @@ class Scheduler:
         """
         plan = StepPlan()
         budget = self.max_tokens
-        for row in self.running:
-            budget -= self._extend(plan, row, budget)
         self._joining = self._may_join(share)
+        held = self._held(share)
+        for row in self.running:
+            if row not in held:
+                budget -= self._extend(plan, row, budget)
         if self._joining and self.waiting and self._fits(self.waiting[0], share) and self._is_cramped():
             self._resize(plan, self.waiting[0])
         while self._joining and budget > 0 and self.waiting and self._fits(self.waiting[0], share):
@@ -111,7 +113,19 @@ class Scheduler:
                 plan.copies.append(Copy(source.slot, row.slot, ready))
                 plan.reused += ready
             budget -= self._extend(plan, row, budget)
+        if not plan.chunks:
+            for row in held:
+                budget -= self._extend(plan, row, budget)
         return plan
+
+    def _held(self, share: int) -> list[Sequence]:
+        """Rows of a cohort that are prefilled wait for its others, so that all begin to decode in one step."""
+        if self.cohort == 1:
+            return []
+        joins = self._joining and bool(self.waiting) and self._fits(self.waiting[0], share)
+        if not joins and not any(row.prefilling for row in self.running):
+            return []
+        return [row for row in self.running if len(row.generated) == 1]
 
     def _extend(self, plan: StepPlan, row: Sequence, budget: int) -> int:
         stop = min(row.length, row.computed + budget)
