@@ -19,6 +19,7 @@ from rayskip.data.records import Prompt
 from rayskip.data.sources import discover, every_row
 from rayskip.engine import Engine
 from rayskip.engine.sizes import Sizes
+from rayskip.evaluate.figure import figure
 from rayskip.stats import Stats
 
 
@@ -131,22 +132,14 @@ def format_timings(timings: Sequence[Timing]) -> str:
 
 def plot(timings: Sequence[Timing], path: Path) -> None:
     """Tokens per second against batch size, one line a mode."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 4))
-    for mode in dict.fromkeys(timing.mode for timing in timings):
-        own = sorted((t.batch_rows, t.tok_s) for t in timings if t.mode == mode)
-        axis.plot(*zip(*own, strict=True), "o-", label=mode)
-    axis.set_xscale("log", base=2)
-    axis.set_xlabel("rows in flight")
-    axis.set_ylabel("completion tokens per second")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with figure(path, (6, 4)) as axis:
+        for mode in dict.fromkeys(timing.mode for timing in timings):
+            own = sorted((t.batch_rows, t.tok_s) for t in timings if t.mode == mode)
+            axis.plot(*zip(*own, strict=True), "o-", label=mode)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("rows in flight")
+        axis.set_ylabel("completion tokens per second")
+        axis.legend()
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -19,6 +19,7 @@ from rayskip.config import DecodeConfig, EvalQualityConfig, QualityRun
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.sources import discover, every_row
 from rayskip.engine import Engine
+from rayskip.evaluate.figure import figure
 
 
 @dataclass(frozen=True)
@@ -99,23 +100,15 @@ def score(texts: Sequence[str], references: Sequence[Sequence[str]], lowercase: 
 
 def plot(results: Sequence[Quality], path: Path) -> None:
     """Quality against layers run and against measured speed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
-    for axis, key, label in zip(
-        axes, ("mean_layers", "speedup"), ("layers run per token", "measured speed-up"), strict=True
-    ):
-        for result in results:
-            axis.plot(getattr(result, key), result.bleu, "o")
-            axis.annotate(result.name, (getattr(result, key), result.bleu))
-        axis.set_xlabel(label)
-    axes[0].set_ylabel("BLEU")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with figure(path, (10, 4), ncols=2, sharey=True) as axes:
+        for axis, key, label in zip(
+            axes, ("mean_layers", "speedup"), ("layers run per token", "measured speed-up"), strict=True
+        ):
+            for result in results:
+                axis.plot(getattr(result, key), result.bleu, "o")
+                axis.annotate(result.name, (getattr(result, key), result.bleu))
+            axis.set_xlabel(label)
+        axes[0].set_ylabel("BLEU")
 
 
 def format_quality(results: Sequence[Quality]) -> str:

@@ -21,6 +21,7 @@ from statistics import mean
 from rayskip.config import EngineConfig, SpecBenchConfig, SpecBenchDrafter
 from rayskip.engine import Engine
 from rayskip.errors import InputError
+from rayskip.evaluate.figure import figure
 from rayskip.stats import Stats
 
 MT_BENCH = "mt_bench"
@@ -201,47 +202,31 @@ def _write(config: SpecBenchConfig, scores: Sequence[Score], output: Path) -> No
 
 def _plot_acceptance(scores: Sequence[Score], path: Path) -> None:
     """Share of verifications with at least so many accepted drafts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(6, 4))
-    for score in scores:
-        lengths = Counter(score.accepted_lengths)
-        if score.task == "overall" and score.drafted:
-            most = max(lengths)
-            shares = [
-                sum(count for length, count in lengths.items() if length >= least) / lengths.total()
-                for least in range(1, most + 1)
-            ]
-            axis.plot(range(1, most + 1), shares, "o-", label=score.drafter)
-    axis.set_xlabel("drafted position")
-    axis.set_ylabel("share of verifications that accept it")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with figure(path, (6, 4)) as axis:
+        for score in scores:
+            lengths = Counter(score.accepted_lengths)
+            if score.task == "overall" and score.drafted:
+                most = max(lengths)
+                shares = [
+                    sum(count for length, count in lengths.items() if length >= least) / lengths.total()
+                    for least in range(1, most + 1)
+                ]
+                axis.plot(range(1, most + 1), shares, "o-", label=score.drafter)
+        axis.set_xlabel("drafted position")
+        axis.set_ylabel("share of verifications that accept it")
+        axis.legend()
 
 
 def _plot_speedups(scores: Sequence[Score], path: Path) -> None:
     """End-to-end bars, one group a subtask."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     names = list(dict.fromkeys(score.drafter for score in scores))
     tasks = list(dict.fromkeys(score.task for score in scores))
-    figure, axis = pyplot.subplots(figsize=(10, 4))
-    width = 0.8 / len(names)
-    for place, name in enumerate(names):
-        heights = [score.speedup for score in scores if score.drafter == name]
-        axis.bar([at + place * width for at in range(len(tasks))], heights, width, label=name)
-    axis.set_xticks([at + 0.4 - width / 2 for at in range(len(tasks))], tasks)
-    axis.axhline(1, color="black", linewidth=0.5)
-    axis.set_ylabel("speed-up")
-    axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with figure(path, (10, 4)) as axis:
+        width = 0.8 / len(names)
+        for place, name in enumerate(names):
+            heights = [score.speedup for score in scores if score.drafter == name]
+            axis.bar([at + place * width for at in range(len(tasks))], heights, width, label=name)
+        axis.set_xticks([at + 0.4 - width / 2 for at in range(len(tasks))], tasks)
+        axis.axhline(1, color="black", linewidth=0.5)
+        axis.set_ylabel("speed-up")
+        axis.legend()

@@ -68,8 +68,13 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
             make = kangaroo_maker(config)
             return Drafters(lambda threads, rows: make(), KANGAROO_LAYERS)
         case AutoDraft():
-            with_kangaroo = config.path is not None or ships_for(decoder, policy)
-            maker = kangaroo_maker(config) if with_kangaroo else None
+            maker = None
+            if config.path is not None or has_shipped(decoder):
+                try:
+                    maker = kangaroo_maker(config)
+                except ConfigError:  # the policy skips the adapter's layers: only one that was named must run
+                    if config.path is not None:
+                        raise
 
             @cache
             def costs(threads: int, rows: int) -> StepCosts:
@@ -79,17 +84,6 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
                 lambda threads, rows: AutoDrafter(config, costs(threads, rows), maker and maker()),
                 KANGAROO_LAYERS if maker else 0,
             )
-
-
-def ships_for(decoder: Decoder, policy: SkipPolicy) -> bool:
-    """Whether an adapter comes with the package that can draft under the policy."""
-    if not has_shipped(decoder):
-        return False
-    try:
-        check_policy(load_kangaroo(decoder, None), policy)
-    except ConfigError:
-        return False
-    return True
 
 
 def _store(config: RetrievalDraft, decoder: Decoder) -> Store:
