@@ -158,8 +158,22 @@ def train_kangaroo(config: Config, overrides: Overrides = None) -> None:
     from rayskip.config_file import load_section
 
     job = load_section(TrainKangarooConfig, config, overrides or ())
-    from rayskip.train.run_kangaroo import format_draft_quality
-    from rayskip.train.run_kangaroo import train_kangaroo as run_training
+    from rayskip.train.run_drafts import format_draft_quality
+    from rayskip.train.run_drafts import train_kangaroo as run_training
+    from rayskip.view import show_point
+
+    print(format_draft_quality(run_training(job, show_point)))
+
+
+@train_app.command("medusa")
+def train_medusa(config: Config, overrides: Overrides = None) -> None:
+    """Train heads that draft from the model's last state; goes on where it stopped."""
+    from rayskip.config import TrainMedusaConfig
+    from rayskip.config_file import load_section
+
+    job = load_section(TrainMedusaConfig, config, overrides or ())
+    from rayskip.train.run_drafts import format_draft_quality
+    from rayskip.train.run_drafts import train_medusa as run_training
     from rayskip.view import show_point
 
     print(format_draft_quality(run_training(job, show_point)))

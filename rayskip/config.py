@@ -194,6 +194,25 @@ class KangarooDraft(Section):
     )
     gamma: int = Field(6, ge=1, description="tokens drafted in a row, at most")
     eta: float = Field(0.6, ge=0, le=1, description="a draft ends after a token less probable than this")
+    branches: int = Field(
+        1, ge=1, description="likeliest tokens verified at each place; the draft goes on from the first"
+    )
+
+
+class MedusaDraft(Section):
+    """Heads on the last state, one for each token ahead (arXiv 2401.10774)."""
+
+    kind: Literal["medusa"]
+    path: str | None = Field(None, description="the heads' folder; by default those that ship for the model")
+    branches: int = Field(1, ge=1, description="likeliest tokens of each head that are verified")
+
+
+class DraftModelDraft(Section):
+    """A smaller model with the same tokenizer drafts greedily (arXiv 2211.17192)."""
+
+    kind: Literal["draft_model"]
+    model: ModelConfig
+    tokens: int = Field(4, ge=1, description="tokens drafted in a row")
 
 
 class RetrievalDraft(Section):
@@ -220,13 +239,21 @@ class AutoDraft(Section):
     max_ngram: int = Field(4, ge=1, description="newest tokens looked up, at most")
     tokens: int = Field(16, ge=1, description="tokens looked up at once, at most")
     gamma: int = Field(6, ge=1, description="tokens that Kangaroo drafts in a row, at most")
+    branches: int = Field(4, ge=1, description="likeliest tokens of Kangaroo at each place, at most")
     eta: float = Field(
         0.6, ge=0, le=1, description="Kangaroo's draft ends after a token less probable than this"
     )
 
 
 DraftConfig = Annotated[
-    NoDraft | LookupDraft | RetrievalDraft | LookaheadDraft | KangarooDraft | AutoDraft,
+    NoDraft
+    | LookupDraft
+    | RetrievalDraft
+    | LookaheadDraft
+    | KangarooDraft
+    | MedusaDraft
+    | DraftModelDraft
+    | AutoDraft,
     Field(discriminator="kind"),
 ]
 
@@ -371,15 +398,26 @@ class TrainSkipConfig(TrainingConfig):
     distill: DistillConfig | None = None
 
 
-class TrainKangarooConfig(TrainingConfig):
+class DraftTrainingConfig(TrainingConfig):
+    """What the trainings of drafters have in common."""
+
+    head_tokens: int = Field(16384, ge=1, description="most frequent tokens, which the draft's head scores")
+
+
+class TrainKangarooConfig(DraftTrainingConfig):
     """Adapters that draft from the model's first layers: `rayskip train kangaroo`."""
 
     exit_layers: tuple[int, ...] = Field(
         (2, 3, 4), min_length=1, description="layers before an adapter, one each"
     )
-    head_tokens: int = Field(16384, ge=1, description="most frequent tokens, which the draft's head scores")
     gamma: int = Field(6, ge=1, description="for the expected tokens per round, as in decode.draft")
     eta: float = Field(0.6, ge=0, le=1, description="as gamma")
+
+
+class TrainMedusaConfig(DraftTrainingConfig):
+    """Heads that draft from the model's last state: `rayskip train medusa`."""
+
+    heads: int = Field(4, ge=1, description="one for each token drafted")
 
 
 class QualityRun(Section):

@@ -13,6 +13,7 @@ from rayskip.config import (
     EvalQualityConfig,
     SpecBenchConfig,
     TrainKangarooConfig,
+    TrainMedusaConfig,
     TrainSkipConfig,
 )
 from rayskip.config_file import load_config, load_section
@@ -42,6 +43,7 @@ def test_config_loads_and_writes_below_out(path: Path) -> None:
     [
         ("train/*_skip.yaml", TrainSkipConfig),
         ("train/kangaroo.yaml", TrainKangarooConfig),
+        ("train/medusa.yaml", TrainMedusaConfig),
         ("eval/*_quality.yaml", EvalQualityConfig),
         ("eval/spec_bench.yaml", SpecBenchConfig),
         ("bench/*.yaml", BenchConfig),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.data.records import Generation, Prompt
+from rayskip.decode.draft import NEWEST, Draft
 from rayskip.decode.drafters.auto import AutoDrafter, Rate, Rounds, round_pays
 from rayskip.decode.drafters.costs import StepCosts, worth_verifying
 from rayskip.decode.drafters.lookup import Index
@@ -23,10 +25,24 @@ from rayskip.decode.sequence import Sequence
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import load, tensors_fingerprint
-from rayskip.model.kangaroo import KangarooLabel, save_kangaroo
+from rayskip.model.forward import Decoder
+from rayskip.model.kangaroo import KangarooLabel
+from rayskip.model.medusa import MedusaLabel
+from rayskip.model.ops import Ops
+from rayskip.model.trained import save_trained
 
 LAYERS, VOCAB, EXIT = 4, 61, 2
-DRAFTERS = ("lookup", "retrieval", "lookahead", "kangaroo", "auto")
+DRAFTERS = (
+    "lookup",
+    "retrieval",
+    "lookahead",
+    "kangaroo",
+    "kangaroo tree of 3",
+    "medusa",
+    "medusa tree of 4",
+    "draft_model",
+    "auto",
+)
 POLICIES: dict[str, dict[str, Any]] = {
     "full": {"kind": "none"},
     "skip": {"kind": "skipdecode", "max_layers": 4, "min_layers": 3, "horizon": 5, "warmup": EXIT},
@@ -34,24 +50,25 @@ POLICIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random model, and in `adapter` a Kangaroo adapter that reads the exit layer as if it were the last."""
-    torch.manual_seed(3)
-    root = tmp_path_factory.mktemp("drafting")
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.15,
-        eos_token_id=2,
-        tie_word_embeddings=True,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(root)
+def folder(tiny_llama: Callable[..., Path]) -> Path:
+    """A tiny random model; in `adapter` a Kangaroo adapter that reads the exit layer as if it were the last, in
+    `heads` Medusa heads that say what the model's own head does, and in `small` its first layers as a model."""
+    config = {
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.15,
+        "eos_token_id": 2,
+    }
+    root = tiny_llama("drafting", 3, num_hidden_layers=LAYERS, **config)
     _save_adapter(root, root / "adapter", tensors_fingerprint(root))
+    label = MedusaLabel("tiny", tensors_fingerprint(root), VOCAB - 5, 0, 0.0, heads=3)
+    heads = {"weights": torch.zeros(3, 64, 64), "biases": torch.zeros(3, 64)}
+    save_trained(root / "heads", label, {**heads, "token_ids": torch.arange(VOCAB - 5)})
+    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.bfloat16)
+    model.model.layers = model.model.layers[:3]
+    model.config.num_hidden_layers = 3
+    model.config.layer_types = None
+    model.save_pretrained(root / "small")
     return root
 
 
@@ -65,13 +82,20 @@ def _save_adapter(model: Path, target: Path, fingerprint: str) -> None:
         "out": layer.out.weight,
         "token_ids": torch.arange(VOCAB - 5),
     }
-    save_kangaroo(target, KangarooLabel("tiny", fingerprint, EXIT, VOCAB - 5, 0, 0.0), tensors)
+    save_trained(target, KangarooLabel("tiny", fingerprint, VOCAB - 5, 0, 0.0, exit_layer=EXIT), tensors)
 
 
 def _draft(kind: str, folder: Path) -> dict[str, Any]:
-    if kind in ("kangaroo", "auto"):
-        return {"kind": kind, "path": str(folder / "adapter"), "gamma": 4, "eta": 0.02}
-    return {"kind": kind}
+    name, _, branches = kind.partition(" tree of ")
+    tree = {"branches": int(branches)} if branches else {}
+    match name:
+        case "kangaroo" | "auto":
+            return {"kind": name, "path": str(folder / "adapter"), "gamma": 4, "eta": 0.02, **tree}
+        case "medusa":
+            return {"kind": name, "path": str(folder / "heads"), **tree}
+        case "draft_model":
+            return {"kind": name, "model": {"path": str(folder / "small")}}
+    return {"kind": name}
 
 
 def _engine(folder: Path, draft: dict[str, Any], policy: str = "full", rows: int = 5) -> Engine:
@@ -123,7 +147,20 @@ def test_tokens_are_those_without_a_drafter(folder: Path, kind: str, policy: str
         )  # a row's first token needs no step
 
 
-@pytest.mark.parametrize("kind", ["lookup", "lookahead", "kangaroo"])
+@pytest.mark.parametrize("kind", ["kangaroo tree of 3", "auto"])
+def test_torchs_operations_follow_branches_too(folder: Path, kind: str) -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    found = []
+    for draft in ({"kind": "none"}, _draft(kind, folder)):
+        spec, weights = load(folder, torch.bfloat16, torch.device("cpu"))
+        decoder = Decoder(spec, weights, Ops(spec), folder)
+        decode = DecodeConfig.model_validate({"draft": draft})
+        engine = Engine(decoder, None, EngineConfig(max_batch_rows=5), decode)
+        found.append(_outcomes(engine.generate(_prompts(), params)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", ["lookup", "lookahead", "kangaroo", "draft_model"])
 def test_good_drafts_save_steps(folder: Path, kind: str) -> None:
     params = SamplingParams(max_tokens=60, ignore_eos=True)
     engine = _engine(folder, _draft(kind, folder))
@@ -151,6 +188,17 @@ def test_rows_at_full_depth_and_at_the_contexts_end_and_on_two_lanes(folder: Pat
     assert outcome(_draft(kind, folder)) == plain
 
 
+@pytest.mark.parametrize("kind", ["kangaroo", "medusa"])
+def test_branches_hold_where_the_chain_does_not(folder: Path, kind: str) -> None:
+    params = SamplingParams(max_tokens=60, ignore_eos=True)
+    gained: list[float] = []
+    for branches in (1, 6):
+        engine = _engine(folder, _draft(f"{kind} tree of {branches}", folder))
+        engine.generate(_prompts(), params)
+        gained.append(engine.take_stats().mean_accepted or 0.0)
+    assert gained[1] > gained[0] + 0.05
+
+
 def test_a_stop_string_inside_a_draft_ends_the_row() -> None:
     chat = [
         {"role": "user", "content": "Repeat: one two three. one two three. one two three. one two three."}
@@ -163,6 +211,20 @@ def test_a_stop_string_inside_a_draft_ends_the_row() -> None:
     found = [engine.generate([chat], params)[0][0] for engine in (plain, drafting)]
     assert found[0].finish_reason == "stop"
     assert (found[0].text, found[0].token_ids) == (found[1].text, found[1].token_ids)
+
+
+def test_a_draft_is_a_tree() -> None:
+    draft = Draft()
+    draft.add_chain([5, 6, 7], "a")
+    assert draft.is_chain
+    assert draft.add(0, 6, "b") == 1
+    assert draft.add(0, 9, "b") == 3
+    assert draft.add(NEWEST, 8, "b") == 4
+    assert (draft.depths, draft.drafters) == ([1, 2, 3, 2, 1], ["a", "a", "a", "b", "b"])
+    assert not draft.is_chain
+    assert (draft.path(3), draft.path(NEWEST)) == ([0, 3], [])
+    draft.cut(2)
+    assert (draft.tokens, draft.child(0, 9), draft.is_chain) == ([5, 6], None, True)
 
 
 def test_auto_goes_from_copies_to_kangaroo_to_nothing_and_back(folder: Path) -> None:
@@ -235,8 +297,14 @@ def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) ->
 
 
 def test_a_model_without_a_shipped_adapter_says_so(folder: Path) -> None:
-    with pytest.raises(ModelError, match="no Kangaroo adapter ships"):
+    with pytest.raises(ModelError, match="nothing ships for this model that drafts as kangaroo"):
         _engine(folder, {"kind": "kangaroo"})
+
+
+def test_a_draft_model_with_other_tokens_is_refused(folder: Path, tiny_llama: Callable[..., Path]) -> None:
+    other = tiny_llama("other", 1, vocab_size=VOCAB + 3, max_position_embeddings=64)
+    with pytest.raises(ModelError, match="same tokenizer"):
+        _engine(folder, {"kind": "draft_model", "model": {"path": str(other)}})
 
 
 def test_skipping_a_layer_that_drafts_is_refused(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from itertools import groupby
@@ -11,13 +12,13 @@ import torch
 
 from rayskip.decode.sequence import Sequence
 from rayskip.model.kv_cache import key_blocks
-from rayskip.model.ops import Group, TokenBatch
+from rayskip.model.ops import Group, Paths, TokenBatch
 from rayskip.skip import SkipPolicy
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Run tokens [start, stop) of a sequence."""
+    """Run a sequence's tokens at places [start, stop)."""
 
     sequence: Sequence
     start: int
@@ -27,6 +28,11 @@ class Chunk:
     def last(self) -> bool:
         """Whether its last token is the newest one or a draft, so that a choice follows it."""
         return self.stop >= self.sequence.length
+
+    @property
+    def branches(self) -> bool:
+        """Whether it is a drafted token that does not lie right behind the tokens before it."""
+        return self.start >= self.sequence.length and not self.sequence.draft.is_chain
 
     @property
     def generated(self) -> bool:
@@ -45,11 +51,15 @@ def token_batch(chunks: Seq[Chunk], policy: SkipPolicy, device: torch.device) ->
     outputs: list[int] = []
     groups: list[Group] = []
     skip_positions: list[int] = []
+    branches: dict[int, Chunk] = {}
     for (skip_position, width, keys), members in groupby(chunks, group_key):
         start = len(ids)
         for chunk in members:
+            first = chunk.sequence.position(chunk.start)
+            if chunk.branches:
+                branches[len(ids)] = chunk
             ids += chunk.sequence.tokens(chunk.start, chunk.stop)
-            positions += range(chunk.start, chunk.stop)
+            positions += range(first, first + width)
             slots += [chunk.sequence.slot] * width
             skip_positions += [skip_position] * width
             if chunk.last:
@@ -58,7 +68,23 @@ def token_batch(chunks: Seq[Chunk], policy: SkipPolicy, device: torch.device) ->
     packed = torch.tensor([ids, positions, slots], device=device)
     logits_of = torch.tensor(outputs, dtype=torch.long, device=device)
     active = None if policy.is_full else np.searchsorted(skip_positions, policy.until).tolist()
-    return TokenBatch(packed[0], packed[1], packed[2], groups, logits_of, active)
+    paths = _paths(positions, branches, device) if branches else None
+    return TokenBatch(packed[0], packed[1], packed[2], groups, logits_of, active, paths)
+
+
+def _paths(positions: Seq[int], branches: Mapping[int, Chunk], device: torch.device) -> Paths:
+    """branches: index in the batch -> chunk."""
+    places, starts = list(positions), [position + 1 for position in positions]
+    deepest = max(
+        chunk.sequence.draft.depths[chunk.start - chunk.sequence.length] for chunk in branches.values()
+    )
+    after = [[0] * deepest for _ in positions]
+    for at, chunk in branches.items():
+        path = chunk.sequence.path(chunk.start)
+        places[at], starts[at] = chunk.start, chunk.sequence.length
+        after[at][: len(path)] = path
+    packed = torch.tensor([places, starts], device=device)
+    return Paths(packed[0], packed[1], torch.tensor(after, device=device))
 
 
 def group_key(chunk: Chunk) -> tuple[int, int, int]:
@@ -66,8 +92,8 @@ def group_key(chunk: Chunk) -> tuple[int, int, int]:
 
     A chunk is either prompt or one generated token, so its tokens share a depth. Sorted, the deepest come first.
     """
-    skip_position = chunk.sequence.skip_position(chunk.start)
-    return skip_position, chunk.stop - chunk.start, key_blocks(chunk.stop)
+    first, width = chunk.sequence.position(chunk.start), chunk.stop - chunk.start
+    return chunk.sequence.skip_position(first), width, key_blocks(first + width)
 
 
 def draft_chunks(row: Sequence) -> list[Chunk]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from rayskip.config import SamplingParams
 from rayskip.data.records import Prompt, TokenLogprob
+from rayskip.decode.draft import Draft
 
 
 @dataclass(eq=False)
@@ -18,7 +19,7 @@ class Sequence:
     computed: tokens whose keys and values are in the cache, at slot `slot`.
     limit: tokens it may come to have, prompt and completion together. reserved: positions kept for them.
     full_depth: every layer runs, whatever the engine's skip policy.
-    draft: tokens proposed to follow, during a step; drafter: which kind proposed them.
+    draft: tokens proposed to follow, during a step; they lie in the cache behind the known ones, node by node.
     draft_cached: tokens whose keys and values a drafter's own cache layers hold, with those before them.
     """
 
@@ -31,8 +32,7 @@ class Sequence:
     slot: int = -1
     computed: int = 0
     generated: list[int] = field(default_factory=list)
-    draft: list[int] = field(default_factory=list)
-    drafter: str = ""
+    draft: Draft = field(default_factory=Draft)
     draft_cached: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_array: NDArray[np.int64] = field(init=False, repr=False)
@@ -60,16 +60,30 @@ class Sequence:
 
     @property
     def draft_room(self) -> int:
-        """Most tokens worth proposing: verification adds one of its own."""
+        """Most tokens worth proposing one after the other: verification adds one of its own."""
         return max(0, self.limit - self.length - 1)
 
+    @property
+    def draft_places(self) -> int:
+        """Places for a draft in the cache."""
+        return self.reserved - self.length
+
+    def position(self, place: int) -> int:
+        """Position in the text of the token at a place in the cache; they differ in the branches of a draft."""
+        node = place - self.length
+        return place if node < 0 else self.length - 1 + self.draft.depths[node]
+
+    def path(self, place: int) -> list[int]:
+        """Places of the drafted tokens before the one at `place`, and its own."""
+        return [self.length + node for node in self.draft.path(place - self.length)]
+
     def tokens(self, start: int, stop: int) -> list[int]:
-        """Tokens [start, stop), known ones and then the draft."""
+        """Tokens at places [start, stop), known ones and then the draft."""
         prompt, known = len(self.prompt.token_ids), self.length
         return (
             self.prompt.token_ids[start:stop]
             + self.generated[max(start - prompt, 0) : max(stop - prompt, 0)]
-            + self.draft[max(start - known, 0) : max(stop - known, 0)]
+            + self.draft.tokens[max(start - known, 0) : max(stop - known, 0)]
         )
 
     def common_prefix(self, other: Sequence) -> int:

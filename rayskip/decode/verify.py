@@ -1,4 +1,4 @@
-"""What the model itself says at every drafted position: the longest agreeing start of a draft, and one token more.
+"""What the model itself says at every drafted position: a draft's longest agreeing path, and one token more.
 
 A token is a function of logits, parameters and the row's own uniform at that position, also when sampling. So a
 draft is right where it equals that token, and the completion is, token by token, the one without a drafter; no
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from rayskip.decode.draft import NEWEST
 from rayskip.decode.randomness import uniform
 from rayskip.decode.sampling import Choice, Draw, choose
 from rayskip.decode.sequence import Sequence
@@ -21,40 +22,48 @@ from rayskip.decode.sequence import Sequence
 class Verdict:
     """What verification said of one row.
 
-    choices: the tokens that follow: those of its draft that hold, and one of the model's own. guesses: the model's
-    token after each start of the draft, the wrong ones too (None: logits not finite). place: where among the
-    verified places the last of `choices` was chosen.
+    choices: the tokens that follow: those of its draft that hold, and one of the model's own. path: the draft's
+    nodes that hold, in order. guesses: the model's token after the newest one and after each node, those that do
+    not hold too (None: logits not finite). place: where among the verified places the last of `choices` was chosen.
     """
 
     choices: list[Choice]
+    path: list[int]
     guesses: list[int | None]
     place: int
 
     @property
     def accepted(self) -> int:
         """Drafted tokens that hold."""
-        return len(self.choices) - 1
+        return len(self.path)
 
 
 def verify(logits: Tensor, places: Seq[tuple[Sequence, int]]) -> dict[Sequence, Verdict]:
     """The verdict on every row among `places`.
 
-    logits [R, V]: of `places`, (row, number of its draft's tokens that are taken as given), in any order. Every row
-    has all numbers from 0 to the length of its draft.
+    logits [R, V]: of `places`, (row, node of its draft, or NEWEST), in any order; NEWEST and all nodes of each row.
     """
-    choices = choose(logits, [_draw(row, offset) for row, offset in places]) if places else []
+    choices = choose(logits, [_draw(row, node) for row, node in places]) if places else []
     at = {place: index for index, place in enumerate(places)}
     verdicts = {}
     for row in dict.fromkeys(row for row, _ in places):
-        own = [choices[at[row, offset]] for offset in range(len(row.draft) + 1)]
-        guesses = [choice.token_id for choice in own]
-        held = next((n for n, token in enumerate(row.draft) if guesses[n] != token), len(row.draft))
-        verdicts[row] = Verdict(own[: held + 1], guesses, at[row, held])
+        own = {node: choices[at[row, node]] for node in range(NEWEST, len(row.draft))}
+        node, path, chosen = NEWEST, [], [own[NEWEST]]
+        while (token := chosen[-1].token_id) is not None and (
+            child := row.draft.child(node, token)
+        ) is not None:
+            node = child
+            path.append(node)
+            chosen.append(own[node])
+        verdicts[row] = Verdict(chosen, path, [choice.token_id for choice in own.values()], at[row, node])
     return verdicts
 
 
-def _draw(row: Sequence, offset: int) -> Draw:
-    params, position = row.params, len(row.generated) + offset
-    seen = row.tokens(0, row.length + offset) if params.repetition_penalty != 1 else ()
+def _draw(row: Sequence, node: int) -> Draw:
+    params, path = row.params, row.draft.path(node)
+    seen: list[int] = []
+    if params.repetition_penalty != 1:
+        seen = [*row.tokens(0, row.length), *(row.draft.tokens[at] for at in path)]
+    position = len(row.generated) + len(path)
     chance = uniform(row.prompt.key, row.sample, position) if params.temperature else 0.0
     return Draw(params, chance, seen)

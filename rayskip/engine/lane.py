@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from rayskip.decode.batch import Chunk, draft_chunks, group_key, token_batch
+from rayskip.decode.draft import Draft
 from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.sampling import Choice
 from rayskip.decode.sequence import Sequence
@@ -32,12 +33,13 @@ from rayskip.stats import Stats
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoding row in a step: position of its newest token, and the draft that ran behind it."""
+    """A decoding row in a step: position of its newest token, the draft that ran behind it, and its nodes that
+    hold."""
 
     row: Sequence
     position: int
-    drafted: int
-    drafter: str
+    draft: Draft
+    path: list[int]
 
 
 @dataclass(frozen=True)
@@ -92,17 +94,20 @@ class Lane:
         hidden = self._hidden(chunks, batch, states)
         logits = self._decoder.logits(hidden)
         middle = time.perf_counter()
-        places = [(chunk.sequence, chunk.stop - chunk.sequence.length) for chunk in chunks if chunk.last]
+        places = [(chunk.sequence, chunk.stop - 1 - chunk.sequence.length) for chunk in chunks if chunk.last]
         verdicts = verify(logits, places)
         for row, verdict in verdicts.items():
             if verdict.choices[-1].token_id is None:
                 self._cache.clear(row.slot)
-            elif None in verdict.guesses:
+                continue
+            if verdict.path != list(range(verdict.accepted)):
+                self._cache.move(row.slot, [row.length + node for node in verdict.path], row.length)
+            if None in verdict.guesses:
                 self._cache.clear(row.slot, row.length + verdict.accepted)
         self._drafter.observe(verdicts, hidden)
-        decoded = [Decoded(row, row.length - 1, len(row.draft), row.drafter) for row in decoding]
+        decoded = [Decoded(row, row.length - 1, row.draft, verdicts[row].path) for row in decoding]
         for row in decoding:
-            row.draft = []
+            row.draft = Draft()
         return StepResult(
             {row: verdict.choices for row, verdict in verdicts.items()},
             decoded,
@@ -117,7 +122,9 @@ class Lane:
             x = decoder.embed(batch)
         else:
             at = [
-                states.rows[chunk.sequence, at] for chunk in chunks for at in range(chunk.start, chunk.stop)
+                states.rows[chunk.sequence, place]
+                for chunk in chunks
+                for place in range(chunk.start, chunk.stop)
             ]
             x, first = states.x[at], states.layer
         return decoder.run_layers(x, batch, self._cache, first, len(decoder.layers))[batch.outputs]
@@ -127,7 +134,7 @@ class Lane:
         room = self._sizes.batch_tokens - sum(chunk.stop - chunk.start for chunk in plan.chunks)
         if sum(len(row.draft) for row in rows) > room:
             for row in rows:
-                row.draft = row.draft[: max(room, 0) // len(rows)]
+                row.draft.cut(max(room, 0) // len(rows))
 
     def count(self, plan: StepPlan, result: StepResult, gained: Mapping[Sequence, int]) -> Stats:
         """What a step ran and what came of it. gained: tokens that each row got; where one ended inside its draft,
@@ -138,21 +145,21 @@ class Lane:
         }  # at least the newest token ran for good
         useful = in_vain = 0
         newest: Counter[int] = Counter()
-        for ran in result.decoded:
-            depths = [
-                self._policy.depth(ran.row.skip_position(ran.position + offset))
-                for offset in range(ran.drafted + 1)
-            ]
-            newest[depths[0]] += 1
-            useful += sum(depths[: got[ran.row]])
-            in_vain += sum(depths[got[ran.row] :])
-        tokens = sum(got.values())
         drafted_by: Counter[str] = Counter()
         accepted_by: Counter[str] = Counter()
         for ran in result.decoded:
-            if ran.drafted:
-                drafted_by[ran.drafter] += ran.drafted
-                accepted_by[ran.drafter] += got[ran.row] - 1
+            depths = [
+                self._policy.depth(ran.row.skip_position(ran.position + offset))
+                for offset in (0, *ran.draft.depths)
+            ]
+            held = ran.path[: got[ran.row] - 1]
+            good = depths[0] + sum(depths[1 + node] for node in held)
+            newest[depths[0]] += 1
+            useful += good
+            in_vain += sum(depths) - good
+            drafted_by.update(ran.draft.drafters)
+            accepted_by.update(ran.draft.drafters[node] for node in held)
+        tokens = sum(got.values())
         steady = not plan.prefills
         return Stats(
             steps=1,

@@ -9,40 +9,28 @@ Shapes: N tokens, d hidden, Hq query heads, D head dim, V' listed tokens.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from rayskip.errors import ModelError
-from rayskip.model.checkpoint import tensors_fingerprint
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.linear import Linear
 from rayskip.model.ops import TokenBatch, normalise
 from rayskip.model.spec import Dense, Norm
-
-WEIGHTS, LABEL = "kangaroo.safetensors", "kangaroo.json"
-SHIPPED = Path(__file__).parent / "shipped"
-"""Adapters that come with the package, one folder each."""
+from rayskip.model.trained import Label, check_shapes, load_trained
 
 
 @dataclass(frozen=True)
-class KangarooLabel:
-    """What stands beside the weights. base_tensors: fingerprint of the model it was trained on.
+class KangarooLabel(Label):
+    """exit_layer: layers before the adapter."""
 
-    exit_layer: layers before the adapter. steps: of training. agreement: share of held-out tokens where both choose
-    the same.
-    """
+    KIND: ClassVar[str] = "kangaroo"
 
-    base: str
-    base_tensors: str
     exit_layer: int
-    tokens: int
-    steps: int
-    agreement: float
 
 
 class Kangaroo:
@@ -71,13 +59,13 @@ class Kangaroo:
         rope = self._decoder.rope(self._rope)
         return self._decoder.ops.attention(q, k, v, rope, self._cache_layer, None, batch, cache)
 
-    def propose(self, x: Tensor, attended: Tensor) -> tuple[list[int], list[float]]:
-        """The likeliest next token after each of N, and its probability among the listed ones.
+    def propose(self, x: Tensor, attended: Tensor, count: int) -> tuple[list[list[int]], list[list[float]]]:
+        """The `count` likeliest next tokens after each of N, and their probabilities on the list: [N, count].
 
         x [N, d], attended [N, Hq * D]: as given to and returned by `attend`.
         """
         hidden = normalise(x + self._out(attended), self._final_norm)
-        best = torch.softmax(self._head(hidden).float(), dim=-1).max(dim=-1)
+        best = torch.softmax(self._head(hidden).float(), dim=-1).topk(count)
         return self.token_ids[best.indices].tolist(), best.values.tolist()
 
 
@@ -94,54 +82,7 @@ def adapter_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
 
 
 def load_kangaroo(decoder: Decoder, folder: Path | None) -> Kangaroo:
-    """Read an adapter; without a folder, the one that ships for this model.
-
-    Raises ModelError when there is none, or when it was made for another model.
-    """
-    from safetensors.torch import load_file
-
-    fingerprint = tensors_fingerprint(decoder.folder) if decoder.folder else None
-    folder = folder or _shipped(fingerprint)
-    if folder is None:
-        raise ModelError(
-            "decode.draft.path: no Kangaroo adapter ships for this model; train one and name its folder"
-        )
-    if missing := [name for name in (LABEL, WEIGHTS) if not (folder / name).is_file()]:
-        raise ModelError(
-            f"decode.draft.path: {folder} has no {missing[0]}; `rayskip train kangaroo` makes one"
-        )
-    label = KangarooLabel(**json.loads((folder / LABEL).read_text()))
-    if fingerprint is not None and fingerprint != label.base_tensors:
-        raise ModelError(
-            f"decode.draft.path: {folder} was trained on {label.base}, {decoder.folder} is another model"
-        )
-    tensors = load_file(folder / WEIGHTS)
-    for name, shape in {**adapter_shapes(decoder), "token_ids": (label.tokens,)}.items():
-        if name not in tensors or tuple(tensors[name].shape) != shape:
-            raise ModelError(f"decode.draft.path: {folder} has no tensor {name} of shape {list(shape)}")
+    """Read an adapter; without a folder, the one that ships for this model. Raises ModelError as `load_trained`."""
+    label, tensors, found = load_trained(KangarooLabel, decoder, folder)
+    check_shapes(tensors, {**adapter_shapes(decoder), "token_ids": (label.tokens,)}, found)
     return Kangaroo(decoder, label.exit_layer, tensors)
-
-
-def save_kangaroo(folder: Path, label: KangarooLabel, tensors: dict[str, Tensor]) -> None:
-    """Write an adapter that `load_kangaroo` reads; weights in bfloat16."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    ready = {
-        name: tensor.to(torch.int32 if name == "token_ids" else torch.bfloat16).contiguous()
-        for name, tensor in tensors.items()
-    }
-    save_file(ready, folder / WEIGHTS)
-    (folder / LABEL).write_text(json.dumps(asdict(label), indent=2) + "\n")
-
-
-def has_shipped(decoder: Decoder) -> bool:
-    """Whether an adapter for the model comes with the package."""
-    return decoder.folder is not None and _shipped(tensors_fingerprint(decoder.folder)) is not None
-
-
-def _shipped(fingerprint: str | None) -> Path | None:
-    for label in sorted(SHIPPED.glob(f"*/{LABEL}")):
-        if json.loads(label.read_text())["base_tensors"] == fingerprint:
-            return label.parent
-    return None

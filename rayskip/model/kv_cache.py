@@ -76,6 +76,17 @@ class KVCache:
         keys = self.keys[layer, :, :, :length].index_select(0, slots)
         return keys, self.values[layer, :, :, :length].index_select(0, slots)
 
+    def read_places(self, layer: int, slots: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of places [R, T] of slots [R]: keys, values [R, Hkv, T, D]."""
+        rows = slots.unsqueeze(1)
+        keys, values = (stored[layer][rows, :, places].transpose(1, 2) for stored in (self.keys, self.values))
+        return keys.contiguous(), values.contiguous()
+
+    def move(self, slot: int, sources: list[int], target: int) -> None:
+        """Copy a slot's positions `sources` to those from `target` on, in every layer."""
+        for stored in (self.keys, self.values):
+            stored[:, slot, :, target : target + len(sources)] = stored[:, slot][:, :, sources]
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot to another, in every layer."""
         for stored in (self.keys, self.values):

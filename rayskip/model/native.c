@@ -165,11 +165,12 @@ INLINE void rotate(const element *x, element *out, const element *cosines, const
     }
 }
 
-/* Turns q [N, H, D] in place; turns k [N, K, D] and stores it with v [N, K, D] in one layer of the cache.
- * stride: elements from one token to the next in q, k and v. cosines, sines: [positions, turned]. */
+/* Turns q [N, H, D] in place; turns k [N, K, D] and stores it with v [N, K, D] in one layer of the cache, at
+ * `places` [N]. stride: elements from one token to the next in q, k and v. cosines, sines: [positions, turned]. */
 void rotate_and_store(const Shape *shape, element *q, element *k, const element *v, const int64_t stride[3],
                       const element *cosines, const element *sines, int64_t turned, const int64_t *slots,
-                      const int64_t *positions, element *keys, element *values, int64_t tokens) {
+                      const int64_t *positions, const int64_t *places, element *keys, element *values,
+                      int64_t tokens) {
     const int64_t dim = shape->dim;
     for (int64_t token = 0; token < tokens; token++) {
         const element *cosine = cosines + positions[token] * turned, *sine = sines + positions[token] * turned;
@@ -181,21 +182,31 @@ void rotate_and_store(const Shape *shape, element *q, element *k, const element 
                 rotate(k_row + head * dim, k_row + head * dim, cosine, sine, turned);
         }
         for (int64_t head = 0; head < shape->kv_heads; head++) {
-            int64_t place = ((slots[token] * shape->kv_heads + head) * shape->length + positions[token]) * dim;
+            int64_t place = ((slots[token] * shape->kv_heads + head) * shape->length + places[token]) * dim;
             memcpy(keys + place, k_row + head * dim, dim * sizeof *keys);
             memcpy(values + place, v + token * stride[2] + head * dim, dim * sizeof *values);
         }
     }
 }
 
+/* Where the keys of one token's positions lie: below `start` at the position itself, from there on at `after`. */
+typedef struct {
+    int64_t start, last;
+    const int64_t *after;
+} Path;
+
+INLINE int64_t place_of(const Path *path, int64_t position) {
+    return position < path->start || position >= path->last ? position : path->after[position - path->start];
+}
+
 /* Scores of `count` query heads of one token against keys [first, last); first is a multiple of LANES, reads run
- * to the next multiple past last. scores [count, room] begin at key `first`. */
-INLINE void score(const element *q, const element *keys, float *scores, int64_t room, int64_t first, int64_t last,
-                  const int count, const int64_t dim, float scale) {
+ * to the next multiple past last. scores [count, room] begin at key `from`. */
+INLINE void score(const element *q, const element *keys, float *scores, int64_t room, int64_t from, int64_t first,
+                  int64_t last, const Path *path, const int count, const int64_t dim, float scale) {
     for (int64_t block = first; block < last; block += LANES) {
         floats partial[4][LANES];
         for (int key = 0; key < LANES; key++) {
-            const element *k = keys + (block + key) * dim;
+            const element *k = keys + (path ? place_of(path, block + key) : block + key) * dim;
             for (int64_t i = 0; i < dim; i += 2 * LANES)
                 __builtin_prefetch(k + KEYS_AHEAD * dim + i);
             for (int head = 0; head < count; head++)
@@ -208,7 +219,7 @@ INLINE void score(const element *q, const element *keys, float *scores, int64_t 
         }
         for (int head = 0; head < count; head++) {
             floats total = lane_sums(partial[head]) * scale;
-            memcpy(scores + head * room + (block - first), &total, sizeof total);
+            memcpy(scores + head * room + (block - from), &total, sizeof total);
         }
     }
 }
@@ -242,14 +253,21 @@ INLINE float weigh(float *scores, int64_t first, int64_t visible, int64_t last, 
 
 /* out [count, dim] = weights [count, room] over values [first, last), divided by totals. */
 INLINE void mix(const float *weights, int64_t room, const element *values, int64_t first, int64_t last,
-                const float *totals, element *out, const int count, const int64_t dim) {
+                const Path *path, const float *totals, element *out, const int count, const int64_t dim) {
+    const int64_t straight = path->start < last ? path->start : last;
     for (int64_t part = 0; part < dim; part += 4 * LANES) {
         const int parts = dim - part < 4 * LANES ? (int)((dim - part) / LANES) : 4;
         floats mixed[4][4] = {0};
-        for (int64_t key = first; key < last; key++)
+        for (int64_t key = first; key < straight; key++)
             for (int i = 0; i < parts; i++) {
                 floats value = load(values + key * dim + part + i * LANES);
                 __builtin_prefetch(values + (key + KEYS_AHEAD) * dim + part + i * LANES);
+                for (int head = 0; head < count; head++)
+                    mixed[head][i] += weights[head * room + key - first] * value;
+            }
+        for (int64_t key = first > straight ? first : straight; key < last; key++)
+            for (int i = 0; i < parts; i++) {
+                floats value = load(values + place_of(path, key) * dim + part + i * LANES);
                 for (int head = 0; head < count; head++)
                     mixed[head][i] += weights[head * room + key - first] * value;
             }
@@ -260,38 +278,45 @@ INLINE void mix(const float *weights, int64_t room, const element *values, int64
 }
 
 INLINE void attend_heads(const Shape *shape, const element *q, const element *keys, const element *values,
-                         int64_t position, float *scores, element *out, const int count, const int64_t dim) {
-    const int64_t last = position + 1, room = shape->length;
+                         const Path *path, float *scores, element *out, const int count, const int64_t dim) {
+    const int64_t last = path->last, room = shape->length;
     const int64_t visible = shape->window && shape->window < last ? last - shape->window : 0;
     const int64_t first = visible / LANES * LANES;
+    int64_t straight = path->start < last ? path->start / LANES * LANES : last;
     float totals[4];
-    score(q, keys, scores, room, first, last, count, dim, shape->scale);
+    straight = straight < first ? first : straight;
+    score(q, keys, scores, room, first, first, straight, NULL, count, dim, shape->scale);
+    score(q, keys, scores, room, first, straight, last, path, count, dim, shape->scale);
     for (int head = 0; head < count; head++)
         totals[head] = weigh(scores + head * room, first, visible, last, shape->softcap);
-    mix(scores, room, values, first, last, totals, out, count, dim);
+    mix(scores, room, values, first, last, path, totals, out, count, dim);
 }
 
 /* The number of heads and, where it is a usual one, the dim are known to the compiler. */
 INLINE void attend_some(const Shape *shape, const element *q, const element *keys, const element *values,
-                        int64_t position, float *scores, element *out, const int count) {
+                        const Path *path, float *scores, element *out, const int count) {
     if (shape->dim == 64)
-        attend_heads(shape, q, keys, values, position, scores, out, count, 64);
+        attend_heads(shape, q, keys, values, path, scores, out, count, 64);
     else if (shape->dim == 128)
-        attend_heads(shape, q, keys, values, position, scores, out, count, 128);
+        attend_heads(shape, q, keys, values, path, scores, out, count, 128);
     else
-        attend_heads(shape, q, keys, values, position, scores, out, count, shape->dim);
+        attend_heads(shape, q, keys, values, path, scores, out, count, shape->dim);
 }
 
 /* Causal attention of N tokens, each over its own slot's keys up to its own position: q [N, H, D] with `stride`
  * elements between tokens, keys and values [slots, K, T, D] of one layer -> out [N, H, D]. D and T: multiples of
- * LANES. Returns 0, or 1 when memory is out. */
+ * LANES. starts [N], after [N, branch]: see Path; NULL where every key lies at its position. Returns 0, or 1 when
+ * memory is out. */
 int attend(const Shape *shape, const element *q, int64_t stride, const element *keys, const element *values,
-           const int64_t *slots, const int64_t *positions, element *out, int64_t tokens) {
+           const int64_t *slots, const int64_t *positions, const int64_t *starts, const int64_t *after,
+           int64_t branch, element *out, int64_t tokens) {
     const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
     float *scores = aligned_alloc(64, 4 * shape->length * sizeof *scores);
     if (!scores)
         return 1;
-    for (int64_t token = 0; token < tokens; token++)
+    for (int64_t token = 0; token < tokens; token++) {
+        const int64_t last = positions[token] + 1;
+        const Path path = {starts ? starts[token] : last, last, starts ? after + token * branch : NULL};
         for (int64_t kv_head = 0; kv_head < shape->kv_heads; kv_head++) {
             int64_t place = (slots[token] * shape->kv_heads + kv_head) * shape->length * dim;
             for (int64_t head = 0; head < shared; head += 4) {
@@ -300,19 +325,20 @@ int attend(const Shape *shape, const element *q, int64_t stride, const element *
                 element *to = out + token * shape->heads * dim + at;
                 switch (shared - head) {
                 case 1:
-                    attend_some(shape, query, keys + place, values + place, positions[token], scores, to, 1);
+                    attend_some(shape, query, keys + place, values + place, &path, scores, to, 1);
                     break;
                 case 2:
-                    attend_some(shape, query, keys + place, values + place, positions[token], scores, to, 2);
+                    attend_some(shape, query, keys + place, values + place, &path, scores, to, 2);
                     break;
                 case 3:
-                    attend_some(shape, query, keys + place, values + place, positions[token], scores, to, 3);
+                    attend_some(shape, query, keys + place, values + place, &path, scores, to, 3);
                     break;
                 default:
-                    attend_some(shape, query, keys + place, values + place, positions[token], scores, to, 4);
+                    attend_some(shape, query, keys + place, values + place, &path, scores, to, 4);
                 }
             }
         }
+    }
     free(scores);
     return 0;
 }

@@ -89,17 +89,24 @@ class NativeOps(Ops):
         cache: KVCache,
     ) -> Tensor:
         shape = self._shape(cache, window)
-        at = batch.slots.data_ptr(), batch.positions.data_ptr()
+        at, paths = (batch.slots.data_ptr(), batch.positions.data_ptr()), batch.paths
+        branches = (
+            (None, None, 0)
+            if paths is None
+            else (paths.starts.data_ptr(), paths.after.data_ptr(), paths.after.shape[1])
+        )
         stored = cache.keys[layer].data_ptr(), cache.values[layer].data_ptr()
         strides = (c_int64 * 3)(q.stride(0), k.stride(0), v.stride(0))
         table = (
             (None, None, 0) if rope is None else (rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[1])
         )
+        places = batch.places.data_ptr()
         self._library.rotate_and_store(
-            shape, q.data_ptr(), k.data_ptr(), v.data_ptr(), strides, *table, *at, *stored, len(q)
+            shape, q.data_ptr(), k.data_ptr(), v.data_ptr(), strides, *table, *at, places, *stored, len(q)
         )
         out = q.new_empty(len(q), self.spec.heads * self.spec.head_dim)
-        if self._library.attend(shape, q.data_ptr(), q.stride(0), *stored, *at, out.data_ptr(), len(q)):
+        query = q.data_ptr(), q.stride(0)
+        if self._library.attend(shape, *query, *stored, *at, *branches, out.data_ptr(), len(q)):
             raise MemoryError("no memory for attention scores")
         return out
 
@@ -136,8 +143,8 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
     pointer, number = c_void_p, c_int64
     library.add_rms_norm.argtypes = [pointer] * 4 + [number] * 2 + [c_float]
     library.silu_gate.argtypes = [pointer] * 2 + [number] * 2
-    library.rotate_and_store.argtypes = [pointer] * 7 + [number] + [pointer] * 4 + [number]
-    library.attend.argtypes = [pointer] * 2 + [number] + [pointer] * 5 + [number]
+    library.rotate_and_store.argtypes = [pointer] * 7 + [number] + [pointer] * 5 + [number]
+    library.attend.argtypes = [pointer] * 2 + [number] + [pointer] * 6 + [number, pointer, number]
     for function in (library.add_rms_norm, library.silu_gate, library.rotate_and_store):
         function.restype = None
     return library

@@ -39,12 +39,33 @@ class Group:
         return self.start + self.rows * self.width
 
 
+@dataclass(frozen=True)
+class Paths:
+    """Where keys lie of tokens in the branches of a draft, whose place in the cache is not their position.
+
+    places [N]: of each token's own keys. starts [N]: positions before it are their own places; from there on,
+    `after` [N, P] tells them, up to the token's own. A token that is in no branch starts past its position.
+    """
+
+    places: Tensor
+    starts: Tensor
+    after: Tensor
+
+    def keys(self, positions: Tensor, start: int, stop: int, count: int) -> Tensor:
+        """Places of positions 0 to count of tokens [start, stop): [stop - start, count]."""
+        own, after = self.starts[start:stop, None], self.after[start:stop]
+        every = torch.arange(count, device=after.device).expand(stop - start, count)
+        on_path = (every >= own) & (every <= positions[start:stop, None])
+        return torch.where(on_path, after.gather(1, (every - own).clamp(0, after.shape[1] - 1)), every)
+
+
 @dataclass
 class TokenBatch:
     """Packed tokens of one step, deepest first: ids, positions and slots [N], the groups that cover them in order,
     and the tokens whose logits are wanted (indices [R]).
 
-    active: how many tokens each layer runs, always the first ones; None: all, in every layer.
+    active: how many tokens each layer runs, always the first ones; None: all, in every layer. paths: where keys
+    lie; None: each at its position.
     """
 
     token_ids: Tensor
@@ -53,7 +74,13 @@ class TokenBatch:
     groups: list[Group]
     outputs: Tensor
     active: list[int] | None = None
+    paths: Paths | None = None
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+
+    @property
+    def places(self) -> Tensor:
+        """Where in its slot each token's keys and values lie, [N]."""
+        return self.positions if self.paths is None else self.paths.places
 
     def mask(self, index: int, window: int | None, heads: int, dtype: torch.dtype) -> Tensor:
         """0 where a query may look, -inf elsewhere: [rows, 1, width * heads, T]; made once per step."""
@@ -108,7 +135,7 @@ class Ops:
         if rope is not None:
             cos, sin = rope.cos[positions].unsqueeze(1), rope.sin[positions].unsqueeze(1)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        cache.write(layer, slots, positions, k, v)
+        cache.write(layer, slots, batch.places[: len(q)], k, v)
         q = q * self.spec.scale
         parts = [
             self._attend_group(q[group.start : group.stop], layer, window, batch, index, cache)
@@ -125,7 +152,11 @@ class Ops:
         Queries of one key-value head are stacked, so that its keys are read once.
         """
         spec, group = self.spec, batch.groups[index]
-        keys, values = cache.read(layer, group.slots, group.keys)  # [rows, Hkv, T, D]
+        if batch.paths is not None and group.width == 1:  # drafted tokens come one by one
+            places = batch.paths.keys(batch.positions, group.start, group.stop, group.keys)
+            keys, values = cache.read_places(layer, group.slots, places)  # [rows, Hkv, T, D]
+        else:
+            keys, values = cache.read(layer, group.slots, group.keys)
         per_head = spec.heads // spec.kv_heads
         q = q.view(group.rows, group.width, spec.kv_heads, per_head, spec.head_dim).transpose(1, 2)
         q = q.reshape(group.rows, spec.kv_heads, group.width * per_head, spec.head_dim)

@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rayskip.config import DataConfig
@@ -21,8 +24,8 @@ from rayskip.data.tokenizer import Encoder
 WINDOW = 16
 """Batches whose examples are sorted by length together."""
 
-FINISH_REASON = "finish_reason"
-"""Column of a job's output that tells why a completion ended."""
+FINISH_REASON, LOGPROBS = "finish_reason", "logprobs"
+"""Columns of a job's output that tell why a completion ended, and what else might have followed each token."""
 
 IGNORED = -100
 """Label of a position that has no loss, as in torch's cross_entropy."""
@@ -30,11 +33,16 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """prompt: token ids. answer: token ids, the end token included. group: rows that stay together in a split."""
+    """prompt: token ids. answer: token ids, the end token included. group: rows that stay together in a split.
+
+    top_ids, top_logprobs [tokens of the answer, K]: what a model held likeliest in each place, where that is known.
+    """
 
     prompt: list[int]
     answer: list[int]
     group: str
+    top_ids: NDArray[np.int32] | None = None
+    top_logprobs: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,24 +50,23 @@ class Batch:
     """Examples side by side: prompts padded on the left to `prompt_width`, answers on the right.
 
     input_ids, attention_mask [B, T]; labels [B, T - prompt_width]: the answers, IGNORED where padded.
+    top_ids, top_logprobs [A, K]: of all A answer tokens, row by row, if all examples have them.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     prompt_width: int
+    top_ids: Tensor | None = None
+    top_logprobs: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.labels.to(device),
-            self.prompt_width,
-        )
+        tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
 
 def read_examples(config: DataConfig, encoder: Encoder, builder: PromptBuilder, end: int) -> list[Example]:
-    """Every row that has a prompt and an answer.
+    """Every row that has an answer; of a job's own output, those that did not fail.
 
     Raises InputError when the answer's column is missing, or RowError naming what is wrong with a row.
     """
@@ -67,12 +74,25 @@ def read_examples(config: DataConfig, encoder: Encoder, builder: PromptBuilder, 
     source.require(config.input.path, "data.answer", config.answer)
     examples = []
     for shard, index, row in every_row(source, config.input.max_rows):
+        if row.get(FINISH_REASON) == "error":
+            continue
         prompt = builder.build(row, index, shard.name).token_ids
+        group = str(row[config.group]) if config.group else f"{shard.name}:{index}"
+        if row.get(LOGPROBS):
+            examples.append(_with_logprobs(prompt, row[LOGPROBS], group))
+            continue
         cut = row.get(FINISH_REASON) == "length"  # a job's own output: such an answer has no end
         answer = encoder.data(str(row[config.answer])) + ([] if cut else [end])
-        group = str(row[config.group]) if config.group else f"{shard.name}:{index}"
         examples.append(Example(prompt, answer, group))
     return examples
+
+
+def _with_logprobs(prompt: list[int], entries: Sequence[dict[str, Any]], group: str) -> Example:
+    """entries: of a job's logprobs column, one a token, each with equally many likeliest ones."""
+    tops = [entry["top"] or [entry] for entry in entries]
+    ids = np.array([[other["token_id"] for other in top] for top in tops], np.int32)
+    logprobs = np.array([[other["logprob"] for other in top] for top in tops], np.float32)
+    return Example(prompt, [entry["token_id"] for entry in entries], group, ids, logprobs)
 
 
 def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], list[Example]]:
@@ -113,4 +133,16 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
         ids.append([pad] * left + example.prompt + example.answer + [pad] * right)
         mask.append([0] * left + [1] * (len(example.prompt) + len(example.answer)) + [0] * right)
         labels.append(example.answer + [IGNORED] * right)
-    return Batch(torch.tensor(ids), torch.tensor(mask), torch.tensor(labels), prompt_width)
+    return Batch(
+        torch.tensor(ids),
+        torch.tensor(mask),
+        torch.tensor(labels),
+        prompt_width,
+        _joined([example.top_ids for example in examples], torch.int64),
+        _joined([example.top_logprobs for example in examples], torch.float32),
+    )
+
+
+def _joined(parts: Sequence[NDArray[Any] | None], dtype: torch.dtype) -> Tensor | None:
+    known = [part for part in parts if part is not None]
+    return torch.from_numpy(np.concatenate(known)).to(dtype) if len(known) == len(parts) else None

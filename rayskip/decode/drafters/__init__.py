@@ -10,24 +10,31 @@ from pathlib import Path
 from rayskip.config import (
     AutoDraft,
     DraftConfig,
+    DraftModelDraft,
     KangarooDraft,
     LookaheadDraft,
     LookupDraft,
+    MedusaDraft,
     NoDraft,
     RetrievalDraft,
 )
 from rayskip.data.tokenizer import Encoder, load_tokenizer
 from rayskip.decode.drafters.auto import AutoDrafter
 from rayskip.decode.drafters.costs import StepCosts, measure_costs
+from rayskip.decode.drafters.draft_model import DraftModelDrafter, check_draft_model
 from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.drafters.kangaroo import KangarooDrafter, check_policy
 from rayskip.decode.drafters.lookahead import LookaheadDrafter
 from rayskip.decode.drafters.lookup import LookupDrafter
+from rayskip.decode.drafters.medusa import MedusaDrafter
 from rayskip.decode.drafters.none import NoDrafter
 from rayskip.decode.drafters.retrieval import RetrievalDrafter, Store
 from rayskip.errors import ConfigError, ModelError
+from rayskip.model.checkpoint import load, resolve
 from rayskip.model.forward import Decoder
-from rayskip.model.kangaroo import has_shipped, load_kangaroo
+from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
+from rayskip.model.medusa import load_medusa
+from rayskip.model.trained import has_shipped
 from rayskip.skip import SkipPolicy
 
 KANGAROO_LAYERS = 1
@@ -50,9 +57,9 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
     """
 
     def kangaroo_maker(config: KangarooDraft | AutoDraft) -> Callable[[], KangarooDrafter]:
-        kangaroo = load_kangaroo(decoder, Path(config.path).expanduser() if config.path else None)
+        kangaroo = load_kangaroo(decoder, _folder(config.path))
         check_policy(kangaroo, policy)
-        return lambda: KangarooDrafter(config.gamma, config.eta, kangaroo, decoder)
+        return lambda: KangarooDrafter(config.gamma, config.eta, config.branches, kangaroo, decoder)
 
     match config:
         case NoDraft():
@@ -67,9 +74,15 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
         case KangarooDraft():
             make = kangaroo_maker(config)
             return Drafters(lambda threads, rows: make(), KANGAROO_LAYERS)
+        case MedusaDraft():
+            medusa = load_medusa(decoder, _folder(config.path))
+            return Drafters(lambda threads, rows: MedusaDrafter(config, medusa))
+        case DraftModelDraft():
+            model = _draft_model(config, decoder)
+            return Drafters(lambda threads, rows: DraftModelDrafter(config, model))
         case AutoDraft():
             maker = None
-            if config.path is not None or has_shipped(decoder):
+            if config.path is not None or has_shipped(KangarooLabel, decoder):
                 try:
                     maker = kangaroo_maker(config)
                 except ConfigError:  # the policy skips the adapter's layers: only one that was named must run
@@ -84,6 +97,17 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
                 lambda threads, rows: AutoDrafter(config, costs(threads, rows), maker and maker()),
                 KANGAROO_LAYERS if maker else 0,
             )
+
+
+def _folder(path: str | None) -> Path | None:
+    return None if path is None else Path(path).expanduser()
+
+
+def _draft_model(config: DraftModelDraft, decoder: Decoder) -> Decoder:
+    folder = resolve(config.model.path, config.model.revision)
+    model = Decoder(*load(folder, decoder.dtype, decoder.device), folder=folder)
+    check_draft_model(model, decoder)
+    return model
 
 
 def _store(config: RetrievalDraft, decoder: Decoder) -> Store:

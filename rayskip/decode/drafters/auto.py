@@ -19,10 +19,10 @@ from torch import Tensor
 
 from rayskip.config import AutoDraft
 from rayskip.decode.batch import Chunk
-from rayskip.decode.drafters.costs import StepCosts, worth_verifying
+from rayskip.decode.drafters.costs import StepCosts, marginal_chance, worth_verifying
 from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.drafters.kangaroo import KANGAROO, KangarooDrafter
-from rayskip.decode.drafters.lookup import Lookups
+from rayskip.decode.drafters.lookup import LOOKUP, Lookups
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
 from rayskip.model.kv_cache import KVCache
@@ -33,8 +33,8 @@ FORGET = 0.98
 """What earlier counts are multiplied by at each new one, so that old texts fade."""
 TRIALS, RETRY = 4, 64
 """Rounds that a drafter gets to show its worth; steps after which one that did not pay gets another."""
-
-
+SURE = 0.6
+"""Chance of a copy's first token from which on Kangaroo is not asked for a second opinion."""
 MISSED = 512
 """Tokens of all rows together that a round may catch up on in the adapter's cache; rows beyond do not draft."""
 
@@ -125,35 +125,46 @@ class AutoDrafter(Drafter):
         base = sum(chunk.stop - chunk.start for chunk in chunks)
         lengths = worth_verifying([chances for _, chances in proposals], self._costs, base)
         for row, (tokens, _), length in zip(rows, proposals, lengths, strict=True):
-            row.draft, row.drafter = tokens[:length], "lookup"
-        return self._try_kangaroo(chunks, rows, proposals, base + sum(lengths), cache)
+            row.draft.add_chain(tokens[:length], LOOKUP)
+        copied = {
+            row: chances[:length]
+            for row, (_, chances), length in zip(rows, proposals, lengths, strict=True)
+            if length
+        }
+        return self._try_kangaroo(chunks, rows, copied, base + sum(lengths), cache)
 
     def _try_kangaroo(
         self,
         chunks: Seq[Chunk],
         rows: Seq[Sequence],
-        proposals: Seq[tuple[list[int], list[float]]],
+        copied: Mapping[Sequence, list[float]],
         base: int,
         cache: KVCache,
     ) -> States | None:
-        """A round for the rows that copy nothing, if it is expected to pay. base: tokens that run anyway."""
+        """A round for the rows that copy nothing or are unsure of it, if it is expected to pay.
+
+        copied: the chances of what rows copy. base: tokens that run anyway.
+        """
         left, missed = [], 0
         for row in rows:
             behind = row.computed - row.draft_cached
-            if not row.draft and row.draft_room > 0 and missed + behind <= MISSED:
+            unsure = row not in copied or copied[row][0] < SURE
+            if unsure and row.draft_room > 0 and missed + behind <= MISSED:
                 left.append(row)
                 missed += behind
         if self._kangaroo is None or not left:
             return None
-        waiting = zip(rows, proposals, strict=True)
-        others = len(rows) - len(left) + sum(sum(chances[: len(row.draft)]) for row, (_, chances) in waiting)
+        others = len(rows) - len(left) + sum(map(sum, copied.values()))
         self._round = self._rounds.setdefault(len(left).bit_length(), Rounds())
         if not self._round.worth_trying(len(left), others, base, self._costs):
             return None
         began = time.perf_counter()
-        states = self._kangaroo.draft(chunks, left, cache)
+        before = sum(len(row.draft) for row in left)
+        states = self._kangaroo.draft(
+            chunks, left, cache, marginal_chance(len(left) + others, base, self._costs)
+        )
         seconds = time.perf_counter() - began
-        drafted = sum(len(row.draft) for row in left)
+        drafted = sum(len(row.draft) for row in left) - before
         # verification begins later; and what a row has missed is paid once, not every round
         spared = self._kangaroo.share * (self._costs(base + drafted) + missed * self._costs.each)
         self._round.count(len(left), drafted, max(seconds - spared, 0.0))
@@ -161,7 +172,7 @@ class AutoDrafter(Drafter):
 
     def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: Tensor) -> None:
         self._round.accepted += sum(
-            verdict.accepted for row, verdict in verdicts.items() if row.drafter == KANGAROO
+            row.draft.drafters[node] == KANGAROO for row, verdict in verdicts.items() for node in verdict.path
         )
         if self._kangaroo is not None:
             self._kangaroo.observe(verdicts, hidden)

@@ -18,6 +18,8 @@ CPU_MOST, GPU_MOST = 256, 4096
 LENGTH = 128
 """Positions in the cache while it is, or as many as the model has."""
 REPEATS = 3
+MARGIN = 8
+"""Tokens over which the price of one more is taken: a single one costs less than the clock can tell."""
 
 
 @dataclass(frozen=True)
@@ -93,3 +95,8 @@ def worth_verifying(chances: Seq[Seq[float]], costs: StepCosts, base: int) -> li
     for _, row, at in order[:best_count]:
         lengths[row] = max(lengths[row], at + 1)
     return lengths
+
+
+def marginal_chance(gained: float, base: int, costs: StepCosts) -> float:
+    """Chance of holding that pays for one token more in a forward of `base` tokens, which gains `gained`."""
+    return gained * (costs(base + MARGIN) - costs(base)) / MARGIN / costs(base)

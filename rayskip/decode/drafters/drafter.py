@@ -19,7 +19,7 @@ from rayskip.model.kv_cache import KVCache
 class States:
     """What a drafter has already computed of a step: x [M, d] of M tokens before layer `layer`.
 
-    rows: (row, position) -> index into x, for all of the step's tokens, drafts included.
+    rows: (row, place) -> index into x, for all of the step's tokens, drafts included.
     """
 
     layer: int
@@ -35,7 +35,8 @@ class Drafter(ABC):
 
     @abstractmethod
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:
-        """Set `draft` and `drafter` of those of `rows` that get a proposal, of at most their draft_room tokens.
+        """Fill the `draft` of those of `rows` that get a proposal: no path longer than their draft_room, no more
+        tokens than their draft_places.
 
         chunks: the step's tokens without drafts; rows: those of them that decode. Returns what verification need
         not compute again, if anything.

@@ -1,7 +1,8 @@
 """Kangaroo (arXiv 2404.18911): the model's own first layers and an adapter draft, token by token, all rows at once.
 
 A row stops drafting when it is unsure (early exit of the draft) or has gamma tokens, and leaves the draft batch.
-What the first layers computed is kept, so that verification begins at the exit layer.
+What the first layers computed is kept, so that verification begins at the exit layer. Beside the likeliest token,
+which the draft goes on from, the next likeliest can be proposed as leaves (section 4.3: token tree).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence as Seq
 import torch
 
 from rayskip.decode.batch import Chunk, draft_chunks, group_key, token_batch
+from rayskip.decode.draft import NEWEST
 from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
@@ -26,76 +28,99 @@ KANGAROO = "kangaroo"
 
 
 class KangarooDrafter(Drafter):
-    def __init__(self, gamma: int, eta: float, kangaroo: Kangaroo, decoder: Decoder) -> None:
+    def __init__(self, gamma: int, eta: float, branches: int, kangaroo: Kangaroo, decoder: Decoder) -> None:
         """share: of the layers, those that verification is spared."""
         self.share = kangaroo.exit_layer / len(decoder.layers)
         self._gamma = gamma
         self._eta = eta
+        self._branches = branches
         self._kangaroo = kangaroo
         self._decoder = decoder
         self._full = full_depth(len(decoder.layers))
 
-    def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States:
+    def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache, least: float = 0.0) -> States:
         """All tokens of the step run the first layers here and enter the adapter's cache; also drafts that rows of
-        the step already have from elsewhere, and what a row that now drafts has missed in the adapter's cache."""
+        the step already have from elsewhere, and what a row that now drafts has missed in the adapter's cache.
+
+        least: chance, of a token and all before it, below which it is not proposed.
+        """
         missed = [
             Chunk(row, row.draft_cached, row.computed) for row in rows if row.draft_cached < row.computed
         ]
         drafts = [chunk for own in chunks if own.generated for chunk in draft_chunks(own.sequence)]
-        known: dict[tuple[Sequence, int], int] = {}
-        parts: list[torch.Tensor] = []
-        drafting = {row for row in rows if row.draft_room > 0}
-        newest = {(row, row.length - 1) for row in drafting}
-        running = sorted([*missed, *chunks, *drafts], key=group_key)
-        while running:
-            batch = token_batch(running, self._full, self._decoder.device)
-            x = self._decoder.run_layers(
-                self._decoder.embed(batch), batch, cache, 0, self._kangaroo.exit_layer
-            )
-            attended = self._kangaroo.attend(x, batch, cache)
-            first = sum(map(len, parts))
-            parts.append(x)
-            places = [(chunk.sequence, at) for chunk in running for at in range(chunk.start, chunk.stop)]
-            known.update({place: first + at for at, place in enumerate(places)})
-            going = [(row, at) for at, (row, position) in enumerate(places) if (row, position) in newest]
-            running = self._go_on(going, x, attended, drafting)
-            newest = {(chunk.sequence, chunk.start) for chunk in running if chunk.sequence in drafting}
+        ran = _Ran(self._kangaroo, self._decoder, self._full, cache)
+        ran.run([*missed, *chunks, *drafts])
+        going = {row: (NEWEST, 1.0) for row in rows if row.draft_room > 0}
+        while going:
+            going = self._go_on(going, ran, least)
         for chunk in (*missed, *chunks):
             if chunk.start <= chunk.sequence.draft_cached:
                 chunk.sequence.draft_cached = chunk.stop
-        return States(self._kangaroo.exit_layer, parts[0] if len(parts) == 1 else torch.cat(parts), known)
+        return States(self._kangaroo.exit_layer, ran.x, ran.places)
 
     def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: torch.Tensor) -> None:
-        """The adapter's cache holds the drafts that were accepted."""
+        """The adapter's cache holds the drafts that were accepted, if it held what was before them."""
         for row, verdict in verdicts.items():
-            if row.drafter == KANGAROO and row.draft_cached == row.length:
+            if verdict.accepted and row.draft_cached == row.length:
                 row.draft_cached += verdict.accepted
 
     def _go_on(
-        self,
-        going: Seq[tuple[Sequence, int]],
-        x: torch.Tensor,
-        attended: torch.Tensor,
-        drafting: set[Sequence],
-    ) -> list[Chunk]:
-        """Propose one token for each row, from its token's index; the chunks that run them next.
+        self, going: Mapping[Sequence, tuple[int, float]], ran: _Ran, least: float
+    ) -> dict[Sequence, tuple[int, float]]:
+        """Propose what follows each row's node, which has so much chance; the nodes to go on from.
 
-        A row that is unsure of its token still has it verified, but leaves `drafting`.
+        A row that is unsure of its token still has it verified, but goes on no more.
         """
-        if not going:
-            return []
-        index = torch.tensor([at for _, at in going], device=x.device)
-        tokens, confidences = self._kangaroo.propose(x[index], attended[index])
-        chunks = []
-        for (row, _), token, confidence in zip(going, tokens, confidences, strict=True):
-            row.draft.append(token)
-            row.drafter = KANGAROO
-            end = row.length + len(row.draft)
-            chunks.append(Chunk(row, end - 1, end))
-            full = len(row.draft) >= min(self._gamma, row.draft_room)
-            if full or confidence < self._eta:
-                drafting.discard(row)
-        return sorted(chunks, key=group_key)
+        tokens, confidences = ran.propose(
+            [(row, row.length + node) for row, (node, _) in going.items()], self._branches
+        )
+        chunks, further = [], {}
+        for (row, (node, chance)), own, sure in zip(going.items(), tokens, confidences, strict=True):
+            for rank, (token, confidence) in enumerate(zip(own, sure, strict=True)):
+                known, place = row.draft.child(node, token), row.length + len(row.draft)
+                if known is None and (chance * confidence < least or place >= row.reserved):
+                    continue
+                child = row.draft.add(node, token, KANGAROO)
+                if known is None:
+                    chunks.append(Chunk(row, place, place + 1))
+                full = row.draft.depths[child] >= min(self._gamma, row.draft_room)
+                if rank == 0 and not full and confidence >= self._eta:
+                    further[row] = child, chance * confidence
+        if chunks:
+            ran.run(chunks)
+        return further
+
+
+class _Ran:
+    """Tokens of a step that have run the first layers: x [M, d], and where in it each (row, place) is."""
+
+    def __init__(self, kangaroo: Kangaroo, decoder: Decoder, policy: SkipPolicy, cache: KVCache) -> None:
+        self.places: dict[tuple[Sequence, int], int] = {}
+        self._kangaroo, self._decoder, self._policy, self._cache = kangaroo, decoder, policy, cache
+        self._x: list[torch.Tensor] = []
+        self._attended: list[torch.Tensor] = []
+
+    @property
+    def x(self) -> torch.Tensor:
+        return self._x[0] if len(self._x) == 1 else torch.cat(self._x)
+
+    def run(self, chunks: Seq[Chunk]) -> None:
+        ordered = sorted(chunks, key=group_key)
+        batch = token_batch(ordered, self._policy, self._decoder.device)
+        x = self._decoder.embed(batch)
+        x = self._decoder.run_layers(x, batch, self._cache, 0, self._kangaroo.exit_layer)
+        self._x.append(x)
+        self._attended.append(self._kangaroo.attend(x, batch, self._cache))
+        for chunk in ordered:
+            for place in range(chunk.start, chunk.stop):
+                self.places[chunk.sequence, place] = len(self.places)
+
+    def propose(
+        self, places: Seq[tuple[Sequence, int]], count: int
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """The adapter's `count` likeliest tokens after each of `places`, and their probabilities."""
+        at = torch.tensor([self.places[place] for place in places], device=self._decoder.device)
+        return self._kangaroo.propose(self.x[at], torch.cat(self._attended)[at], count)
 
 
 def check_policy(kangaroo: Kangaroo, policy: SkipPolicy) -> None:

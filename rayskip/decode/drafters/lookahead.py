@@ -60,13 +60,13 @@ class LookaheadDrafter(Drafter):
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
         for row in rows:
             pool = self._pools.setdefault(row, Pool())
-            row.draft = pool.propose(*_ends(row), min(self._config.tokens, row.draft_room))
-            row.drafter = "lookahead"
+            tokens = pool.propose(*_ends(row), min(self._config.tokens, row.draft_room))
+            row.draft.add_chain(tokens, "lookahead")
 
     def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: Tensor) -> None:
         for row, verdict in verdicts.items():
             if row in self._pools:
-                self._pools[row].learn(*_ends(row), row.draft, verdict)
+                self._pools[row].learn(*_ends(row), row.draft.tokens, verdict)
 
 
 def _ends(row: Sequence) -> tuple[int, int]:

@@ -15,6 +15,9 @@ from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.sequence import Sequence
 from rayskip.model.kv_cache import KVCache
 
+LOOKUP = "lookup"
+"""What its drafts are counted as."""
+
 
 class Index:
     """Where each n-gram of one text was last followed by something."""
@@ -65,5 +68,5 @@ class LookupDrafter(Drafter):
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
         for row in rows:
-            row.draft, _ = self._lookups.propose(row, min(self._config.tokens, row.draft_room))
-            row.drafter = "lookup"
+            tokens, _ = self._lookups.propose(row, min(self._config.tokens, row.draft_room))
+            row.draft.add_chain(tokens, LOOKUP)

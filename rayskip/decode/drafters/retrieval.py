@@ -62,5 +62,5 @@ class RetrievalDrafter(Drafter):
         self._running = set(rows)
         for row in rows:
             suffix = row.tokens(max(row.length - SIZES[0], 0), row.length)
-            row.draft = self._store.propose(suffix, min(self._config.tokens, row.draft_room))
-            row.drafter = "retrieval"
+            tokens = self._store.propose(suffix, min(self._config.tokens, row.draft_room))
+            row.draft.add_chain(tokens, "retrieval")

@@ -1,0 +1,67 @@
+"""A smaller model drafts (speculative decoding, arXiv 2211.17192): greedily, token by token, all rows at once.
+
+It keeps its own keys and values, in a cache of the engine's shape. What a row has that its cache lacks, the whole
+prompt at first, runs with the row's next draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from weakref import WeakKeyDictionary
+
+from rayskip.config import DraftModelDraft
+from rayskip.decode.batch import Chunk, group_key, token_batch
+from rayskip.decode.draft import NEWEST
+from rayskip.decode.drafters.drafter import Drafter
+from rayskip.decode.sequence import Sequence
+from rayskip.errors import ModelError
+from rayskip.model.forward import Decoder
+from rayskip.model.kv_cache import KVCache
+from rayskip.skip import full_depth
+
+
+class DraftModelDrafter(Drafter):
+    def __init__(self, config: DraftModelDraft, model: Decoder) -> None:
+        self._config = config
+        self._model = model
+        self._full = full_depth(len(model.layers))
+        self._cache = model.new_cache()
+        self._stored: WeakKeyDictionary[Sequence, tuple[int, int]] = WeakKeyDictionary()
+        """Of each row: its slot, and how many of its tokens lie there."""
+
+    def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
+        if (self._cache.slots, self._cache.length) != (cache.slots, cache.length):
+            self._cache.resize(cache.slots, cache.length)
+            self._stored.clear()
+        longest = self._model.spec.max_positions - self._config.tokens
+        going = [row for row in rows if row.draft_room > 0 and row.length <= longest]
+        running = []
+        for row in going:
+            slot, stored = self._stored.get(row, (row.slot, 0))
+            running.append(Chunk(row, min(stored, row.length - 1) if slot == row.slot else 0, row.length))
+            self._stored[row] = row.slot, row.length
+        while running:
+            running = self._propose(running)
+
+    def _propose(self, chunks: list[Chunk]) -> list[Chunk]:
+        """Run the chunks, and propose what follows each; the chunks that run it."""
+        ordered = sorted(chunks, key=group_key)
+        batch = token_batch(ordered, self._full, self._model.device)
+        tokens = self._model.forward(batch, self._cache).argmax(-1).tolist()
+        further = []
+        for chunk, token in zip(ordered, tokens, strict=True):
+            row = chunk.sequence
+            row.draft.add(len(row.draft) - 1 if len(row.draft) else NEWEST, token, "draft_model")
+            if len(row.draft) < min(self._config.tokens, row.draft_room):
+                place = row.length + len(row.draft) - 1
+                further.append(Chunk(row, place, place + 1))
+        return further
+
+
+def check_draft_model(model: Decoder, target: Decoder) -> None:
+    """Raises ModelError when the two do not share their tokens."""
+    if model.spec.vocab != target.spec.vocab:
+        raise ModelError(
+            f"decode.draft.model: {model.folder} has {model.spec.vocab} tokens, {target.folder} has "
+            f"{target.spec.vocab}; a model with the same tokenizer is wanted"
+        )

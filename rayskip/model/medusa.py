@@ -1,0 +1,68 @@
+"""Medusa heads (arXiv 2401.10774, section 2.1): from the model's last state to its tokens two and more places on.
+
+Head h is a residual block, x + silu(W_h x + b_h), before the decoder's own head, which all share and which scores
+the tokens on a list alone (FR-Spec, arXiv 2502.14856).
+
+Shapes: N rows, d hidden, H heads, V' listed tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rayskip.model.forward import Decoder
+from rayskip.model.linear import Linear
+from rayskip.model.ops import normalise
+from rayskip.model.spec import Dense
+from rayskip.model.trained import Label, check_shapes, load_trained
+
+
+@dataclass(frozen=True)
+class MedusaLabel(Label):
+    """heads: tokens drafted. agreement: the first head's."""
+
+    KIND: ClassVar[str] = "medusa"
+
+    heads: int
+
+
+class Medusa:
+    """The heads on a decoder. Shared by lanes: it holds no state between calls."""
+
+    def __init__(self, decoder: Decoder, tensors: dict[str, Tensor]) -> None:
+        own = {name: tensor.to(decoder.device) for name, tensor in tensors.items()}
+        weights, biases = own["weights"].to(decoder.dtype), own["biases"].to(decoder.dtype)
+        self.token_ids = own["token_ids"].long()
+        self._norm = decoder.weights.final_norm
+        self._blocks = Linear(Dense(weights.flatten(0, 1), biases.flatten()))
+        self._head = Linear(Dense(decoder.weights.head.weight[self.token_ids]))
+
+    def propose(
+        self, hidden: Tensor, likeliest: int
+    ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
+        """Each head's likeliest tokens after each of N rows, [N, H, likeliest], and their probabilities among the
+        listed ones.
+
+        hidden [N, d]: states after the last layer, where the rows' newest tokens were chosen.
+        """
+        x = normalise(hidden, self._norm)
+        blocks = F.silu(self._blocks(x)).view(len(x), -1, x.shape[1])
+        logits = self._head((x.unsqueeze(1) + blocks).flatten(0, 1))
+        best = torch.softmax(logits.float(), dim=-1).topk(likeliest)
+        shape = (len(x), -1, likeliest)
+        return self.token_ids[best.indices].view(shape).tolist(), best.values.view(shape).tolist()
+
+
+def load_medusa(decoder: Decoder, folder: Path | None) -> Medusa:
+    """Read heads; without a folder, those that ship for this model. Raises ModelError as `load_trained`."""
+    label, tensors, found = load_trained(MedusaLabel, decoder, folder)
+    width = decoder.spec.hidden
+    shapes = {"weights": (label.heads, width, width), "biases": (label.heads, width)}
+    check_shapes(tensors, {**shapes, "token_ids": (label.tokens,)}, found)
+    return Medusa(decoder, tensors)

@@ -1,0 +1,103 @@
+"""Files of what was trained to draft for a model: weights, and a label that says for which.
+
+Knows no drafter: each names its label and the shapes that it expects.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from rayskip.errors import ModelError
+from rayskip.model.checkpoint import tensors_fingerprint
+from rayskip.model.forward import Decoder
+
+SHIPPED = Path(__file__).parent / "shipped"
+"""What comes with the package, one folder a model."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """What stands beside the weights, as KIND.json beside KIND.safetensors.
+
+    base_tensors: fingerprint of the model it was trained on. tokens: that its head scores. steps: of training.
+    agreement: share of held-out tokens where both choose the same.
+    """
+
+    KIND: ClassVar[str]
+
+    base: str
+    base_tensors: str
+    tokens: int
+    steps: int
+    agreement: float
+
+
+LabelT = TypeVar("LabelT", bound=Label)
+
+
+def load_trained(
+    kind: type[LabelT], decoder: Decoder, folder: Path | None
+) -> tuple[LabelT, dict[str, Tensor], Path]:
+    """The label, the tensors and where they lie; without a folder, what ships for the decoder's model.
+
+    Raises ModelError when there is none, or when it was made for another model.
+    """
+    from safetensors.torch import load_file
+
+    fingerprint = tensors_fingerprint(decoder.folder) if decoder.folder else None
+    folder = folder or _shipped(kind, fingerprint)
+    if folder is None:
+        raise ModelError(
+            f"decode.draft.path: nothing ships for this model that drafts as {kind.KIND}; train it "
+            f"(`rayskip train {kind.KIND}`) and name its folder"
+        )
+    names = (f"{kind.KIND}.json", f"{kind.KIND}.safetensors")
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ModelError(
+            f"decode.draft.path: {folder} has no {missing[0]}; `rayskip train {kind.KIND}` makes one"
+        )
+    label = kind(**json.loads((folder / names[0]).read_text()))
+    if fingerprint is not None and fingerprint != label.base_tensors:
+        raise ModelError(
+            f"decode.draft.path: {folder} was trained on {label.base}, {decoder.folder} is another model"
+        )
+    return label, load_file(folder / names[1]), folder
+
+
+def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Raises ModelError when a tensor is missing or has another shape."""
+    for name, shape in shapes.items():
+        if name not in tensors or tuple(tensors[name].shape) != shape:
+            raise ModelError(f"decode.draft.path: {folder} has no tensor {name} of shape {list(shape)}")
+
+
+def save_trained(folder: Path, label: Label, tensors: Mapping[str, Tensor]) -> None:
+    """Write what `load_trained` reads; weights in bfloat16."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    ready = {
+        name: tensor.to(torch.int32 if name == "token_ids" else torch.bfloat16).contiguous()
+        for name, tensor in tensors.items()
+    }
+    save_file(ready, folder / f"{label.KIND}.safetensors")
+    (folder / f"{label.KIND}.json").write_text(json.dumps(asdict(label), indent=2) + "\n")
+
+
+def has_shipped(kind: type[Label], decoder: Decoder) -> bool:
+    """Whether such a drafter comes with the package for the decoder's model."""
+    return decoder.folder is not None and _shipped(kind, tensors_fingerprint(decoder.folder)) is not None
+
+
+def _shipped(kind: type[Label], fingerprint: str | None) -> Path | None:
+    for label in sorted(SHIPPED.glob(f"*/{kind.KIND}.json")):
+        if json.loads(label.read_text())["base_tensors"] == fingerprint:
+            return label.parent
+    return None

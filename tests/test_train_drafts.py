@@ -1,0 +1,180 @@
+"""Training what drafts: it learns to foresee the model, and drafting gains what training measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
+from rayskip.engine import Engine
+from rayskip.model.checkpoint import tensors_fingerprint
+from rayskip.model.kangaroo import KangarooLabel
+from rayskip.model.medusa import MedusaLabel
+from rayskip.model.trained import save_trained
+from rayskip.train import kangaroo, medusa
+from rayskip.train.drafts import (
+    Targets,
+    cut_off,
+    frequent_tokens,
+    guess,
+    run_target,
+    soft_loss,
+    tokens_per_round,
+)
+from rayskip.train.examples import Example, collate
+from rayskip.train.kangaroo import CONFIDENCE, Adapters
+from rayskip.train.loop import Point, Schedule, train
+from rayskip.train.medusa import Heads
+from rayskip.train.prepare import frozen
+
+VOCAB, GAMMA, ETA, TOKENS = 96, 3, 0.3, 24
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama: Callable[..., Path]) -> Path:
+    return tiny_llama("kangaroo", 0, vocab_size=VOCAB, max_position_embeddings=128, initializer_range=0.1)
+
+
+def _engine(folder: Path, draft: dict[str, Any]) -> Engine:
+    decode = DecodeConfig.model_validate({"draft": draft})
+    return Engine.load(ModelConfig(path=str(folder)), EngineConfig(max_batch_rows=16), decode)
+
+
+@pytest.fixture(scope="module")
+def examples(folder: Path) -> list[Example]:
+    """The model's own greedy answers."""
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, VOCAB, (6,), generator=generator).tolist() for _ in range(160)]
+    found = _engine(folder, {"kind": "none"}).generate(
+        prompts, SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+    )
+    return [
+        Example(prompt, own.token_ids or [], str(index))
+        for index, (prompt, (own,)) in enumerate(zip(prompts, found, strict=True))
+    ]
+
+
+def _as_a_job_tells(examples: list[Example], folder: Path) -> list[Example]:
+    """The same with the model's likeliest tokens at every place."""
+    asked = SamplingParams(max_tokens=TOKENS, ignore_eos=True, logprobs=8)
+    found = _engine(folder, {"kind": "none"}).generate([example.prompt for example in examples], asked)
+    return [
+        replace(
+            example,
+            top_ids=np.array([[one for one, _ in token.top] for token in own.logprobs or []], np.int32),
+            top_logprobs=np.array(
+                [[two for _, two in token.top] for token in own.logprobs or []], np.float32
+            ),
+        )
+        for example, (own,) in zip(examples, found, strict=True)
+    ]
+
+
+def _fit(
+    model: nn.Module, target: Any, exits: Sequence[int], token_ids: Tensor, examples: list[Example], out: Path
+) -> Any:
+    def loss(model: nn.Module, part: Sequence[Example]) -> Tensor:
+        targets = run_target(target, collate(part, 2), exits, token_ids)
+        return soft_loss(model(targets), targets)
+
+    points: list[Point] = []
+    schedule = Schedule(60, 16, 1, 3e-3, 5, 0, 30, 1000, None)
+    training, held_out = examples[:128], examples[128:]
+    fitted = train(model, loss, training, held_out, schedule, out, lambda model, step: None, points.append)
+    assert points[-1].loss < points[0].loss
+    fitted.eval()
+    return fitted
+
+
+def _accepted(folder: Path, draft: dict[str, Any], examples: Sequence[Example]) -> float | None:
+    engine = _engine(folder, draft)
+    params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
+    engine.generate([example.prompt for example in examples], params)
+    return engine.take_stats().mean_accepted
+
+
+def test_adapters_learn_and_draft_as_training_measured(
+    folder: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    target = frozen(folder)
+    token_ids = frequent_tokens(examples[:128], 80, VOCAB)
+    exits = (1, 3)
+    adapters = Adapters(target, exits, token_ids)
+    told = _as_a_job_tells(examples, folder)
+    cut_off(target, 3)  # what the answers' job wrote is all that is needed of the rest
+    fitted = _fit(adapters, target, exits, token_ids, told, tmp_path)
+    held_out = told[128:]
+    found, covered = guess(fitted, target, [collate(held_out, 2)], exits, token_ids)
+    assert covered > 0.8
+    assert found["3"].agreement > 0.2
+    for (name, guesses), adapter in zip(found.items(), fitted.each.values(), strict=True):
+        assert sum(places for *_, places in guesses.reliability) == len(held_out) * TOKENS
+        label = KangarooLabel(
+            "tiny", tensors_fingerprint(folder), len(token_ids), 0, guesses.agreement, exit_layer=int(name)
+        )
+        save_trained(tmp_path / "adapter", label, {**adapter.tensors(), "token_ids": token_ids})
+        draft = {"kind": "kangaroo", "path": str(tmp_path / "adapter"), "gamma": GAMMA, "eta": ETA}
+        expected = tokens_per_round(kangaroo.held_drafts(guesses, GAMMA, ETA))
+        assert _accepted(folder, draft, held_out) == pytest.approx(expected, rel=0.03)
+
+
+def test_heads_learn_and_draft_as_training_measured(
+    folder: Path, examples: list[Example], tmp_path: Path
+) -> None:
+    target = frozen(folder)
+    token_ids = frequent_tokens(examples[:128], 80, VOCAB)
+    fitted = _fit(Heads(target, 3, token_ids), target, (), token_ids, examples, tmp_path)
+    found, _ = guess(fitted, target, [collate(examples[128:], 2)], (), token_ids)
+    assert [len(own.right[0]) for own in found.values()] == [TOKENS - 1, TOKENS - 2, TOKENS - 3]
+    assert found["1"].agreement > 0.1
+    label = MedusaLabel("tiny", tensors_fingerprint(folder), len(token_ids), 0, 0.0, heads=3)
+    save_trained(tmp_path / "heads", label, {**fitted.tensors(), "token_ids": token_ids})
+    expected = tokens_per_round(medusa.held_drafts(list(found.values())))
+    assert expected > 1.05
+    draft = {"kind": "medusa", "path": str(tmp_path / "heads")}
+    assert _accepted(folder, draft, examples[128:]) == pytest.approx(expected, rel=0.03)
+
+
+def test_a_job_tells_the_distribution_that_the_target_has(folder: Path, examples: list[Example]) -> None:
+    target, token_ids = frozen(folder), torch.arange(10, VOCAB)
+    told = run_target(target, collate(_as_a_job_tells(examples[:4], folder), 2), (), token_ids)
+    computed = run_target(target, collate(examples[:4], 2), (), token_ids)
+
+    def dense(targets: Targets) -> Tensor:
+        whole = torch.zeros(len(targets.chosen), len(token_ids))
+        return whole.scatter_add(1, targets.wanted, targets.shares)
+
+    assert (dense(told) - dense(computed)).abs().mean() < 0.01
+
+
+def test_the_list_holds_what_is_frequent_in_answers_then_in_prompts_then_the_lowest_ids() -> None:
+    examples = [Example([1, 8], [9, 9, 7], "a"), Example([8], [7, 9, 5], "b")]
+    assert frequent_tokens(examples, 2, 20).tolist() == [7, 9]
+    assert frequent_tokens(examples, 4, 20).tolist() == [5, 7, 8, 9]
+    assert frequent_tokens(examples, 6, 20).tolist() == [0, 1, 5, 7, 8, 9]
+    assert len(frequent_tokens(examples, 50, 20)) == 20
+
+
+def test_an_adapter_starts_as_the_layer_it_stands_for(folder: Path) -> None:
+    target, token_ids = frozen(folder), torch.arange(VOCAB)
+    adapters: Any = Adapters(target, (2,), token_ids)
+    batch = collate([Example([5, 6, 7, 8], [9, 10], "a")], 2)
+    kept: list[Tensor] = []
+    hook = target.model.layers[2].post_attention_layernorm.register_forward_pre_hook(
+        lambda _, args: kept.append(args[0])
+    )
+    targets = run_target(target, batch, (2,), token_ids)
+    hook.remove()
+    wanted = CONFIDENCE * target.model.norm(kept[0])
+    with torch.no_grad():
+        adapter = adapters.each["2"]
+        found = adapter(targets.states[2].float(), targets.mask, targets.cos.float(), targets.sin.float())
+    assert torch.allclose(found, wanted.float(), atol=0.02, rtol=0.05)
+    assert sorted(adapter.tensors()) == ["attn_norm", "final_norm", "out", "qkv"]
