@@ -238,6 +238,7 @@ class AutoDraft(Section):
     path: str | None = Field(None, description="Kangaroo adapter; by default the one that ships, if one does")
     max_ngram: int = Field(4, ge=1, description="newest tokens looked up, at most")
     tokens: int = Field(16, ge=1, description="tokens looked up at once, at most")
+    copies: int = Field(3, ge=1, description="different continuations looked up, at most")
     gamma: int = Field(6, ge=1, description="tokens that Kangaroo drafts in a row, at most")
     branches: int = Field(4, ge=1, description="likeliest tokens of Kangaroo at each place, at most")
     eta: float = Field(
@@ -478,6 +479,7 @@ class SpecBenchDrafter(Section):
 
     name: str = Field(min_length=1)
     decode: DecodeConfig = DecodeConfig()
+    batch_rows: tuple[int, ...] | None = Field(None, description="batch sizes it runs at; null: all")
 
 
 class SpecBenchConfig(Section):
@@ -498,3 +500,12 @@ class SpecBenchConfig(Section):
     warmups: int = Field(3, ge=0, description="questions generated before the clock runs")
     rounds: int = Field(3, ge=1, description="times that everything runs")
     output: str = Field(description="local folder for spec_bench.json, plots and spec_bench.html")
+
+    @model_validator(mode="after")
+    def _reference_runs(self) -> SpecBenchConfig:
+        sizes = self.drafters[0].batch_rows
+        if sizes is not None and self.batch_rows[0] not in sizes:
+            raise ValueError(
+                f"drafters[0] must run at batch_rows[0] ({self.batch_rows[0]}): the others are compared with it"
+            )
+        return self

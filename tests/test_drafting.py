@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.data.records import Generation, Prompt
 from rayskip.decode.draft import NEWEST, Draft
-from rayskip.decode.drafters.auto import AutoDrafter, Rate, Rounds, round_pays
+from rayskip.decode.drafters.auto import AutoDrafter, Fortune, Rate, Rounds, round_pays
 from rayskip.decode.drafters.costs import StepCosts, worth_verifying
-from rayskip.decode.drafters.lookup import Index
+from rayskip.decode.drafters.lookup import Copy, Index
 from rayskip.decode.drafters.retrieval import Store
 from rayskip.decode.sequence import Sequence
 from rayskip.engine import Engine
@@ -324,15 +324,21 @@ def _row(prompt: list[int], generated: list[int]) -> Sequence:
 def test_lookup_follows_the_longest_suffix() -> None:
     index = Index(3)
     row = _row([1, 2, 3, 9, 2, 3, 5, 6], [1, 2, 3])
-    assert index.propose(row, 3) == ([9, 2, 3], 3)
+    assert index.copies(row, 3, 1) == [Copy([9, 2, 3], 3, 0)]
     row.generated += [5]
-    assert index.propose(row, 3) == ([6, 1, 2], 3)
+    assert index.copies(row, 3, 1) == [Copy([6, 1, 2], 3, 0)]
     row.generated += [77]
-    assert index.propose(row, 3) == ([], 0)
+    assert index.copies(row, 3, 1) == []
+
+
+def test_lookup_tells_other_continuations_after_the_best() -> None:
+    row = _row([1, 2, 3, 9, 2, 3, 5, 6, 2, 7], [1, 2])
+    assert Index(2).copies(row, 2, 9) == [Copy([3, 9], 2, 0), Copy([7, 1], 1, 0)]
+    assert Index(1).copies(row, 1, 9) == [Copy([7], 1, 0), Copy([3], 1, 1)]
 
 
 def test_lookup_goes_on_in_circles() -> None:
-    assert Index(2).propose(_row([4, 1, 2, 1, 2], []), 5) == ([1, 2, 1, 2, 1], 2)
+    assert Index(2).copies(_row([4, 1, 2, 1, 2], []), 5, 1) == [Copy([1, 2, 1, 2, 1], 2, 0)]
 
 
 def test_retrieval_copies_from_other_texts() -> None:
@@ -375,7 +381,7 @@ def test_the_budget_beats_every_other(chances: list[list[float]], costs: StepCos
         gained = sum(sum(own[:length]) for own, length in zip(chances, lengths, strict=True))
         return (len(chances) + gained) / costs(base + sum(lengths))
 
-    chosen = worth_verifying(chances, costs, base)
+    chosen = worth_verifying(chances, len(chances), costs, base)
     for row, own in enumerate(chances):
         for length in range(len(own) + 1):
             other = [*chosen[:row], length, *chosen[row + 1 :]]
@@ -392,9 +398,9 @@ def test_costs_are_linear_in_between_and_beyond() -> None:
 
 def test_free_tokens_are_drafted_and_dear_ones_are_not() -> None:
     free, dear = StepCosts((1, 64), (1.0, 1.01)), StepCosts((1, 64), (1.0, 64.0))
-    assert worth_verifying([[0.5, 0.2, 0.1]], free, 1) == [3]
-    assert worth_verifying([[0.5, 0.2, 0.1]], dear, 1) == [0]
-    assert worth_verifying([[0.9, 0.8], [0.3]], StepCosts((1, 64), (1.0, 30.0)), 2) == [2, 0]
+    assert worth_verifying([[0.5, 0.2, 0.1]], 1, free, 1) == [3]
+    assert worth_verifying([[0.5, 0.2, 0.1]], 1, dear, 1) == [0]
+    assert worth_verifying([[0.9, 0.8], [0.3]], 2, StepCosts((1, 64), (1.0, 30.0)), 2) == [2, 0]
 
 
 def test_a_round_pays_when_it_gains_more_than_it_costs() -> None:
@@ -413,6 +419,16 @@ def test_what_does_not_pay_is_tried_again_now_and_then() -> None:
             rounds.count(1, drafted=3, seconds=5.0)
     assert all(tried[:4])
     assert 5 <= sum(tried) <= 12
+
+
+def test_a_rows_fortune_bends_what_is_expected_of_it() -> None:
+    lucky, unlucky = Fortune(), Fortune()
+    assert lucky.factor == 1
+    for _ in range(50):
+        lucky.count(True, 0.5)
+        unlucky.count(False, 0.5)
+    assert lucky.factor > 1.5
+    assert unlucky.factor < 0.4
 
 
 def test_counts_move_a_rate_from_its_prior() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
 from itertools import islice
@@ -35,15 +35,16 @@ Chat = list[dict[str, str]]
 class Score:
     """A drafter on a subtask ("overall": on all), at one batch size.
 
-    tok_s: mean over questions and rounds, or over rounds where questions run together. identical: share of the
-    answers, token by token, that are the first drafter's.
+    tok_s: mean over questions and rounds, or over rounds where questions run together. speedup: over the first
+    drafter's, None where that does not run. identical: share of the answers, token by token, that are the first
+    drafter's at the first batch size.
     """
 
     drafter: str
     batch_rows: int
     task: str
     tok_s: float
-    speedup: float
+    speedup: float | None
     mean_accepted: float
     drafted: int
     accepted: int
@@ -65,21 +66,25 @@ def run_spec_bench(config: SpecBenchConfig, say: Callable[[str], None] = lambda 
     questions = _questions(config)
     loaded = Engine.load(config.model, EngineConfig(max_batch_rows=1))
     scores: list[Score] = []
+    expected: dict[str, list[list[int]]] = {}
     for rows in config.batch_rows:
         sizes = config.engine.model_copy(update={"max_batch_rows": rows})
-        tallies = {(d.name, task): _Tally() for d in config.drafters for task in questions}
+        drafters = [d for d in config.drafters if d.batch_rows is None or rows in d.batch_rows]
+        tallies = {(d.name, task): _Tally() for d in drafters for task in questions}
         for round_index in range(config.rounds):
             # new engines each time: drafters learn from what they have seen, and must not see a question twice
-            _warm_up(config, questions, [_engine(loaded, sizes, drafter) for drafter in config.drafters])
-            engines = [_engine(loaded, sizes, drafter) for drafter in config.drafters]
+            _warm_up(config, questions, [_engine(loaded, sizes, drafter) for drafter in drafters])
+            engines = [_engine(loaded, sizes, drafter) for drafter in drafters]
             for task, of_task in questions.items():
                 for together in [[one] for one in of_task] if rows == 1 else [of_task]:
-                    for drafter, engine in zip(config.drafters, engines, strict=True):
+                    for drafter, engine in zip(drafters, engines, strict=True):
                         _run(config, engine, together, tallies[drafter.name, task])
                 say(f"batch {rows}, round {round_index + 1} of {config.rounds}: {task}")
+        first = config.drafters[0].name
+        expected = expected or {task: tallies[first, task].answers for task in questions}
         scores += [
-            _score(config, rows, drafter.name, task, tallies)
-            for drafter in config.drafters
+            _score(rows, drafter.name, first, task, tallies, expected)
+            for drafter in drafters
             for task in (*questions, "overall")
         ]
         _write(config, scores, output)
@@ -97,7 +102,9 @@ def format_scores(scores: Sequence[Score]) -> str:
         )
         for name in dict.fromkeys(score.drafter for score in own):
             by_task = {score.task: score for score in own if score.drafter == name}
-            cells = [f"{by_task[task].speedup:.2f} ({by_task[task].mean_accepted:.2f})" for task in tasks]
+            cells = [
+                f"{_or_dash(by_task[task].speedup)} ({by_task[task].mean_accepted:.2f})" for task in tasks
+            ]
             overall = by_task["overall"]
             lines.append(
                 f"{name:<18}"
@@ -105,6 +112,10 @@ def format_scores(scores: Sequence[Score]) -> str:
                 + f"{overall.tok_s:>8.0f}{overall.identical:>6.0%}"
             )
     return "\n".join(lines)
+
+
+def _or_dash(speedup: float | None) -> str:
+    return "-" if speedup is None else f"{speedup:.2f}"
 
 
 def _questions(config: SpecBenchConfig) -> dict[str, list[list[str]]]:
@@ -158,30 +169,39 @@ def _run(config: SpecBenchConfig, engine: Engine, questions: Sequence[list[str]]
 
 
 def _score(
-    config: SpecBenchConfig, rows: int, name: str, task: str, tallies: dict[tuple[str, str], _Tally]
+    rows: int,
+    name: str,
+    first: str,
+    task: str,
+    tallies: Mapping[tuple[str, str], _Tally],
+    expected: Mapping[str, list[list[int]]],
 ) -> Score:
-    def of(drafter: str) -> list[_Tally]:
-        return [tally for (own, at), tally in tallies.items() if own == drafter and task in (at, "overall")]
+    def of(drafter: str) -> dict[str, _Tally]:
+        return {
+            at: tally for (own, at), tally in tallies.items() if own == drafter and task in (at, "overall")
+        }
 
-    own, base = of(name), of(config.drafters[0].name)
-    stats = sum((tally.stats for tally in own), Stats())
-    rate, first = (mean(rate for tally in some for rate in tally.rates) for some in (own, base))
+    def rate(some: Mapping[str, _Tally]) -> float:
+        return mean(rate for tally in some.values() for rate in tally.rates)
+
+    own, base = of(name), of(first)
+    stats = sum((tally.stats for tally in own.values()), Stats())
     pairs = [
-        pair
-        for mine, theirs in zip(own, base, strict=True)
-        for pair in zip(mine.answers, theirs.answers, strict=True)
+        (mine, wanted)
+        for at, tally in own.items()
+        for mine, wanted in zip(tally.answers, expected[at], strict=True)
     ]
     return Score(
         drafter=name,
         batch_rows=rows,
         task=task,
-        tok_s=rate,
-        speedup=rate / first,
+        tok_s=rate(own),
+        speedup=rate(own) / rate(base) if base else None,
         mean_accepted=stats.mean_accepted or 1.0,
         drafted=stats.drafted,
         accepted=stats.accepted,
         accepted_lengths=dict(sorted((int(length), rows) for length, rows in stats.accepted_lengths.items())),
-        identical=mean(mine == theirs for mine, theirs in pairs),
+        identical=mean(mine == wanted for mine, wanted in pairs),
     )
 
 
@@ -224,7 +244,7 @@ def _plot_speedups(scores: Sequence[Score], path: Path) -> None:
     with figure(path, (10, 4)) as axis:
         width = 0.8 / len(names)
         for place, name in enumerate(names):
-            heights = [score.speedup for score in scores if score.drafter == name]
+            heights = [score.speedup or 0.0 for score in scores if score.drafter == name]
             axis.bar([at + place * width for at in range(len(tasks))], heights, width, label=name)
         axis.set_xticks([at + 0.4 - width / 2 for at in range(len(tasks))], tasks)
         axis.axhline(1, color="black", linewidth=0.5)

@@ -8,6 +8,7 @@ a token is high and only near-certain copies are verified; as it thins out, draf
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -22,15 +23,17 @@ from rayskip.decode.batch import Chunk
 from rayskip.decode.drafters.costs import StepCosts, marginal_chance, worth_verifying
 from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.drafters.kangaroo import KANGAROO, KangarooDrafter
-from rayskip.decode.drafters.lookup import LOOKUP, Lookups
+from rayskip.decode.drafters.lookup import LOOKUP, Copy, Lookups
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
 from rayskip.model.kv_cache import KVCache
 
 BELIEF = 4.0
 """Tests that a prior counts for."""
-FORGET = 0.98
-"""What earlier counts are multiplied by at each new one, so that old texts fade."""
+FORGET, ROW_FORGETS = 0.99, 0.95
+"""What earlier counts are multiplied by at each new one, so that old texts fade, and a row's own past."""
+SUREST = 0.97
+"""Highest chance that a copy's first token is given."""
 TRIALS, RETRY = 4, 64
 """Rounds that a drafter gets to show its worth; steps after which one that did not pay gets another."""
 SURE = 0.6
@@ -96,13 +99,30 @@ def round_pays(
     return with_round > (others + rows) / costs(base)
 
 
+@dataclass
+class Fortune:
+    """How a row's copies fare against what is expected of them: fading sums."""
+
+    held: float = 0.0
+    expected: float = 0.0
+
+    @property
+    def factor(self) -> float:
+        return (self.held + BELIEF) / (self.expected + BELIEF)
+
+    def count(self, held: bool, chance: float) -> None:
+        self.held = self.held * ROW_FORGETS + held
+        self.expected = self.expected * ROW_FORGETS + chance
+
+
 @dataclass(frozen=True)
-class _Copy:
-    """What lookup found for the tokens from `position` on, after a suffix of `size` tokens."""
+class _Proposed:
+    """Copies that stood at choice for a row's tokens from `position` on; chance: the best one's, without the row's
+    own fortune."""
 
     position: int
-    tokens: list[int]
-    size: int
+    copies: list[Copy]
+    chance: float
 
 
 class AutoDrafter(Drafter):
@@ -111,27 +131,26 @@ class AutoDrafter(Drafter):
         self._costs = costs
         self._kangaroo = kangaroo
         self._lookups = Lookups(config.max_ngram)
-        self._first = {size: Rate() for size in range(1, config.max_ngram + 1)}
-        self._later = {size: Rate() for size in range(1, config.max_ngram + 1)}
-        self._own: WeakKeyDictionary[Sequence, Rate] = WeakKeyDictionary()
-        self._copies: WeakKeyDictionary[Sequence, _Copy] = WeakKeyDictionary()
+        self._first: defaultdict[tuple[int, int], Rate] = defaultdict(Rate)
+        self._later: defaultdict[int, Rate] = defaultdict(Rate)
+        self._fortunes: WeakKeyDictionary[Sequence, Fortune] = WeakKeyDictionary()
+        self._proposed: WeakKeyDictionary[Sequence, _Proposed] = WeakKeyDictionary()
         self._rounds: dict[int, Rounds] = {}
         self._round = Rounds()
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:
         if not rows:
             return None
-        proposals = [self._propose(row) for row in rows]
+        proposals = [(row, tokens, chances) for row in rows for tokens, chances in self._propose(row)]
         base = sum(chunk.stop - chunk.start for chunk in chunks)
-        lengths = worth_verifying([chances for _, chances in proposals], self._costs, base)
-        for row, (tokens, _), length in zip(rows, proposals, lengths, strict=True):
-            row.draft.add_chain(tokens[:length], LOOKUP)
-        copied = {
-            row: chances[:length]
-            for row, (_, chances), length in zip(rows, proposals, lengths, strict=True)
-            if length
-        }
-        return self._try_kangaroo(chunks, rows, copied, base + sum(lengths), cache)
+        lengths = worth_verifying([chances for *_, chances in proposals], len(rows), self._costs, base)
+        copied: dict[Sequence, list[float]] = {}
+        for (row, tokens, chances), length in zip(proposals, lengths, strict=True):
+            if length and len(row.draft) + length <= row.draft_places:
+                row.draft.add_chain(tokens[:length], LOOKUP)
+                copied.setdefault(row, []).extend(chances[:length])
+        running = base + sum(len(row.draft) for row in rows)
+        return self._try_kangaroo(chunks, rows, copied, running, cache)
 
     def _try_kangaroo(
         self,
@@ -177,26 +196,37 @@ class AutoDrafter(Drafter):
         if self._kangaroo is not None:
             self._kangaroo.observe(verdicts, hidden)
 
-    def _propose(self, row: Sequence) -> tuple[list[int], list[float]]:
-        """A copied draft, and for each of its tokens the chance that all up to it hold."""
-        own = self._settle(row)
-        tokens, size = self._lookups.propose(row, min(self._config.tokens, row.draft_room))
-        if not tokens:
-            return [], []
-        self._copies[row] = _Copy(row.length, tokens, size)
-        first = own.given(self._first[size].given(0.2 + 0.15 * size))
-        later = self._later[size].given(0.7)
-        return tokens, list(accumulate([first, *[later] * (len(tokens) - 1)], mul))
+    def _propose(self, row: Sequence) -> list[tuple[list[int], list[float]]]:
+        """Copied drafts, and for each of their tokens the chance that all up to it hold."""
+        fortune = self._settle(row)
+        copies = self._lookups.copies(row, min(self._config.tokens, row.draft_room), self._config.copies)
+        if not copies:
+            return []
+        drafts = []
+        for copy in copies:
+            first = self._chance(copy)
+            if copy is copies[0]:
+                self._proposed[row] = _Proposed(row.length, copies, first)
+                first = min(first * fortune.factor, SUREST)
+            later = self._later[copy.size].given(0.8)
+            drafts.append((copy.tokens, list(accumulate([first, *[later] * (len(copy.tokens) - 1)], mul))))
+        return drafts
 
-    def _settle(self, row: Sequence) -> Rate:
-        """Count how the row's last copy fared against what came, verified or not; the row's own rate."""
-        own = self._own.setdefault(row, Rate())
-        if copy := self._copies.pop(row, None):
-            came = row.tokens(copy.position, row.length)
-            held = [drafted == token for drafted, token in zip(copy.tokens, came, strict=False)]
-            self._first[copy.size].count(held[0])
-            own.count(held[0])
-            for before, at in zip(accumulate(held, and_), held[1:], strict=False):
-                if before:
-                    self._later[copy.size].count(at)
-        return own
+    def _chance(self, copy: Copy) -> float:
+        """That its first token holds."""
+        return self._first[copy.size, copy.rank].given(0.05 if copy.rank else min(0.15 * copy.size, 0.6))
+
+    def _settle(self, row: Sequence) -> Fortune:
+        """Count how the row's last copies fared against what came, verified or not."""
+        fortune = self._fortunes.setdefault(row, Fortune())
+        if proposed := self._proposed.pop(row, None):
+            came = row.tokens(proposed.position, row.length)
+            for copy in proposed.copies:
+                held = [drafted == token for drafted, token in zip(copy.tokens, came, strict=False)]
+                self._first[copy.size, copy.rank].count(held[0])
+                if copy is proposed.copies[0]:
+                    fortune.count(held[0], proposed.chance)
+                for before, at in zip(accumulate(held, and_), held[1:], strict=False):
+                    if before:
+                        self._later[copy.size].count(at)
+        return fortune

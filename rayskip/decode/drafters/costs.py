@@ -75,25 +75,26 @@ def _seconds(decoder: Decoder, cache: KVCache, count: int, length: int) -> float
     return best
 
 
-def worth_verifying(chances: Seq[Seq[float]], costs: StepCosts, base: int) -> list[int]:
-    """How much of each row's draft to verify, so that expected tokens per second are most.
+def worth_verifying(chances: Seq[Seq[float]], rows: int, costs: StepCosts, base: int) -> list[int]:
+    """How much of each draft to verify, so that expected tokens per second are most.
 
-    chances[i][j]: probability that row i's drafted tokens up to j all hold, so descending in j. base: tokens that
-    run anyway. Tokens are added by falling chance, over all rows (TETRIS, arXiv 2502.15197).
+    chances[i][j]: probability that draft i's tokens up to j all hold, so descending in j; a row's drafts begin with
+    different tokens. rows: that gain a token anyway. base: tokens that run anyway. Tokens are added by falling
+    chance, over all drafts (TETRIS, arXiv 2502.15197).
     """
     order = sorted(
-        ((chance, row, at) for row, own in enumerate(chances) for at, chance in enumerate(own)),
+        ((chance, draft, at) for draft, own in enumerate(chances) for at, chance in enumerate(own)),
         key=lambda item: (-item[0], item[2], item[1]),
     )
-    gained = float(len(chances))
+    gained = float(rows)
     best, best_count = gained / costs(base), 0
     for count, (chance, _, _) in enumerate(order, 1):
         gained += chance
         if (rate := gained / costs(base + count)) > best:
             best, best_count = rate, count
     lengths = [0] * len(chances)
-    for _, row, at in order[:best_count]:
-        lengths[row] = max(lengths[row], at + 1)
+    for _, draft, at in order[:best_count]:
+        lengths[draft] = max(lengths[draft], at + 1)
     return lengths
 
 

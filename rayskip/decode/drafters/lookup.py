@@ -6,6 +6,7 @@ Serves completions that repeat their prompt or themselves: extraction, summaries
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from itertools import cycle, islice
 from weakref import WeakKeyDictionary
 
@@ -19,31 +20,53 @@ LOOKUP = "lookup"
 """What its drafts are counted as."""
 
 
+KEPT = 3
+"""Different tokens, the latest ones, that an n-gram is known to be followed by."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """`tokens` that followed the last `size` tokens earlier in the text; rank 0: the latest time, 1: the latest that
+    it went on otherwise, and so on."""
+
+    tokens: list[int]
+    size: int
+    rank: int
+
+
 class Index:
-    """Where each n-gram of one text was last followed by something."""
+    """What followed each n-gram of one text, and where."""
 
     def __init__(self, longest: int) -> None:
         self._longest = longest
         self._tokens: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}
+        self._next: dict[tuple[int, ...], dict[int, int]] = {}
 
-    def propose(self, row: Sequence, count: int) -> tuple[list[int], int]:
-        """`count` tokens that followed the longest known suffix of the row's text, or none; the suffix's length."""
+    def copies(self, row: Sequence, count: int, most: int) -> list[Copy]:
+        """Up to `most` copies of `count` tokens that differ in their first token, longest known suffix first."""
         self._extend(row)
-        newest = row.tokens(row.length - 1, row.length)
-        recent = self._tokens[-self._longest :] + newest
-        for size in range(min(self._longest, len(recent)), 0, -1):
-            if (at := self._next.get(tuple(recent[-size:]))) is not None:
-                followed = self._tokens[at : at + count] + newest
-                return list(islice(cycle(followed), count)), size  # past its end, the text goes on in circles
-        return [], 0
+        found: dict[int, Copy] = {}
+        for size in range(min(self._longest, len(self._tokens)), 0, -1):
+            followers = self._next.get(tuple(self._tokens[-size:]), {})
+            for rank, (token, at) in enumerate(reversed(followers.items())):
+                if len(found) == most:
+                    return list(found.values())
+                if token not in found:
+                    # past its end, the text goes on in circles
+                    tokens = list(islice(cycle(self._tokens[at : at + count]), count))
+                    found[token] = Copy(tokens, size, rank)
+        return list(found.values())
 
     def _extend(self, row: Sequence) -> None:
-        """Index the n-grams of all tokens but the newest, which nothing follows yet."""
-        for token in row.tokens(len(self._tokens), row.length - 1):
+        for token in row.tokens(len(self._tokens), row.length):
+            at = len(self._tokens)
+            for size in range(1, min(self._longest, at) + 1):
+                followers = self._next.setdefault(tuple(self._tokens[-size:]), {})
+                followers.pop(token, None)
+                followers[token] = at
+                if len(followers) > KEPT:
+                    del followers[next(iter(followers))]
             self._tokens.append(token)
-            for size in range(1, min(self._longest, len(self._tokens)) + 1):
-                self._next[tuple(self._tokens[-size:])] = len(self._tokens)
 
 
 class Lookups:
@@ -53,12 +76,12 @@ class Lookups:
         self._longest = longest
         self._indexes: WeakKeyDictionary[Sequence, Index] = WeakKeyDictionary()
 
-    def propose(self, row: Sequence, count: int) -> tuple[list[int], int]:
-        """See `Index.propose`."""
+    def copies(self, row: Sequence, count: int, most: int) -> list[Copy]:
+        """See `Index.copies`."""
         index = self._indexes.get(row)
         if index is None:
             index = self._indexes[row] = Index(self._longest)
-        return index.propose(row, count)
+        return index.copies(row, count, most) if count > 0 else []
 
 
 class LookupDrafter(Drafter):
@@ -68,5 +91,5 @@ class LookupDrafter(Drafter):
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
         for row in rows:
-            tokens, _ = self._lookups.propose(row, min(self._config.tokens, row.draft_room))
-            row.draft.add_chain(tokens, LOOKUP)
+            for copy in self._lookups.copies(row, min(self._config.tokens, row.draft_room), 1):
+                row.draft.add_chain(copy.tokens, LOOKUP)
