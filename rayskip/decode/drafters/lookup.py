@@ -26,8 +26,8 @@ KEPT = 3
 
 @dataclass(frozen=True)
 class Copy:
-    """`tokens` that followed the last `size` tokens earlier in the text; rank 0: the latest time, 1: the latest that
-    it went on otherwise, and so on."""
+    """`tokens` that followed the last `size` tokens earlier in the text; rank 0: the latest time, 1: the latest
+    that it went on otherwise, and so on."""
 
     tokens: list[int]
     size: int
