@@ -141,8 +141,8 @@ def schema() -> None:
 @train_app.command("skip")
 def train_skip(config: Config, overrides: Overrides = None) -> None:
     """Fine-tune a model under a skip schedule; goes on where it stopped."""
-    from rayskip.config import TrainSkipConfig
     from rayskip.config_file import load_section
+    from rayskip.tool_config import TrainSkipConfig
 
     job = load_section(TrainSkipConfig, config, overrides or ())
     from rayskip.train.run_skip import train_skip as run_training
@@ -154,8 +154,8 @@ def train_skip(config: Config, overrides: Overrides = None) -> None:
 @train_app.command("kangaroo")
 def train_kangaroo(config: Config, overrides: Overrides = None) -> None:
     """Train adapters that draft from the model's first layers; goes on where it stopped."""
-    from rayskip.config import TrainKangarooConfig
     from rayskip.config_file import load_section
+    from rayskip.tool_config import TrainKangarooConfig
 
     job = load_section(TrainKangarooConfig, config, overrides or ())
     from rayskip.train.run_drafts import format_draft_quality
@@ -168,8 +168,8 @@ def train_kangaroo(config: Config, overrides: Overrides = None) -> None:
 @train_app.command("medusa")
 def train_medusa(config: Config, overrides: Overrides = None) -> None:
     """Train heads that draft from the model's last state; goes on where it stopped."""
-    from rayskip.config import TrainMedusaConfig
     from rayskip.config_file import load_section
+    from rayskip.tool_config import TrainMedusaConfig
 
     job = load_section(TrainMedusaConfig, config, overrides or ())
     from rayskip.train.run_drafts import format_draft_quality
@@ -182,8 +182,8 @@ def train_medusa(config: Config, overrides: Overrides = None) -> None:
 @eval_app.command("quality")
 def eval_quality(config: Config, overrides: Overrides = None) -> None:
     """Compare models and skip policies by their texts and their speed."""
-    from rayskip.config import EvalQualityConfig
     from rayskip.config_file import load_section
+    from rayskip.tool_config import EvalQualityConfig
 
     job = load_section(EvalQualityConfig, config, overrides or ())
     from rayskip.evaluate.quality import evaluate_quality, format_quality
@@ -197,8 +197,8 @@ def eval_quality(config: Config, overrides: Overrides = None) -> None:
 @eval_app.command("spec-bench")
 def eval_spec_bench(config: Config, overrides: Overrides = None) -> None:
     """Compare drafters by Spec-Bench's protocol."""
-    from rayskip.config import SpecBenchConfig
     from rayskip.config_file import load_section
+    from rayskip.tool_config import SpecBenchConfig
 
     job = load_section(SpecBenchConfig, config, overrides or ())
     from rayskip.evaluate.spec_bench import format_scores, run_spec_bench
@@ -209,8 +209,8 @@ def eval_spec_bench(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def bench(config: Config, overrides: Overrides = None) -> None:
     """Time several modes over the same rows, in turns."""
-    from rayskip.config import BenchConfig
     from rayskip.config_file import load_section
+    from rayskip.tool_config import BenchConfig
 
     job = load_section(BenchConfig, config, overrides or ())
     from rayskip.evaluate.bench import format_timings, run_bench

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from rayskip.config import BenchConfig, SpecBenchConfig
 from rayskip.errors import InputError
 from rayskip.evaluate.bench import format_timings, run_bench
 from rayskip.evaluate.spec_bench import TASKS, format_scores, run_spec_bench
+from rayskip.tool_config import BenchConfig, SpecBenchConfig
 
 MODEL = {"path": "smollm2-135m-instruct"}
 SKIP = {"kind": "skipdecode", "speedup": 2, "horizon": 8}

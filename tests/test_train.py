@@ -11,10 +11,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams, TrainSkipConfig
+from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.engine import Engine
 from rayskip.errors import InputError, ModelError
 from rayskip.model.checkpoint import trained_policy
+from rayskip.tool_config import TrainSkipConfig
 from rayskip.train.examples import Example, batches, collate, split
 from rayskip.train.loop import Point
 from rayskip.train.run_skip import train_skip

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from rayskip.config import BenchConfig, BenchMode, ModelConfig
+from rayskip.config import ModelConfig
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.records import Prompt
 from rayskip.data.sources import discover, every_row
@@ -21,6 +21,7 @@ from rayskip.engine import Engine
 from rayskip.engine.sizes import Sizes
 from rayskip.evaluate.figure import figure
 from rayskip.stats import Stats
+from rayskip.tool_config import BenchConfig, BenchMode
 
 
 @dataclass(frozen=True)

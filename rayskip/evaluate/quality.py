@@ -15,11 +15,12 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from rayskip.config import DecodeConfig, EvalQualityConfig, QualityRun
+from rayskip.config import DecodeConfig
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.sources import discover, every_row
 from rayskip.engine import Engine
 from rayskip.evaluate.figure import figure
+from rayskip.tool_config import EvalQualityConfig, QualityRun
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from itertools import islice
 from pathlib import Path
 from statistics import mean
 
-from rayskip.config import EngineConfig, SpecBenchConfig, SpecBenchDrafter
+from rayskip.config import EngineConfig
 from rayskip.engine import Engine
 from rayskip.errors import InputError
 from rayskip.evaluate.figure import figure
 from rayskip.stats import Stats
+from rayskip.tool_config import SpecBenchConfig, SpecBenchDrafter
 
 MT_BENCH = "mt_bench"
 TASKS = (MT_BENCH, "translation", "summarization", "qa", "math_reasoning", "rag")

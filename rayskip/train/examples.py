@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayskip.config import DataConfig
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.sources import discover, every_row
 from rayskip.data.tokenizer import Encoder
+from rayskip.tool_config import DataConfig
 
 WINDOW = 16
 """Batches whose examples are sorted by length together."""

@@ -1,0 +1,180 @@
+"""Configs of the commands beside `rayskip run`: trainings, evaluations, benchmarks. Built from a job's sections."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from rayskip.config import (
+    DecodeConfig,
+    EngineConfig,
+    InputConfig,
+    ModelConfig,
+    NoSkip,
+    SamplingParams,
+    Section,
+    SkipConfig,
+)
+
+
+class DataConfig(Section):
+    """Supervised examples: an input, and the column with the answer."""
+
+    input: InputConfig
+    answer: str = Field(description="column with the answer to learn")
+    group: str | None = Field(None, description="column whose equal values stay on one side of the split")
+    held_out: float = Field(0.05, gt=0, lt=1, description="share of groups kept for validation")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters on every linear layer, merged into the checkpoint that is saved beside them."""
+
+    rank: int = Field(8, ge=1)
+    alpha: int = Field(16, ge=1)
+
+
+class DistillConfig(Section):
+    """Soft targets of a full-depth model."""
+
+    teacher: str | None = Field(None, description="its checkpoint; by default model.path")
+    weight: float = Field(0.5, ge=0, le=1, description="share of the loss; the rest is cross-entropy")
+
+
+class TrainingConfig(Section):
+    """What the one training loop reads; every training has these keys."""
+
+    name: str = Field(min_length=1)
+    model: ModelConfig
+    data: DataConfig
+    steps: int = Field(ge=1, description="optimizer steps")
+    batch_size: int = Field(16, ge=1, description="examples per forward and process")
+    accumulate: int = Field(1, ge=1, description="forwards per step")
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup_steps: int = Field(10, ge=0)
+    seed: int = 0
+    evaluate_every: int = Field(50, ge=1, description="steps between held-out losses")
+    held_out_examples: int = Field(128, ge=1, description="held-out examples looked at each time")
+    save_every: int = Field(100, ge=1, description="steps between checkpoints to resume from")
+    keep_every: int | None = Field(
+        None, ge=1, description="steps between checkpoints to evaluate: output/step-N"
+    )
+    output: str = Field(description="local folder for what is trained and the loss curve")
+
+
+class TrainSkipConfig(TrainingConfig):
+    """Fine-tuning under a skip schedule: `rayskip train skip`."""
+
+    skip: SkipConfig = NoSkip()
+    lora: LoraConfig | None = Field(None, description="adapters instead of full fine-tuning")
+    distill: DistillConfig | None = None
+
+
+class DraftTrainingConfig(TrainingConfig):
+    """What the trainings of drafters have in common."""
+
+    head_tokens: int = Field(16384, ge=1, description="most frequent tokens, which the draft's head scores")
+
+
+class TrainKangarooConfig(DraftTrainingConfig):
+    """Adapters that draft from the model's first layers: `rayskip train kangaroo`."""
+
+    exit_layers: tuple[int, ...] = Field(
+        (2, 3, 4), min_length=1, description="layers before an adapter, one each"
+    )
+    gamma: int = Field(6, ge=1, description="for the expected tokens per round, as in decode.draft")
+    eta: float = Field(0.6, ge=0, le=1, description="as gamma")
+
+
+class TrainMedusaConfig(DraftTrainingConfig):
+    """Heads that draft from the model's last state: `rayskip train medusa`."""
+
+    heads: int = Field(4, ge=1, description="one for each token drafted")
+
+
+class QualityRun(Section):
+    """One way of decoding, to be compared with the others."""
+
+    name: str = Field(min_length=1)
+    model: ModelConfig
+    skip: SkipConfig = NoSkip()
+
+
+class EvalQualityConfig(Section):
+    """Runs against references: `rayskip eval quality`. Speed-ups are over the first run."""
+
+    name: str = Field(min_length=1)
+    input: InputConfig
+    references: str = Field(description="column with a reference text")
+    group: str = Field(description="column whose equal values are one input with several references")
+    lowercase: bool = Field(True, description="compare lower-cased, as the E2E challenge does")
+    sampling: SamplingParams = SamplingParams()
+    engine: EngineConfig = EngineConfig()
+    runs: tuple[QualityRun, ...] = Field(min_length=1)
+    output: str = Field(description="local folder for quality.json, quality.png and each run's texts")
+
+
+class BenchMode(Section):
+    """One way of generating, to be timed against the others; what is left out is as in the bench's own sections."""
+
+    name: str = Field(min_length=1)
+    model: ModelConfig | None = None
+    decode: DecodeConfig = DecodeConfig()
+    cohort: float | None = Field(None, ge=0, le=1, description="engine.cohort of this mode")
+
+
+class BenchConfig(Section):
+    """Timings of several modes over the same rows: `rayskip bench`. Ratios are over the first mode."""
+
+    name: str = Field(min_length=1)
+    model: ModelConfig
+    input: InputConfig
+    sampling: SamplingParams = SamplingParams()
+    engine: EngineConfig = EngineConfig()
+    modes: tuple[BenchMode, ...] = Field(min_length=1)
+    batch_rows: tuple[int | None, ...] = Field(
+        (None,), min_length=1, description="batch sizes to time; null: chosen by the engine"
+    )
+    rows_per_place: float | None = Field(
+        None,
+        gt=0,
+        description="rows to generate, as a multiple of the batch size; null: all that the input has",
+    )
+    min_rows: int = Field(1, ge=1, description="fewest rows to generate, however small the batch")
+    rounds: int = Field(3, ge=1, description="every mode runs once a round, in turns")
+    output: str = Field(description="local folder for bench.json and bench.png")
+
+
+class SpecBenchDrafter(Section):
+    """A drafter to be compared, by its name in the tables."""
+
+    name: str = Field(min_length=1)
+    decode: DecodeConfig = DecodeConfig()
+    batch_rows: tuple[int, ...] | None = Field(None, description="batch sizes it runs at; null: all")
+
+
+class SpecBenchConfig(Section):
+    """Spec-Bench's protocol: `rayskip eval spec-bench`. Speed-ups are over the first drafter."""
+
+    name: str = Field(min_length=1)
+    model: ModelConfig
+    questions: str = Field(description="Spec-Bench's question.jsonl")
+    per_task: int | None = Field(
+        None, ge=1, description="questions of each of the six subtasks; null: all 80"
+    )
+    sampling: SamplingParams = SamplingParams(max_tokens=1024)
+    engine: EngineConfig = EngineConfig()
+    drafters: tuple[SpecBenchDrafter, ...] = Field(min_length=1)
+    batch_rows: tuple[int, ...] = Field(
+        (1,), min_length=1, description="1: question by question, as published"
+    )
+    warmups: int = Field(3, ge=0, description="questions generated before the clock runs")
+    rounds: int = Field(3, ge=1, description="times that everything runs")
+    output: str = Field(description="local folder for spec_bench.json, plots and spec_bench.html")
+
+    @model_validator(mode="after")
+    def _reference_runs(self) -> SpecBenchConfig:
+        sizes = self.drafters[0].batch_rows
+        if sizes is not None and self.batch_rows[0] not in sizes:
+            raise ValueError(
+                f"drafters[0] must run at batch_rows[0] ({self.batch_rows[0]}): the others are compared with it"
+            )
+        return self
