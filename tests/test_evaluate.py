@@ -49,6 +49,7 @@ def test_bench_times_every_mode_at_every_batch_size(tmp_path: Path) -> None:
     assert skip.mean_layers < 22
     assert 1 < skip.allowed_speedup < 30 / skip.mean_layers
     assert lookup.mean_accepted > 1
+    assert all(t.identical == 1 for t in timings)
     assert len(format_timings(timings).splitlines()) == 1 + len(timings)
     assert json.loads((tmp_path / "out" / "bench.json").read_text())[1]["mode"] == "skip"
     assert (tmp_path / "out" / "bench.png").stat().st_size > 0

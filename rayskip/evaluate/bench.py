@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 from rayskip.config import ModelConfig
 from rayskip.data.prompts import PromptBuilder
@@ -31,8 +31,9 @@ class Timing:
     tok_s: completion tokens per second, prompts included. decode_tok_s: generated tokens per second of the steps
     without prompt tokens; None when no step was. speedup, decode_speedup: over the first mode in the same round.
     allowed_speedup: what the layers skipped leave of the products' work, over full depth (see `allowed_speedup`).
-    mean_accepted: tokens per row and verification, 1 without a drafter. layer_tokens_ratio: layer executions over
-    those the skip policy asks for.
+    mean_accepted: tokens per row and verification, 1 without a drafter. identical: share of the rows whose tokens
+    are those of the first run of the same model and skip policy, at whatever batch size. layer_tokens_ratio: layer
+    executions over those the skip policy asks for.
     """
 
     mode: str
@@ -48,6 +49,7 @@ class Timing:
     allowed_speedup: float
     mean_layers: float
     mean_accepted: float
+    identical: float
     layer_tokens_ratio: float
     cohort_fill: float
     batch_fill: float
@@ -63,6 +65,7 @@ class _Run:
     skip: str
     mean_layers: float
     allowed_speedup: float
+    tokens: list[list[int]]
 
     @property
     def tok_s(self) -> float:
@@ -83,6 +86,7 @@ def run_bench(
     output.mkdir(parents=True, exist_ok=True)
     loaded: dict[ModelConfig, Engine] = {}
     timings: list[Timing] = []
+    expected: dict[tuple[ModelConfig, str], list[list[int]]] = {}
     for batch_rows in config.batch_rows:
         first = _engine(config, config.modes[0], batch_rows, loaded)
         places = first.sizes.batch_rows * first.sizes.lanes
@@ -93,10 +97,9 @@ def run_bench(
                 run = _time(_engine(config, mode, places, loaded), prompts)
                 runs[mode.name].append(run)
                 on_run(f"{mode.name}, {places} rows, round {round_index + 1}", run.tok_s)
-        timings += [
-            _timing(mode.name, len(prompts), own, runs[config.modes[0].name])
-            for mode, own in zip(config.modes, runs.values(), strict=True)
-        ]
+        for mode, own in zip(config.modes, runs.values(), strict=True):
+            wanted = expected.setdefault((mode.model or config.model, own[0].skip), own[0].tokens)
+            timings.append(_timing(mode.name, len(prompts), own, runs[config.modes[0].name], wanted))
         (output / "bench.json").write_text(
             json.dumps([asdict(timing) for timing in timings], indent=2) + "\n"
         )
@@ -120,12 +123,12 @@ def format_timings(timings: Sequence[Timing]) -> str:
     """A table for a terminal."""
     head = (
         f"{'mode':<24}{'batch':>6}{'rows':>6}{'tok/s':>8}{'speed-up':>10}{'decode tok/s':>14}"
-        f"{'speed-up':>10}{'allowed':>9}{'layers':>8}{'accepted':>10}{'fill':>6}"
+        f"{'speed-up':>10}{'allowed':>9}{'layers':>8}{'accepted':>10}{'same':>6}{'fill':>6}"
     )
     lines = [
         f"{t.mode:<24}{t.batch_rows:>6}{t.rows:>6}{t.tok_s:>8.0f}{t.speedup:>10.2f}"
         f"{_or_dash(t.decode_tok_s, '.0f'):>14}{_or_dash(t.decode_speedup, '.2f'):>10}"
-        f"{t.allowed_speedup:>9.2f}{t.mean_layers:>8.1f}{t.mean_accepted:>10.2f}{t.batch_fill:>6.2f}"
+        f"{t.allowed_speedup:>9.2f}{t.mean_layers:>8.1f}{t.mean_accepted:>10.2f}{t.identical:>6.0%}{t.batch_fill:>6.2f}"
         for t in timings
     ]
     return "\n".join([head, *lines])
@@ -176,16 +179,18 @@ def _time(engine: Engine, prompts: Sequence[Prompt]) -> _Run:
         engine.add(prompt)
     engine.take_stats()
     began = time.perf_counter()
-    for _ in engine.run():
-        pass
+    done = sorted(engine.run(), key=lambda completion: completion.request_id)
     seconds = time.perf_counter() - began
     stats = engine.take_stats()
     mean_layers = stats.mean_layers or float(len(engine.decoder.layers))
     allowed = allowed_speedup(engine, mean_layers)
-    return _Run(seconds, stats, engine.sizes, engine.policy.name, mean_layers, allowed)
+    tokens = [generation.token_ids or [] for completion in done for generation in completion.generations]
+    return _Run(seconds, stats, engine.sizes, engine.policy.name, mean_layers, allowed, tokens)
 
 
-def _timing(mode: str, rows: int, runs: Sequence[_Run], first: Sequence[_Run]) -> Timing:
+def _timing(
+    mode: str, rows: int, runs: Sequence[_Run], first: Sequence[_Run], expected: Sequence[list[int]]
+) -> Timing:
     run, stats = runs[0], runs[0].stats
     rates = [run.tok_s for run in runs]
     decode = [rate for own in runs if (rate := own.decode_tok_s)]
@@ -208,6 +213,10 @@ def _timing(mode: str, rows: int, runs: Sequence[_Run], first: Sequence[_Run]) -
         allowed_speedup=run.allowed_speedup,
         mean_layers=run.mean_layers,
         mean_accepted=stats.mean_accepted or 1.0,
+        # another batch size may have more rows or fewer
+        identical=mean(
+            own == wanted for run in runs for own, wanted in zip(run.tokens, expected, strict=False)
+        ),
         layer_tokens_ratio=stats.layer_tokens / stats.layer_tokens_ideal if stats.layer_tokens_ideal else 1.0,
         cohort_fill=stats.cohort_fill or 1.0,
         batch_fill=stats.batch_fill,
