@@ -232,7 +232,7 @@ class LookaheadDraft(Section):
 
 
 class AutoDraft(Section):
-    """Lookup or Kangaroo, whichever pays at a step by measured costs and acceptance; nothing where none does."""
+    """Copies, a tree of Kangaroo's, both or nothing: what pays at a step by measured costs and acceptance."""
 
     kind: Literal["auto"]
     path: str | None = Field(None, description="Kangaroo adapter; by default the one that ships, if one does")
@@ -242,7 +242,7 @@ class AutoDraft(Section):
     gamma: int = Field(6, ge=1, description="tokens that Kangaroo drafts in a row, at most")
     branches: int = Field(4, ge=1, description="likeliest tokens of Kangaroo at each place, at most")
     eta: float = Field(
-        0.6, ge=0, le=1, description="Kangaroo's draft ends after a token less probable than this"
+        0.3, ge=0, le=1, description="Kangaroo's draft ends after a token less probable than this"
     )
 
 

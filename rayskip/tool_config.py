@@ -171,7 +171,13 @@ class SpecBenchConfig(Section):
     output: str = Field(description="local folder for spec_bench.json, plots and spec_bench.html")
 
     @model_validator(mode="after")
-    def _reference_runs(self) -> SpecBenchConfig:
+    def _drafters_run(self) -> SpecBenchConfig:
+        names = [drafter.name for drafter in self.drafters]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"drafters: two are named {twice[0]!r}; names tell them apart")
+        for drafter in self.drafters:
+            if unknown := sorted(set(drafter.batch_rows or ()) - set(self.batch_rows)):
+                raise ValueError(f"drafters: {drafter.name} runs at {unknown[0]} rows, batch_rows lacks that")
         sizes = self.drafters[0].batch_rows
         if sizes is not None and self.batch_rows[0] not in sizes:
             raise ValueError(

@@ -12,8 +12,10 @@ from rayskip.config_file import load_config, load_section
 from rayskip.data.output import check_output
 from rayskip.data.prompts import PromptBuilder, check_input
 from rayskip.data.tokenizer import load_tokenizer
+from rayskip.decode.drafters import load_drafters
 from rayskip.model.checkpoint import check_base, load, trained_policy
-from rayskip.skip import skip_policy
+from rayskip.model.forward import Decoder
+from rayskip.skip import full_depth, skip_policy
 from rayskip.tool_config import (
     BenchConfig,
     EvalQualityConfig,
@@ -64,6 +66,19 @@ def test_the_shipped_adapter_was_trained_for_its_job(smollm2: Path) -> None:
     assert trained_policy(adapter) == skip_policy(job.decode.skip, 30).name
     load(smollm2, torch.bfloat16, torch.device("cpu"), adapter)
     assert sum(file.stat().st_size for file in adapter.iterdir()) < 8_000_000
+
+
+def test_every_drafter_of_the_configs_loads(smollm2: Path) -> None:
+    """What they name without a path comes with the package."""
+    decoder = Decoder(*load(smollm2, torch.bfloat16, torch.device("cpu")), folder=smollm2)
+    configs = [load_config(path) for path in SHIPPED]
+    drafts = [job.decode.draft for job in configs]
+    for path in sorted((ROOT / "configs/eval").glob("spec_bench*.yaml")):
+        drafts += [drafter.decode.draft for drafter in load_section(SpecBenchConfig, path).drafters]
+    assert {draft.kind for draft in drafts} >= {"auto", "kangaroo", "medusa"}
+    for draft in drafts:
+        load_drafters(draft, decoder, full_depth(30))
+    assert sum(file.stat().st_size for file in (ROOT / "rayskip/model/shipped").rglob("*.*")) < 6_000_000
 
 
 def test_every_quickstart_row_is_a_prompt(smollm2: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.data.records import Generation, Prompt
+from rayskip.decode.batch import Chunk
 from rayskip.decode.draft import NEWEST, Draft
 from rayskip.decode.drafters.auto import AutoDrafter, Fortune, Rate, Rounds, round_pays
 from rayskip.decode.drafters.costs import StepCosts, worth_verifying
 from rayskip.decode.drafters.lookup import Copy, Index
+from rayskip.decode.drafters.none import NoDrafter
 from rayskip.decode.drafters.retrieval import Store
 from rayskip.decode.sequence import Sequence
 from rayskip.engine import Engine
@@ -27,6 +31,7 @@ from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import load, tensors_fingerprint
 from rayskip.model.forward import Decoder
 from rayskip.model.kangaroo import KangarooLabel
+from rayskip.model.kv_cache import KVCache
 from rayskip.model.medusa import MedusaLabel
 from rayskip.model.ops import Ops
 from rayskip.model.trained import save_trained
@@ -147,7 +152,7 @@ def test_tokens_are_those_without_a_drafter(folder: Path, kind: str, policy: str
         )  # a row's first token needs no step
 
 
-@pytest.mark.parametrize("kind", ["kangaroo tree of 3", "auto"])
+@pytest.mark.parametrize("kind", ["kangaroo tree of 3", "medusa tree of 4"])
 def test_torchs_operations_follow_branches_too(folder: Path, kind: str) -> None:
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     found = []
@@ -158,6 +163,33 @@ def test_torchs_operations_follow_branches_too(folder: Path, kind: str) -> None:
         engine = Engine(decoder, None, EngineConfig(max_batch_rows=5), decode)
         found.append(_outcomes(engine.generate(_prompts(), params)))
     assert found[0] == found[1]
+    assert engine.take_stats().accepted > 0
+
+
+def test_a_draft_that_is_not_finite_harms_no_row(folder: Path) -> None:
+    """A token that the model never chooses has no finite states; a drafter proposes it all the same."""
+    prompts, params = _prompts(), SamplingParams(max_tokens=20, ignore_eos=True)
+    spec, weights = load(folder, torch.bfloat16, torch.device("cpu"))
+    plain = Decoder(spec, weights, Ops(spec), folder)
+    expected = Engine(plain, None, EngineConfig(max_batch_rows=5)).generate(prompts, params)
+    used = {token for prompt in prompts for token in prompt}
+    used |= {token for (own,) in expected for token in own.token_ids or []}
+    never = next(token for token in range(VOCAB) if token not in used)
+    embed = weights.embed.clone()
+    embed[never] = float("nan")
+    poisoned = Decoder(spec, replace(weights, embed=embed), Ops(spec), folder)
+
+    class Poison(NoDrafter):
+        def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
+            for row in rows:
+                if row.draft_room > 0 and row.length % 2:
+                    row.draft.add_chain([never], "poison")
+
+    engine = Engine(poisoned, None, EngineConfig(max_batch_rows=5))
+    for lane in engine._lanes:
+        lane._drafter = Poison()
+    assert _outcomes(engine.generate(prompts, params)) == _outcomes(expected)
+    assert engine.take_stats().completion_tokens == 20 * len(prompts)
 
 
 @pytest.mark.parametrize("kind", ["lookup", "lookahead", "kangaroo", "draft_model"])
@@ -290,6 +322,15 @@ def test_sampling_with_a_drafter_has_the_models_distribution(folder: Path) -> No
     assert statistic < len(likely) + 4 * math.sqrt(2 * len(likely))  # four deviations
 
 
+def test_a_broken_label_and_too_many_branches_are_named(folder: Path, tmp_path: Path) -> None:
+    _save_adapter(folder, tmp_path, tensors_fingerprint(folder))
+    with pytest.raises(ConfigError, match="branches: 57 is more than the 56"):
+        _engine(folder, {"kind": "kangaroo", "path": str(tmp_path), "branches": 57})
+    (tmp_path / "kangaroo.json").write_text('{"base": "tiny"}')
+    with pytest.raises(ModelError, match=r"kangaroo\.json needs the keys base, .*exit_layer"):
+        _engine(folder, {"kind": "kangaroo", "path": str(tmp_path)})
+
+
 def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
     _save_adapter(folder, tmp_path, "another")
     with pytest.raises(ModelError, match="another model"):
@@ -322,23 +363,39 @@ def _row(prompt: list[int], generated: list[int]) -> Sequence:
 
 
 def test_lookup_follows_the_longest_suffix() -> None:
-    index = Index(3)
+    index = Index(3, 1)
     row = _row([1, 2, 3, 9, 2, 3, 5, 6], [1, 2, 3])
-    assert index.copies(row, 3, 1) == [Copy([9, 2, 3], 3, 0)]
+    assert index.copies(row, 3) == [Copy([9, 2, 3], 3, 0)]
     row.generated += [5]
-    assert index.copies(row, 3, 1) == [Copy([6, 1, 2], 3, 0)]
+    assert index.copies(row, 3) == [Copy([6, 1, 2], 3, 0)]
     row.generated += [77]
-    assert index.copies(row, 3, 1) == []
+    assert index.copies(row, 3) == []
 
 
 def test_lookup_tells_other_continuations_after_the_best() -> None:
     row = _row([1, 2, 3, 9, 2, 3, 5, 6, 2, 7], [1, 2])
-    assert Index(2).copies(row, 2, 9) == [Copy([3, 9], 2, 0), Copy([7, 1], 1, 0)]
-    assert Index(1).copies(row, 1, 9) == [Copy([7], 1, 0), Copy([3], 1, 1)]
+    assert Index(2, 9).copies(row, 2) == [Copy([3, 9], 2, 0), Copy([7, 1], 1, 0)]
+    assert Index(1, 9).copies(row, 1) == [Copy([7], 1, 0), Copy([3], 1, 1)]
 
 
 def test_lookup_goes_on_in_circles() -> None:
-    assert Index(2).copies(_row([4, 1, 2, 1, 2], []), 5, 1) == [Copy([1, 2, 1, 2, 1], 2, 0)]
+    assert Index(2, 1).copies(_row([4, 1, 2, 1, 2], []), 5) == [Copy([1, 2, 1, 2, 1], 2, 0)]
+
+
+@pytest.mark.parametrize("kind", ["kangaroo", "auto", "draft_model"])
+def test_long_texts_are_caught_up_on_piece_by_piece(
+    folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("kangaroo", "draft_model"):
+        monkeypatch.setattr(f"rayskip.decode.drafters.{module}.MISSED", 8)
+    prompts, params = [list(range(3, 53)), list(range(5, 59))], SamplingParams(max_tokens=40, ignore_eos=True)
+    plain = _engine(folder, {"kind": "none"}, rows=2).generate(prompts, params)
+    engine = _engine(folder, _draft(kind, folder), rows=2)
+    for lane in engine._lanes:
+        if isinstance(lane._drafter, AutoDrafter):
+            lane._drafter._costs = StepCosts((1, 64), (1.0, 1.01))
+    assert _outcomes(engine.generate(prompts, params)) == _outcomes(plain)
+    assert engine.take_stats().drafted_by[kind if kind == "draft_model" else "kangaroo"] > 0
 
 
 def test_retrieval_copies_from_other_texts() -> None:
@@ -394,6 +451,19 @@ def test_the_budget_beats_every_other(chances: list[list[float]], costs: StepCos
 def test_costs_are_linear_in_between_and_beyond() -> None:
     costs = StepCosts((1, 2, 4), (1.0, 1.5, 2.5))
     assert [costs(tokens) for tokens in (1, 2, 3, 4, 6)] == [1.0, 1.5, 2.0, 2.5, 3.5]
+
+
+def test_costs_follow_what_forwards_take() -> None:
+    costs = StepCosts((1, 4, 16), (1.0, 2.0, 4.0))
+    for _ in range(300):
+        costs = costs.learn(5, 6.0)
+    assert costs(4) == pytest.approx(5, rel=0.3)
+    assert costs.seconds[0] == 1
+    assert list(costs.seconds) == sorted(costs.seconds)
+    for _ in range(300):
+        costs = costs.learn(1, 9.0)
+    assert list(costs.seconds) == pytest.approx([9, 9, 9], rel=0.1)
+    assert costs.learn(99, 1.0) == costs
 
 
 def test_free_tokens_are_drafted_and_dear_ones_are_not() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from rayskip.errors import InputError
 from rayskip.evaluate.bench import format_timings, run_bench
@@ -62,7 +63,10 @@ def _spec_bench(questions: Path, **changes: Any) -> SpecBenchConfig:
             "model": MODEL,
             "questions": str(questions),
             "sampling": {"max_tokens": 6},
-            "drafters": [{"name": "none"}, {"name": "lookup", "decode": {"draft": {"kind": "lookup"}}}],
+            "drafters": [
+                {"name": "none", "batch_rows": [1]},
+                {"name": "lookup", "decode": {"draft": {"kind": "lookup"}}},
+            ],
             "batch_rows": [1, 16],
             "warmups": 1,
             "rounds": 1,
@@ -78,7 +82,8 @@ def test_spec_bench_scores_every_subtask(tmp_path: Path) -> None:
     rows += [{"category": "writing", "turns": ["Write one word.", "Write it again."]}]
     questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     scores = run_spec_bench(_spec_bench(questions))
-    assert len(scores) == 2 * 2 * 7
+    assert len(scores) == 3 * 7
+    assert [score.speedup for score in scores if score.batch_rows == 16] == [None] * 7
     assert {score.task for score in scores} == {*TASKS, "overall"}
     assert all(score.identical == 1 for score in scores)
     for score in scores:
@@ -89,6 +94,19 @@ def test_spec_bench_scores_every_subtask(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "spec_bench.html").read_text()
     assert "speedup.png" in page
     assert (tmp_path / "out" / "acceptance.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("drafters", "message"),
+    [
+        ([{"name": "none", "batch_rows": [16]}], r"drafters\[0\] must run at batch_rows\[0\]"),
+        ([{"name": "none"}, {"name": "auto", "batch_rows": [8]}], "auto runs at 8 rows"),
+        ([{"name": "none"}, {"name": "none"}], "two are named 'none'"),
+    ],
+)
+def test_drafters_that_cannot_be_compared_are_refused(drafters: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        _spec_bench(Path("q.jsonl"), drafters=drafters)
 
 
 def test_a_broken_question_is_named(tmp_path: Path) -> None:

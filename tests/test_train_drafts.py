@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch import Tensor, nn
 
-from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
+from rayskip.config import DecodeConfig, EngineConfig, JobConfig, ModelConfig, SamplingParams
+from rayskip.data.output import output_table
+from rayskip.data.prompts import PromptBuilder
+from rayskip.data.records import Shard
+from rayskip.data.sources import discover, every_row
 from rayskip.engine import Engine
+from rayskip.errors import ConfigError, RowError
 from rayskip.model.checkpoint import tensors_fingerprint
-from rayskip.model.kangaroo import KangarooLabel
+from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
 from rayskip.model.medusa import MedusaLabel
 from rayskip.model.trained import save_trained
+from rayskip.tool_config import DataConfig, TrainKangarooConfig, TrainMedusaConfig
 from rayskip.train import kangaroo, medusa
 from rayskip.train.drafts import (
     Targets,
@@ -32,7 +41,8 @@ from rayskip.train.examples import Example, collate
 from rayskip.train.kangaroo import CONFIDENCE, Adapters
 from rayskip.train.loop import Point, Schedule, train
 from rayskip.train.medusa import Heads
-from rayskip.train.prepare import frozen
+from rayskip.train.prepare import frozen, prepare
+from rayskip.train.run_drafts import format_draft_quality, train_kangaroo, train_medusa
 
 VOCAB, GAMMA, ETA, TOKENS = 96, 3, 0.3, 24
 
@@ -93,6 +103,10 @@ def _fit(
     return fitted
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
 def _accepted(folder: Path, draft: dict[str, Any], examples: Sequence[Example]) -> float | None:
     engine = _engine(folder, draft)
     params = SamplingParams(max_tokens=TOKENS, ignore_eos=True)
@@ -119,7 +133,7 @@ def test_adapters_learn_and_draft_as_training_measured(
         label = KangarooLabel(
             "tiny", tensors_fingerprint(folder), len(token_ids), 0, guesses.agreement, exit_layer=int(name)
         )
-        save_trained(tmp_path / "adapter", label, {**adapter.tensors(), "token_ids": token_ids})
+        save_trained(tmp_path / "adapter", label, {**_tensors(adapter), "token_ids": token_ids})
         draft = {"kind": "kangaroo", "path": str(tmp_path / "adapter"), "gamma": GAMMA, "eta": ETA}
         expected = tokens_per_round(kangaroo.held_drafts(guesses, GAMMA, ETA))
         assert _accepted(folder, draft, held_out) == pytest.approx(expected, rel=0.03)
@@ -135,7 +149,7 @@ def test_heads_learn_and_draft_as_training_measured(
     assert [len(own.right[0]) for own in found.values()] == [TOKENS - 1, TOKENS - 2, TOKENS - 3]
     assert found["1"].agreement > 0.1
     label = MedusaLabel("tiny", tensors_fingerprint(folder), len(token_ids), 0, 0.0, heads=3)
-    save_trained(tmp_path / "heads", label, {**fitted.tensors(), "token_ids": token_ids})
+    save_trained(tmp_path / "heads", label, {**_tensors(fitted), "token_ids": token_ids})
     expected = tokens_per_round(medusa.held_drafts(list(found.values())))
     assert expected > 1.05
     draft = {"kind": "medusa", "path": str(tmp_path / "heads")}
@@ -177,4 +191,126 @@ def test_an_adapter_starts_as_the_layer_it_stands_for(folder: Path) -> None:
         adapter = adapters.each["2"]
         found = adapter(targets.states[2].float(), targets.mask, targets.cos.float(), targets.sin.float())
     assert torch.allclose(found, wanted.float(), atol=0.02, rtol=0.05)
-    assert sorted(adapter.tensors()) == ["attn_norm", "final_norm", "out", "qkv"]
+    assert sorted(_tensors(adapter)) == ["attn_norm", "final_norm", "out", "qkv"]
+
+
+MODEL = "smollm2-135m-instruct"
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job's output with log-probabilities, by the job itself."""
+    root: Path = tmp_path_factory.mktemp("answers")
+    rows = "".join(json.dumps({"prompt": f"Name {count} rivers."}) + "\n" for count in range(12))
+    (root / "prompts.jsonl").write_text(rows)
+    job = {
+        "name": "answers",
+        "model": {"path": MODEL},
+        "input": {"path": str(root / "prompts.jsonl"), "chat": True},
+        "sampling": {"max_tokens": 8, "logprobs": 4},
+        "output": {"path": str(root / "out")},
+    }
+    decoder = Engine.load(MODEL)
+    config = JobConfig.model_validate(job)
+    source = discover(config.input)
+    builder = PromptBuilder(config.input, config.sampling, decoder.tokenizer, 2048)
+    for _, index, row in every_row(source, None):
+        decoder.add(builder.build(row, index, "prompts.jsonl"))
+    found = sorted((done.generations[0] for done in decoder.run()), key=lambda own: own.row_index)
+    shard = Shard(0, str(root / "prompts.jsonl"), "prompts.jsonl", 0, 12)
+    table = pa.table({"prompt": [json.loads(line)["prompt"] for line in rows.splitlines()]})
+    pq.write_table(output_table(table, found, shard, config), root / "answers.parquet")
+    return root / "answers.parquet"
+
+
+def _config(answers: Path, out: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "model": {"path": MODEL},
+        "data": {"input": {"path": str(answers), "chat": True}, "answer": "text", "held_out": 0.3},
+        "head_tokens": 500,
+        "steps": 2,
+        "batch_size": 2,
+        "output": str(out),
+        **changes,
+    }
+
+
+def test_trainings_save_what_drafts(answers: Path, tmp_path: Path) -> None:
+    adapters = TrainKangarooConfig.model_validate(_config(answers, tmp_path / "k", exit_layers=[1, 2]))
+    heads = TrainMedusaConfig.model_validate(_config(answers, tmp_path / "m", heads=2))
+    told = [*train_kangaroo(adapters), *train_medusa(heads)]
+    assert [quality.name for quality in told] == ["exit-1", "exit-2", "heads"]
+    assert "exit-2" in format_draft_quality(told)
+    assert len(json.loads((tmp_path / "k" / "quality.json").read_text())) == 2
+    assert load_kangaroo(Engine.load(MODEL).decoder, tmp_path / "k" / "exit-2").exit_layer == 2
+    drafts = [
+        {"kind": "kangaroo", "path": str(tmp_path / "k" / "exit-1")},
+        {"kind": "medusa", "path": str(tmp_path / "m" / "heads")},
+    ]
+    for draft in drafts:
+        decode = DecodeConfig.model_validate({"draft": draft})
+        Engine.load(MODEL, EngineConfig(max_batch_rows=1), decode).generate(
+            ["Once"], SamplingParams(max_tokens=4)
+        )
+
+
+def test_an_exit_layer_that_is_not_there_is_named(answers: Path, tmp_path: Path) -> None:
+    config = TrainKangarooConfig.model_validate(_config(answers, tmp_path, exit_layers=[30]))
+    with pytest.raises(ConfigError, match="exit_layers: 30 is not between 1 and 29"):
+        train_kangaroo(config)
+
+
+def test_answers_with_logprobs_are_the_jobs_tokens(answers: Path) -> None:
+    told = prepare(ModelConfig(path=MODEL), _data(answers), 1, logprobs=True)
+    plain = prepare(ModelConfig(path=MODEL), _data(answers), 1)
+    assert all(example.top_ids is None for example in (*plain.training, *plain.held_out))
+    for with_tops, without in zip(told.training, plain.training, strict=True):
+        assert with_tops.prompt == without.prompt
+        assert with_tops.top_ids is not None
+        assert with_tops.top_ids.shape == (len(with_tops.answer), 4)
+        assert with_tops.top_ids[:, 0].tolist() == with_tops.answer  # greedy
+        assert len(with_tops.answer) in (8, len(without.answer))
+
+
+def test_another_column_than_the_jobs_text_has_no_logprobs(answers: Path, tmp_path: Path) -> None:
+    table = pq.read_table(answers)
+    gold = table.append_column("gold", pa.array(["the right answer"] * len(table)))
+    pq.write_table(gold, tmp_path / "gold.parquet")
+    data = _data(tmp_path / "gold.parquet").model_copy(update={"answer": "gold"})
+    assert prepare(ModelConfig(path=MODEL), data, 1, logprobs=True).training[0].top_ids is None
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("logprobs", {"content": []}, "not what a job writes"),
+        ("logprobs", [{"token_id": 99_999, "logprob": 0.0, "top": []}], "past the model's 49152"),
+        ("skip_policy", "skipdecode-2x", "answers of the whole model are wanted"),
+    ],
+)
+def test_logprobs_of_something_else_are_refused(
+    answers: Path, tmp_path: Path, column: str, value: Any, message: str
+) -> None:
+    rows = pq.read_table(answers).to_pylist()
+    for row in rows:
+        row[column] = value
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(RowError, match=f"rows.jsonl: row 0: .*{message}"):
+        prepare(ModelConfig(path=MODEL), _data(tmp_path / "rows.jsonl"), 1, logprobs=True)
+
+
+def test_answers_with_more_and_with_fewer_likeliest_tokens_share_a_batch() -> None:
+    def example(width: int) -> Example:
+        ids = np.arange(2 * width, dtype=np.int32).reshape(2, width)
+        return Example([1], [3, 4], "a", ids, np.zeros((2, width), np.float32))
+
+    batch = collate([example(2), example(3)], 0)
+    assert batch.top_ids is not None
+    assert batch.top_logprobs is not None
+    assert batch.top_ids.tolist() == [[0, 1, 0], [2, 3, 0], [0, 1, 2], [3, 4, 5]]
+    assert batch.top_logprobs.exp().sum(1).tolist() == [2, 2, 3, 3]
+
+
+def _data(path: Path) -> DataConfig:
+    return DataConfig.model_validate(_config(path, path)["data"])

@@ -1,4 +1,4 @@
-"""What is proposed to follow a row's newest token: a tree of tokens, most often a chain."""
+"""What is proposed to follow a row's newest token: a token tree, most often a chain."""
 
 from __future__ import annotations
 

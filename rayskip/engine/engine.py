@@ -88,7 +88,7 @@ class Engine:
         self.policy = skip_policy(self.decode.skip, len(decoder.layers))
         self._full_depth = full_depth(len(decoder.layers))
         drafters = load_drafters(self.decode.draft, decoder, self.policy)
-        self.sizes = choose_sizes(decoder, engine, self.policy, drafters.cache_layers)
+        self.sizes = choose_sizes(decoder, engine, self.policy, drafters.cache_layers + drafters.own_layers)
         self._lanes = [
             Lane(
                 decoder,

@@ -12,16 +12,16 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from rayskip.decode.batch import Chunk, draft_chunks, group_key, token_batch
-from rayskip.decode.draft import Draft
+from rayskip.decode.draft import NEWEST, Draft
 from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.sampling import Choice
 from rayskip.decode.sequence import Sequence
-from rayskip.decode.verify import verify
+from rayskip.decode.verify import Verdict, verify
 from rayskip.engine.scheduler import Scheduler, StepPlan
 from rayskip.engine.sizes import Sizes
 from rayskip.model.forward import Decoder
@@ -96,6 +96,10 @@ class Lane:
         middle = time.perf_counter()
         places = [(chunk.sequence, chunk.stop - 1 - chunk.sequence.length) for chunk in chunks if chunk.last]
         verdicts = verify(logits, places)
+        if poisoned := [
+            row for row, verdict in verdicts.items() if row.draft and verdict.choices[-1].token_id is None
+        ]:
+            hidden = self._run_without_drafts(poisoned, verdicts, hidden)
         for row, verdict in verdicts.items():
             if verdict.choices[-1].token_id is None:
                 self._cache.clear(row.slot)
@@ -114,6 +118,22 @@ class Lane:
             batch.active or [len(batch.token_ids)] * len(self._decoder.layers),
             (middle - start, time.perf_counter() - middle),
         )
+
+    def _run_without_drafts(
+        self, rows: Seq[Sequence], verdicts: dict[Sequence, Verdict], hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """Run the rows' newest tokens again, alone: masked keys are read too, and 0 times the NaN of a draft that
+        the model would never choose is NaN. New verdicts replace theirs; returns `hidden` with the new states."""
+        for row in rows:
+            row.draft = Draft()
+            row.draft_cached = min(row.draft_cached, row.length - 1)
+            self._cache.clear(row.slot, row.length - 1)
+        chunks = sorted((Chunk(row, row.length - 1, row.length) for row in rows), key=group_key)
+        again = self._hidden(chunks, token_batch(chunks, self._policy, self._decoder.device), None)
+        found = verify(self._decoder.logits(again), [(chunk.sequence, NEWEST) for chunk in chunks])
+        for row, verdict in found.items():
+            verdicts[row] = replace(verdict, place=len(hidden) + verdict.place)
+        return torch.cat([hidden, again])
 
     def _hidden(self, chunks: Seq[Chunk], batch: TokenBatch, states: States | None) -> torch.Tensor:
         """States [R, d] after the last layer of the batch's outputs; `states` is where a drafter already is."""

@@ -45,7 +45,7 @@ class Sizes:
 def choose_sizes(decoder: Decoder, config: EngineConfig, policy: SkipPolicy, extra_layers: int = 0) -> Sizes:
     """The configured sizes, shared out among the lanes; what is left out is chosen here.
 
-    extra_layers: of the KV cache, beside the model's own.
+    extra_layers: of the KV cache, beside the model's own, or what takes as much memory.
     """
     cohort = config.cohort
     if cohort is None:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,20 +42,16 @@ class Medusa:
         self._blocks = Linear(Dense(weights.flatten(0, 1), biases.flatten()))
         self._head = Linear(Dense(decoder.weights.head.weight[self.token_ids]))
 
-    def propose(
-        self, hidden: Tensor, likeliest: int
-    ) -> tuple[list[list[list[int]]], list[list[list[float]]]]:
-        """Each head's likeliest tokens after each of N rows, [N, H, likeliest], and their probabilities among the
-        listed ones.
+    def propose(self, hidden: Tensor, count: int) -> list[list[list[int]]]:
+        """Each head's `count` likeliest tokens after each of N rows, [N, H, count].
 
         hidden [N, d]: states after the last layer, where the rows' newest tokens were chosen.
         """
         x = normalise(hidden, self._norm)
         blocks = F.silu(self._blocks(x)).view(len(x), -1, x.shape[1])
-        logits = self._head((x.unsqueeze(1) + blocks).flatten(0, 1))
-        best = torch.softmax(logits.float(), dim=-1).topk(likeliest)
-        shape = (len(x), -1, likeliest)
-        return self.token_ids[best.indices].view(shape).tolist(), best.values.view(shape).tolist()
+        best = self._head((x.unsqueeze(1) + blocks).flatten(0, 1)).topk(count).indices
+        tokens: list[list[list[int]]] = self.token_ids[best].view(len(x), -1, count).tolist()
+        return tokens
 
 
 def load_medusa(decoder: Decoder, folder: Path | None) -> Medusa:

@@ -41,7 +41,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Paths:
-    """Where keys lie of tokens in the branches of a draft, whose place in the cache is not their position.
+    """Where keys lie of tokens in the branches of a draft, whose place in the cache is not their position (tree
+    attention).
 
     places [N]: of each token's own keys. starts [N]: positions before it are their own places; from there on,
     `after` [N, P] tells them, up to the token's own. A token that is in no branch starts past its position.

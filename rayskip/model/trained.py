@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -63,7 +63,13 @@ def load_trained(
         raise ModelError(
             f"decode.draft.path: {folder} has no {missing[0]}; `rayskip train {kind.KIND}` makes one"
         )
-    label = kind(**json.loads((folder / names[0]).read_text()))
+    try:
+        label = kind(**json.loads((folder / names[0]).read_text()))
+    except (TypeError, ValueError) as error:
+        wanted = ", ".join(field.name for field in fields(kind))
+        raise ModelError(
+            f"decode.draft.path: {folder / names[0]} needs the keys {wanted} ({error})"
+        ) from error
     if fingerprint is not None and fingerprint != label.base_tensors:
         raise ModelError(
             f"decode.draft.path: {folder} was trained on {label.base}, {decoder.folder} is another model"

@@ -108,8 +108,9 @@ def _distribution(target: Any, batch: Batch, final: Tensor, token_ids: Tensor) -
         head = target.get_output_embeddings().weight[token_ids]
         best = F.linear(final, head).float().softmax(-1).topk(min(SHARES, len(token_ids)))
         return best.indices, best.values / best.values.sum(-1, keepdim=True)
-    places = torch.searchsorted(token_ids, batch.top_ids).clamp(max=len(token_ids) - 1)
-    mass = batch.top_logprobs.exp() * (token_ids[places] == batch.top_ids)
+    top_ids = batch.top_ids.long()
+    places = torch.searchsorted(token_ids, top_ids).clamp(max=len(token_ids) - 1)
+    mass = batch.top_logprobs.exp() * (token_ids[places] == top_ids)
     return places, mass / mass.sum(-1, keepdim=True).clamp(min=1e-9)
 
 

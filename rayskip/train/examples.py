@@ -19,13 +19,14 @@ from torch import Tensor
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.sources import discover, every_row
 from rayskip.data.tokenizer import Encoder
+from rayskip.errors import RowError
 from rayskip.tool_config import DataConfig
 
 WINDOW = 16
 """Batches whose examples are sorted by length together."""
 
-FINISH_REASON, LOGPROBS = "finish_reason", "logprobs"
-"""Columns of a job's output that tell why a completion ended, and what else might have followed each token."""
+TEXT, FINISH_REASON, LOGPROBS, SKIP_POLICY = "text", "finish_reason", "logprobs", "skip_policy"
+"""Columns of a job's output: a completion, why it ended, what else might have followed, which layers ran."""
 
 IGNORED = -100
 """Label of a position that has no loss, as in torch's cross_entropy."""
@@ -65,10 +66,18 @@ class Batch:
         return replace(self, **tensors)  # type: ignore[arg-type]
 
 
-def read_examples(config: DataConfig, encoder: Encoder, builder: PromptBuilder, end: int) -> list[Example]:
+def read_examples(
+    config: DataConfig,
+    encoder: Encoder,
+    builder: PromptBuilder,
+    end: int,
+    logprobs_vocab: int | None = None,
+) -> list[Example]:
     """Every row that has an answer; of a job's own output, those that did not fail.
 
-    Raises InputError when the answer's column is missing, or RowError naming what is wrong with a row.
+    logprobs_vocab: read what a job wrote in its logprobs column too, where the answers are that job's text; the
+    token ids must be below it. Raises InputError when the answer's column is missing, or RowError naming what is
+    wrong with a row.
     """
     source = discover(config.input)
     source.require(config.input.path, "data.answer", config.answer)
@@ -78,8 +87,9 @@ def read_examples(config: DataConfig, encoder: Encoder, builder: PromptBuilder, 
             continue
         prompt = builder.build(row, index, shard.name).token_ids
         group = str(row[config.group]) if config.group else f"{shard.name}:{index}"
-        if row.get(LOGPROBS):
-            examples.append(_with_logprobs(prompt, row[LOGPROBS], group))
+        if logprobs_vocab is not None and config.answer == TEXT and row.get(LOGPROBS):
+            where = f"{shard.name}: row {index}"
+            examples.append(_with_logprobs(prompt, row, group, where, logprobs_vocab))
             continue
         cut = row.get(FINISH_REASON) == "length"  # a job's own output: such an answer has no end
         answer = encoder.data(str(row[config.answer])) + ([] if cut else [end])
@@ -87,12 +97,29 @@ def read_examples(config: DataConfig, encoder: Encoder, builder: PromptBuilder, 
     return examples
 
 
-def _with_logprobs(prompt: list[int], entries: Sequence[dict[str, Any]], group: str) -> Example:
-    """entries: of a job's logprobs column, one a token, each with equally many likeliest ones."""
-    tops = [entry["top"] or [entry] for entry in entries]
-    ids = np.array([[other["token_id"] for other in top] for top in tops], np.int32)
-    logprobs = np.array([[other["logprob"] for other in top] for top in tops], np.float32)
-    return Example(prompt, [entry["token_id"] for entry in entries], group, ids, logprobs)
+def _with_logprobs(prompt: list[int], row: dict[str, Any], group: str, where: str, vocab: int) -> Example:
+    """The tokens of a job's logprobs column, and the likeliest ones at each."""
+    if row.get(SKIP_POLICY) not in (None, "none"):
+        raise RowError(
+            "bad_logprobs",
+            f"{where}: written under {row[SKIP_POLICY]}; answers of the whole model are wanted",
+        )
+    try:
+        tops = [entry["top"] or [entry] for entry in row[LOGPROBS]]
+        answer = [int(entry["token_id"]) for entry in row[LOGPROBS]]
+        ids = np.array([[other["token_id"] for other in top] for top in tops], np.int32)
+        logprobs = np.array([[other["logprob"] for other in top] for top in tops], np.float32)
+    except (TypeError, KeyError, ValueError) as error:
+        raise RowError(
+            "bad_logprobs",
+            f"{where}: {LOGPROBS} is not what a job writes: a list with token_id, logprob and equally many top "
+            f"per token ({error!r})",
+        ) from error
+    if not 0 <= min(ids.min(), *answer) <= max(ids.max(), *answer) < vocab:
+        raise RowError(
+            "bad_logprobs", f"{where}: {LOGPROBS} has tokens past the model's {vocab}; another model wrote it"
+        )
+    return Example(prompt, answer, group, ids, logprobs)
 
 
 def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], list[Example]]:
@@ -138,11 +165,16 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
         torch.tensor(mask),
         torch.tensor(labels),
         prompt_width,
-        _joined([example.top_ids for example in examples], torch.int64),
-        _joined([example.top_logprobs for example in examples], torch.float32),
+        _joined([example.top_ids for example in examples], 0),
+        _joined([example.top_logprobs for example in examples], -np.inf),
     )
 
 
-def _joined(parts: Sequence[NDArray[Any] | None], dtype: torch.dtype) -> Tensor | None:
+def _joined(parts: Sequence[NDArray[Any] | None], filler: float) -> Tensor | None:
+    """All rows of all parts, as wide as the widest; None unless all are known."""
     known = [part for part in parts if part is not None]
-    return torch.from_numpy(np.concatenate(known)).to(dtype) if len(known) == len(parts) else None
+    if len(known) < len(parts):
+        return None
+    widest = max(part.shape[1] for part in known)
+    padded = [np.pad(part, ((0, 0), (0, widest - part.shape[1])), constant_values=filler) for part in known]
+    return torch.from_numpy(np.concatenate(padded))

@@ -51,10 +51,6 @@ class Adapter(nn.Module):
         x = x + F.linear(attended.transpose(1, 2).flatten(2), self.out)
         return F.rms_norm(x, x.shape[-1:], self.final_norm, self.eps)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The trained tensors by the names they are saved under."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
 
 class Adapters(nn.Module):
     """One adapter per exit layer, over the frozen head's listed rows."""

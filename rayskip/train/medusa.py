@@ -39,10 +39,6 @@ class Heads(nn.Module):
             found[str(index)] = Predictions(F.linear(hidden, self.head), reaches + index)
         return found
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The trained tensors by the names they are saved under."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
-
 
 def held_drafts(heads: Sequence[Guesses]) -> list[list[int]]:
     """For `tokens_per_round`: head h drafts token t + h - 1 from where token t - 1 was chosen.

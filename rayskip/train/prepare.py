@@ -29,15 +29,20 @@ class Prepared:
     held_out: list[Example]
 
 
-def prepare(model: ModelConfig, data: DataConfig, least: int) -> Prepared:
-    """Raises UserError for what the config names and is not there, or fewer than `least` examples to train on."""
+def prepare(model: ModelConfig, data: DataConfig, least: int, logprobs: bool = False) -> Prepared:
+    """logprobs: read what a job says of other tokens, see `read_examples`.
+
+    Raises UserError for what the config names and is not there, or fewer than `least` examples to train on.
+    """
     folder = resolve(model.path, model.revision)
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
         raise ModelError(f"{folder}: training needs a tokenizer, and the model has none")
-    builder = PromptBuilder(data.input, SamplingParams(), tokenizer, read_spec(folder).max_positions)
+    spec = read_spec(folder)
+    builder = PromptBuilder(data.input, SamplingParams(), tokenizer, spec.max_positions)
     end: int = tokenizer.eos_token_id
-    training, held_out = split(read_examples(data, Encoder(tokenizer), builder, end), data.held_out)
+    examples = read_examples(data, Encoder(tokenizer), builder, end, spec.vocab if logprobs else None)
+    training, held_out = split(examples, data.held_out)
     if len(training) < least or not held_out:
         raise InputError(
             f"{data.input.path}: {len(training)} examples to train on and {len(held_out)} held out; "

@@ -73,7 +73,7 @@ def train_kangaroo(config: TrainKangarooConfig, on_point: OnPoint = lambda point
     ) -> Iterator[tuple[str, dict[str, Tensor], Label]]:
         for (name, adapter), quality in zip(model.each.items(), found, strict=True):
             own = KangarooLabel(**label, agreement=round(quality.agreement, 4), exit_layer=int(name))
-            yield quality.name, adapter.tensors(), own
+            yield quality.name, _tensors(adapter), own
 
     def check(target: Any) -> None:
         layers = target.config.num_hidden_layers
@@ -108,15 +108,20 @@ def train_medusa(config: TrainMedusaConfig, on_point: OnPoint = lambda point: No
         model: Any, label: dict[str, Any], found: Sequence[DraftQuality]
     ) -> Iterator[tuple[str, dict[str, Tensor], Label]]:
         own = MedusaLabel(**label, agreement=round(found[0].agreement, 4), heads=config.heads)
-        yield "heads", model.tensors(), own
+        yield "heads", _tensors(model), own
 
     ready, target = _prepared(config)
     task = _Task((), lambda target, token_ids: medusa.Heads(target, config.heads, token_ids), measure, parts)
     return _train(config, task, ready, target, on_point)
 
 
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What was trained, by the names it is saved under."""
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
 def _prepared(config: DraftTrainingConfig) -> tuple[Prepared, Any]:
-    ready = prepare(config.model, config.data, config.batch_size)
+    ready = prepare(config.model, config.data, config.batch_size, logprobs=True)
     target = frozen(ready.folder)
     if target.config.model_type != "llama":
         raise ModelError(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from rayskip.config import (
     AutoDraft,
     DraftConfig,
@@ -21,7 +23,7 @@ from rayskip.config import (
 from rayskip.data.tokenizer import Encoder, load_tokenizer
 from rayskip.decode.drafters.auto import AutoDrafter
 from rayskip.decode.drafters.costs import StepCosts, measure_costs
-from rayskip.decode.drafters.draft_model import DraftModelDrafter, check_draft_model
+from rayskip.decode.drafters.draft_model import DraftModelDrafter
 from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.drafters.kangaroo import KangarooDrafter, check_policy
 from rayskip.decode.drafters.lookahead import LookaheadDrafter
@@ -33,6 +35,7 @@ from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import load, resolve
 from rayskip.model.forward import Decoder
 from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
+from rayskip.model.kv_cache import KVCache
 from rayskip.model.medusa import load_medusa
 from rayskip.model.trained import has_shipped
 from rayskip.skip import SkipPolicy
@@ -44,10 +47,11 @@ KANGAROO_LAYERS = 1
 @dataclass(frozen=True)
 class Drafters:
     """make(threads, rows): a drafter for a lane with so many threads and places. cache_layers: layers that it keeps
-    in the KV cache, after the model's."""
+    in the KV cache, after the model's. own_layers: memory of caches of its own, in layers of the model's."""
 
     make: Callable[[int, int], Drafter]
     cache_layers: int = 0
+    own_layers: int = 0
 
 
 def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> Drafters:
@@ -59,6 +63,7 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
     def kangaroo_maker(config: KangarooDraft | AutoDraft) -> Callable[[], KangarooDrafter]:
         kangaroo = load_kangaroo(decoder, _folder(config.path))
         check_policy(kangaroo, policy)
+        _check_branches(config.branches, len(kangaroo.token_ids))
         return lambda: KangarooDrafter(config.gamma, config.eta, config.branches, kangaroo, decoder)
 
     match config:
@@ -76,10 +81,18 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
             return Drafters(lambda threads, rows: make(), KANGAROO_LAYERS)
         case MedusaDraft():
             medusa = load_medusa(decoder, _folder(config.path))
+            _check_branches(config.branches, len(medusa.token_ids))
             return Drafters(lambda threads, rows: MedusaDrafter(config, medusa))
         case DraftModelDraft():
             model = _draft_model(config, decoder)
-            return Drafters(lambda threads, rows: DraftModelDrafter(config, model))
+            own, one = (
+                KVCache.bytes_per_position(of.spec, layers, of.dtype)
+                for of, layers in ((model, len(model.layers)), (decoder, 1))
+            )
+            vocab = decoder.spec.vocab
+            return Drafters(
+                lambda threads, rows: DraftModelDrafter(config, model, vocab), own_layers=-(-own // one)
+            )
         case AutoDraft():
             maker = None
             if config.path is not None or has_shipped(KangarooLabel, decoder):
@@ -91,7 +104,8 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
 
             @cache
             def costs(threads: int, rows: int) -> StepCosts:
-                return measure_costs(decoder, threads, rows, rows * (1 + config.tokens))
+                widest = 1 + config.tokens + config.gamma * config.branches
+                return measure_costs(decoder, threads, rows, rows * widest)
 
             return Drafters(
                 lambda threads, rows: AutoDrafter(config, costs(threads, rows), maker and maker()),
@@ -99,14 +113,34 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
             )
 
 
+def _check_branches(branches: int, tokens: int) -> None:
+    if branches > tokens:
+        raise ConfigError(
+            f"decode.draft.branches: {branches} is more than the {tokens} tokens that are scored"
+        )
+
+
 def _folder(path: str | None) -> Path | None:
     return None if path is None else Path(path).expanduser()
 
 
 def _draft_model(config: DraftModelDraft, decoder: Decoder) -> Decoder:
+    """Raises ModelError when the two do not share their tokens."""
     folder = resolve(config.model.path, config.model.revision)
-    model = Decoder(*load(folder, decoder.dtype, decoder.device), folder=folder)
-    check_draft_model(model, decoder)
+    adapter = _folder(config.model.adapter)
+    dtype = getattr(torch, config.model.dtype)
+    model = Decoder(*load(folder, dtype, decoder.device, adapter), folder=folder)
+    own = load_tokenizer(folder)
+    target = load_tokenizer(decoder.folder) if decoder.folder else None
+    if own is None or target is None:
+        same = model.spec.vocab == decoder.spec.vocab
+    else:
+        same = own.get_vocab() == target.get_vocab()
+    if not same or model.spec.vocab < decoder.spec.vocab:
+        raise ModelError(
+            f"decode.draft.model: {folder} has other tokens than {decoder.folder or 'the model'}; a model with the "
+            "same tokenizer is wanted"
+        )
     return model
 
 

@@ -38,8 +38,6 @@ TRIALS, RETRY = 4, 64
 """Rounds that a drafter gets to show its worth; steps after which one that did not pay gets another."""
 SURE = 0.6
 """Chance of a copy's first token from which on Kangaroo is not asked for a second opinion."""
-MISSED = 512
-"""Tokens of all rows together that a round may catch up on in the adapter's cache; rows beyond do not draft."""
 
 
 @dataclass
@@ -130,15 +128,25 @@ class AutoDrafter(Drafter):
         self._config = config
         self._costs = costs
         self._kangaroo = kangaroo
-        self._lookups = Lookups(config.max_ngram)
+        self._lookups = Lookups(config.max_ngram, config.copies)
         self._first: defaultdict[tuple[int, int], Rate] = defaultdict(Rate)
         self._later: defaultdict[int, Rate] = defaultdict(Rate)
         self._fortunes: WeakKeyDictionary[Sequence, Fortune] = WeakKeyDictionary()
         self._proposed: WeakKeyDictionary[Sequence, _Proposed] = WeakKeyDictionary()
         self._rounds: dict[int, Rounds] = {}
         self._round = Rounds()
+        self._running, self._layers_left, self._began = 1, 1.0, 0.0
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:
+        states = self._draft(chunks, rows, cache)
+        self._running = sum(chunk.stop - chunk.start for chunk in chunks) + sum(
+            len(row.draft) for row in rows
+        )
+        self._layers_left = 1.0 if states is None or self._kangaroo is None else 1 - self._kangaroo.share
+        self._began = time.perf_counter()
+        return states
+
+    def _draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:
         if not rows:
             return None
         proposals = [(row, tokens, chances) for row in rows for tokens, chances in self._propose(row)]
@@ -146,9 +154,9 @@ class AutoDrafter(Drafter):
         lengths = worth_verifying([chances for *_, chances in proposals], len(rows), self._costs, base)
         copied: dict[Sequence, list[float]] = {}
         for (row, tokens, chances), length in zip(proposals, lengths, strict=True):
-            if length and len(row.draft) + length <= row.draft_places:
-                row.draft.add_chain(tokens[:length], LOOKUP)
-                copied.setdefault(row, []).extend(chances[:length])
+            if fits := min(length, row.draft_places - len(row.draft)):
+                row.draft.add_chain(tokens[:fits], LOOKUP)
+                copied.setdefault(row, []).extend(chances[:fits])
         running = base + sum(len(row.draft) for row in rows)
         return self._try_kangaroo(chunks, rows, copied, running, cache)
 
@@ -164,13 +172,7 @@ class AutoDrafter(Drafter):
 
         copied: the chances of what rows copy. base: tokens that run anyway.
         """
-        left, missed = [], 0
-        for row in rows:
-            behind = row.computed - row.draft_cached
-            unsure = row not in copied or copied[row][0] < SURE
-            if unsure and row.draft_room > 0 and missed + behind <= MISSED:
-                left.append(row)
-                missed += behind
+        left = [row for row in rows if row.draft_room > 0 and (row not in copied or copied[row][0] < SURE)]
         if self._kangaroo is None or not left:
             return None
         others = len(rows) - len(left) + sum(map(sum, copied.values()))
@@ -179,17 +181,22 @@ class AutoDrafter(Drafter):
             return None
         began = time.perf_counter()
         before = sum(len(row.draft) for row in left)
+        missed = sum(row.computed - row.draft_cached for row in left)
         states = self._kangaroo.draft(
             chunks, left, cache, marginal_chance(len(left) + others, base, self._costs)
         )
         seconds = time.perf_counter() - began
         drafted = sum(len(row.draft) for row in left) - before
+        missed -= sum(max(row.computed - row.draft_cached, 0) for row in left)
         # verification begins later; and what a row has missed is paid once, not every round
         spared = self._kangaroo.share * (self._costs(base + drafted) + missed * self._costs.each)
-        self._round.count(len(left), drafted, max(seconds - spared, 0.0))
+        if took_part := sum(row.draft_cached == row.length for row in left):
+            self._round.count(took_part, drafted, max(seconds - spared, 0.0))
         return states
 
     def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: Tensor) -> None:
+        seconds = time.perf_counter() - self._began  # of the forward, and of choosing its tokens
+        self._costs = self._costs.learn(self._running, seconds / self._layers_left)
         self._round.accepted += sum(
             row.draft.drafters[node] == KANGAROO for row, verdict in verdicts.items() for node in verdict.path
         )
@@ -199,7 +206,7 @@ class AutoDrafter(Drafter):
     def _propose(self, row: Sequence) -> list[tuple[list[int], list[float]]]:
         """Copied drafts, and for each of their tokens the chance that all up to it hold."""
         fortune = self._settle(row)
-        copies = self._lookups.copies(row, min(self._config.tokens, row.draft_room), self._config.copies)
+        copies = self._lookups.copies(row, min(self._config.tokens, row.draft_room))
         if not copies:
             return []
         drafts = []

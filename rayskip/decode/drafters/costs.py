@@ -18,6 +18,8 @@ CPU_MOST, GPU_MOST = 256, 4096
 LENGTH = 128
 """Positions in the cache while it is, or as many as the model has."""
 REPEATS = 3
+LEARNED, OUTLIER = 0.05, 3.0
+"""Share of a later forward's time that is believed, and how many times more or less than expected it may be."""
 MARGIN = 8
 """Tokens over which the price of one more is taken: a single one costs less than the clock can tell."""
 
@@ -28,6 +30,15 @@ class StepCosts:
 
     tokens: tuple[int, ...]
     seconds: tuple[float, ...]
+
+    def learn(self, tokens: int, seconds: float) -> StepCosts:
+        """The same, a little closer to a forward that took so long: a machine is not always as at start-up."""
+        if tokens > self.tokens[-1]:
+            return self
+        bent = 1 + LEARNED * (min(max(seconds / self(tokens), 1 / OUTLIER), OUTLIER) - 1)
+        at = min(range(len(self.tokens)), key=lambda index: abs(self.tokens[index] - tokens))
+        moved = (*self.seconds[:at], self.seconds[at] * bent, *self.seconds[at + 1 :])
+        return StepCosts(self.tokens, _ascending(moved, at))
 
     @property
     def each(self) -> float:
@@ -54,9 +65,14 @@ def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepC
         seconds = [_seconds(decoder, cache, count, length) for count in tokens]
     finally:
         torch.set_num_threads(before)
-    # noise must not make more tokens look cheaper than fewer
-    ascending = [max(seconds[: at + 1]) for at in range(len(seconds))]
-    return StepCosts(tuple(tokens), tuple(ascending))
+    return StepCosts(tuple(tokens), _ascending(seconds, 0))
+
+
+def _ascending(seconds: Seq[float], sure: int) -> tuple[float, ...]:
+    """Noise must not make more tokens look cheaper than fewer; the value at `sure` stays."""
+    before = (min(seconds[at : sure + 1]) for at in range(sure))
+    after = (max(seconds[sure : at + 1]) for at in range(sure, len(seconds)))
+    return (*before, *after)
 
 
 def _seconds(decoder: Decoder, cache: KVCache, count: int, length: int) -> float:

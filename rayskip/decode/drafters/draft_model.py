@@ -14,16 +14,22 @@ from rayskip.decode.batch import Chunk, group_key, token_batch
 from rayskip.decode.draft import NEWEST
 from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.sequence import Sequence
-from rayskip.errors import ModelError
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
 from rayskip.skip import full_depth
 
+DRAFT_MODEL = "draft_model"
+"""What its drafts are counted as."""
+MISSED = 512
+"""Tokens of all rows together that a step may catch up on; a row that has more to catch up on drafts later."""
+
 
 class DraftModelDrafter(Drafter):
-    def __init__(self, config: DraftModelDraft, model: Decoder) -> None:
+    def __init__(self, config: DraftModelDraft, model: Decoder, vocab: int) -> None:
+        """vocab: tokens of the model that verifies; embeddings past them are padding."""
         self._config = config
         self._model = model
+        self._vocab = vocab
         self._full = full_depth(len(model.layers))
         self._cache = model.new_cache()
         self._stored: WeakKeyDictionary[Sequence, tuple[int, int]] = WeakKeyDictionary()
@@ -33,35 +39,36 @@ class DraftModelDrafter(Drafter):
         if (self._cache.slots, self._cache.length) != (cache.slots, cache.length):
             self._cache.resize(cache.slots, cache.length)
             self._stored.clear()
-        longest = self._model.spec.max_positions - self._config.tokens
-        going = [row for row in rows if row.draft_room > 0 and row.length <= longest]
+        longest, room = self._model.spec.max_positions - self._config.tokens, MISSED + len(rows)
         running = []
-        for row in going:
-            slot, stored = self._stored.get(row, (row.slot, 0))
-            running.append(Chunk(row, min(stored, row.length - 1) if slot == row.slot else 0, row.length))
-            self._stored[row] = row.slot, row.length
+        for row in rows:
+            if room > 0 and row.draft_room > 0 and row.length <= longest:
+                start = self._start(row)
+                chunk = Chunk(row, start, min(row.length, start + room))
+                room -= chunk.stop - chunk.start
+                running.append(chunk)
+                self._stored[row] = row.slot, chunk.stop
         while running:
             running = self._propose(running)
+
+    def _start(self, row: Sequence) -> int:
+        """The first of the row's tokens to run: its newest one at the latest."""
+        slot, stored = self._stored.get(row, (row.slot, 0))
+        if slot != row.slot or stored == 0:
+            self._cache.clear(row.slot)  # what was there may not have been finite, and masked keys are read
+            return 0
+        return min(stored, row.length - 1)
 
     def _propose(self, chunks: list[Chunk]) -> list[Chunk]:
         """Run the chunks, and propose what follows each; the chunks that run it."""
         ordered = sorted(chunks, key=group_key)
         batch = token_batch(ordered, self._full, self._model.device)
-        tokens = self._model.forward(batch, self._cache).argmax(-1).tolist()
+        tokens = self._model.forward(batch, self._cache)[:, : self._vocab].argmax(-1).tolist()
         further = []
-        for chunk, token in zip(ordered, tokens, strict=True):
+        for chunk, token in zip([chunk for chunk in ordered if chunk.last], tokens, strict=True):
             row = chunk.sequence
-            row.draft.add(len(row.draft) - 1 if len(row.draft) else NEWEST, token, "draft_model")
+            row.draft.add(len(row.draft) - 1 if len(row.draft) else NEWEST, token, DRAFT_MODEL)
             if len(row.draft) < min(self._config.tokens, row.draft_room):
                 place = row.length + len(row.draft) - 1
                 further.append(Chunk(row, place, place + 1))
         return further
-
-
-def check_draft_model(model: Decoder, target: Decoder) -> None:
-    """Raises ModelError when the two do not share their tokens."""
-    if model.spec.vocab != target.spec.vocab:
-        raise ModelError(
-            f"decode.draft.model: {model.folder} has {model.spec.vocab} tokens, {target.folder} has "
-            f"{target.spec.vocab}; a model with the same tokenizer is wanted"
-        )

@@ -25,6 +25,8 @@ from rayskip.skip import FOREVER, SkipPolicy, full_depth
 
 KANGAROO = "kangaroo"
 """What its drafts are counted as."""
+MISSED = 512
+"""Tokens of all rows together that a step may catch up on in the adapter's cache."""
 
 
 class KangarooDrafter(Drafter):
@@ -40,22 +42,25 @@ class KangarooDrafter(Drafter):
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache, least: float = 0.0) -> States:
         """All tokens of the step run the first layers here and enter the adapter's cache; also drafts that rows of
-        the step already have from elsewhere, and what a row that now drafts has missed in the adapter's cache.
+        the step already have from elsewhere, and what rows have missed in the adapter's cache, up to MISSED tokens;
+        a row that has missed more drafts in a later step.
 
         least: chance, of a token and all before it, below which it is not proposed.
         """
-        missed = [
-            Chunk(row, row.draft_cached, row.computed) for row in rows if row.draft_cached < row.computed
-        ]
+        missed, room = [], MISSED
+        for row in rows:
+            if stop := min(row.computed, row.draft_cached + room) - row.draft_cached:
+                missed.append(Chunk(row, row.draft_cached, row.draft_cached + stop))
+                room -= stop
         drafts = [chunk for own in chunks if own.generated for chunk in draft_chunks(own.sequence)]
         ran = _Ran(self._kangaroo, self._decoder, self._full, cache)
         ran.run([*missed, *chunks, *drafts])
-        going = {row: (NEWEST, 1.0) for row in rows if row.draft_room > 0}
-        while going:
-            going = self._go_on(going, ran, least)
         for chunk in (*missed, *chunks):
             if chunk.start <= chunk.sequence.draft_cached:
                 chunk.sequence.draft_cached = chunk.stop
+        going = {row: (NEWEST, 1.0) for row in rows if row.draft_room > 0 and row.draft_cached == row.length}
+        while going:
+            going = self._go_on(going, ran, least)
         return States(self._kangaroo.exit_layer, ran.x, ran.places)
 
     def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: torch.Tensor) -> None:

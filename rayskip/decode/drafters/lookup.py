@@ -20,10 +20,6 @@ LOOKUP = "lookup"
 """What its drafts are counted as."""
 
 
-KEPT = 3
-"""Different tokens, the latest ones, that an n-gram is known to be followed by."""
-
-
 @dataclass(frozen=True)
 class Copy:
     """`tokens` that followed the last `size` tokens earlier in the text; rank 0: the latest time, 1: the latest
@@ -37,21 +33,22 @@ class Copy:
 class Index:
     """What followed each n-gram of one text, and where."""
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, most: int) -> None:
+        """longest: n-grams that are known. most: different tokens, the latest, that may follow each."""
         self._longest = longest
+        self._most = most
         self._tokens: list[int] = []
-        self._next: dict[tuple[int, ...], dict[int, int]] = {}
+        self._next: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def copies(self, row: Sequence, count: int, most: int) -> list[Copy]:
+    def copies(self, row: Sequence, count: int) -> list[Copy]:
         """Up to `most` copies of `count` tokens that differ in their first token, longest known suffix first."""
         self._extend(row)
         found: dict[int, Copy] = {}
         for size in range(min(self._longest, len(self._tokens)), 0, -1):
-            followers = self._next.get(tuple(self._tokens[-size:]), {})
-            for rank, (token, at) in enumerate(reversed(followers.items())):
-                if len(found) == most:
+            for rank, at in enumerate(self._next.get(tuple(self._tokens[-size:]), ())):
+                if len(found) == self._most:
                     return list(found.values())
-                if token not in found:
+                if (token := self._tokens[at]) not in found:
                     # past its end, the text goes on in circles
                     tokens = list(islice(cycle(self._tokens[at : at + count]), count))
                     found[token] = Copy(tokens, size, rank)
@@ -61,35 +58,34 @@ class Index:
         for token in row.tokens(len(self._tokens), row.length):
             at = len(self._tokens)
             for size in range(1, min(self._longest, at) + 1):
-                followers = self._next.setdefault(tuple(self._tokens[-size:]), {})
-                followers.pop(token, None)
-                followers[token] = at
-                if len(followers) > KEPT:
-                    del followers[next(iter(followers))]
+                ngram = tuple(self._tokens[-size:])
+                others = (before for before in self._next.get(ngram, ()) if self._tokens[before] != token)
+                self._next[ngram] = (at, *islice(others, self._most - 1))
             self._tokens.append(token)
 
 
 class Lookups:
     """The indexes of the rows in flight; forgotten with them."""
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, longest: int, most: int) -> None:
         self._longest = longest
+        self._most = most
         self._indexes: WeakKeyDictionary[Sequence, Index] = WeakKeyDictionary()
 
-    def copies(self, row: Sequence, count: int, most: int) -> list[Copy]:
+    def copies(self, row: Sequence, count: int) -> list[Copy]:
         """See `Index.copies`."""
         index = self._indexes.get(row)
         if index is None:
-            index = self._indexes[row] = Index(self._longest)
-        return index.copies(row, count, most) if count > 0 else []
+            index = self._indexes[row] = Index(self._longest, self._most)
+        return index.copies(row, count) if count > 0 else []
 
 
 class LookupDrafter(Drafter):
     def __init__(self, config: LookupDraft) -> None:
         self._config = config
-        self._lookups = Lookups(config.max_ngram)
+        self._lookups = Lookups(config.max_ngram, 1)
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
         for row in rows:
-            for copy in self._lookups.copies(row, min(self._config.tokens, row.draft_room), 1):
+            for copy in self._lookups.copies(row, min(self._config.tokens, row.draft_room)):
                 row.draft.add_chain(copy.tokens, LOOKUP)

@@ -43,5 +43,5 @@ class MedusaDrafter(Drafter):
         going = [row for row, verdict in verdicts.items() if verdict.choices[-1].token_id is not None]
         if going:
             at = torch.tensor([verdicts[row].place for row in going], device=hidden.device)
-            tokens, _ = self._medusa.propose(hidden[at], self._config.branches)
+            tokens = self._medusa.propose(hidden[at], self._config.branches)
             self._next.update(zip(going, tokens, strict=True))
