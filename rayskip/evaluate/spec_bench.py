@@ -72,14 +72,16 @@ def run_spec_bench(config: SpecBenchConfig, say: Callable[[str], None] = lambda 
         sizes = config.engine.model_copy(update={"max_batch_rows": rows})
         drafters = [d for d in config.drafters if d.batch_rows is None or rows in d.batch_rows]
         tallies = {(d.name, task): _Tally() for d in drafters for task in questions}
+        turn = list(range(len(drafters)))
         for round_index in range(config.rounds):
             # new engines each time: drafters learn from what they have seen, and must not see a question twice
             _warm_up(config, questions, [_engine(loaded, sizes, drafter) for drafter in drafters])
             engines = [_engine(loaded, sizes, drafter) for drafter in drafters]
             for task, of_task in questions.items():
                 for together in [[one] for one in of_task] if rows == 1 else [of_task]:
-                    for drafter, engine in zip(drafters, engines, strict=True):
-                        _run(config, engine, together, tallies[drafter.name, task])
+                    turn = turn[1:] + turn[:1]  # none is always the first to meet a question
+                    for index in turn:
+                        _run(config, engines[index], together, tallies[drafters[index].name, task])
                 say(f"batch {rows}, round {round_index + 1} of {config.rounds}: {task}")
         first = config.drafters[0].name
         expected = expected or {task: tallies[first, task].answers for task in questions}

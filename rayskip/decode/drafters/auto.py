@@ -24,6 +24,7 @@ from rayskip.decode.drafters.costs import StepCosts, marginal_chance, worth_veri
 from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.drafters.kangaroo import KANGAROO, KangarooDrafter
 from rayskip.decode.drafters.lookup import LOOKUP, Copy, Lookups
+from rayskip.decode.drafters.trial import Trial
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
 from rayskip.model.kv_cache import KVCache
@@ -135,15 +136,19 @@ class AutoDrafter(Drafter):
         self._proposed: WeakKeyDictionary[Sequence, _Proposed] = WeakKeyDictionary()
         self._rounds: dict[int, Rounds] = {}
         self._round = Rounds()
-        self._running, self._layers_left, self._began = 1, 1.0, 0.0
+        self._trials: defaultdict[int, Trial] = defaultdict(Trial)
+        self._drafting = self._decodes_only = False
+        self._tokens, self._layers_left = 0, 1.0
+        self._began = self._drafted = 0.0
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:
-        states = self._draft(chunks, rows, cache)
-        self._running = sum(chunk.stop - chunk.start for chunk in chunks) + sum(
-            len(row.draft) for row in rows
-        )
-        self._layers_left = 1.0 if states is None or self._kangaroo is None else 1 - self._kangaroo.share
         self._began = time.perf_counter()
+        self._drafting = self._trials[len(rows).bit_length()].choose()
+        states = self._draft(chunks, rows, cache) if self._drafting else None
+        self._decodes_only = all(chunk.generated for chunk in chunks)
+        self._tokens = sum(chunk.stop - chunk.start for chunk in chunks) + sum(len(row.draft) for row in rows)
+        self._layers_left = 1.0 if states is None or self._kangaroo is None else 1 - self._kangaroo.share
+        self._drafted = time.perf_counter()
         return states
 
     def _draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:
@@ -195,8 +200,11 @@ class AutoDrafter(Drafter):
         return states
 
     def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: Tensor) -> None:
-        seconds = time.perf_counter() - self._began  # of the forward, and of choosing its tokens
-        self._costs = self._costs.learn(self._running, seconds / self._layers_left)
+        now = time.perf_counter()  # after the forward, and after choosing its tokens
+        self._costs = self._costs.learn(self._tokens, (now - self._drafted) / self._layers_left)
+        if self._decodes_only:
+            gained = sum(len(verdict.choices) for verdict in verdicts.values())
+            self._trials[len(verdicts).bit_length()].count(self._drafting, gained, now - self._began)
         self._round.accepted += sum(
             row.draft.drafters[node] == KANGAROO for row, verdict in verdicts.items() for node in verdict.path
         )

@@ -33,12 +33,8 @@ class StepCosts:
 
     def learn(self, tokens: int, seconds: float) -> StepCosts:
         """The same, a little closer to a forward that took so long: a machine is not always as at start-up."""
-        if tokens > self.tokens[-1]:
-            return self
-        bent = 1 + LEARNED * (min(max(seconds / self(tokens), 1 / OUTLIER), OUTLIER) - 1)
-        at = min(range(len(self.tokens)), key=lambda index: abs(self.tokens[index] - tokens))
-        moved = (*self.seconds[:at], self.seconds[at] * bent, *self.seconds[at + 1 :])
-        return StepCosts(self.tokens, _ascending(moved, at))
+        off = min(max(seconds / self(tokens), 1 / OUTLIER), OUTLIER) - 1
+        return StepCosts(self.tokens, tuple(own * (1 + LEARNED * off) for own in self.seconds))
 
     @property
     def each(self) -> float:
@@ -65,14 +61,9 @@ def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepC
         seconds = [_seconds(decoder, cache, count, length) for count in tokens]
     finally:
         torch.set_num_threads(before)
-    return StepCosts(tuple(tokens), _ascending(seconds, 0))
-
-
-def _ascending(seconds: Seq[float], sure: int) -> tuple[float, ...]:
-    """Noise must not make more tokens look cheaper than fewer; the value at `sure` stays."""
-    before = (min(seconds[at : sure + 1]) for at in range(sure))
-    after = (max(seconds[sure : at + 1]) for at in range(sure, len(seconds)))
-    return (*before, *after)
+    # noise must not make more tokens look cheaper than fewer
+    ascending = [max(seconds[: at + 1]) for at in range(len(seconds))]
+    return StepCosts(tuple(tokens), tuple(ascending))
 
 
 def _seconds(decoder: Decoder, cache: KVCache, count: int, length: int) -> float:
