@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-FADE = 0.95
+FADE = 0.9
 """What earlier steps count at each new one."""
 CLEARLY = 1.15
 """How many times faster drafting must be: a lane's own clock does not see that its Python holds up other lanes."""
