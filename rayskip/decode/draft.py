@@ -27,8 +27,8 @@ class Draft:
 
     @property
     def is_chain(self) -> bool:
-        """Whether every token follows the one before it."""
-        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+        """Whether every token follows the one before it: the last is then as deep as they are many."""
+        return not self.depths or self.depths[-1] == len(self.depths)
 
     def child(self, parent: int, token: int) -> int | None:
         """The node of `token` after `parent`, if it is proposed."""

@@ -65,8 +65,8 @@ class Sequence:
 
     @property
     def draft_places(self) -> int:
-        """Places for a draft in the cache."""
-        return self.reserved - self.length
+        """Tokens that a draft may still get: places left in the cache."""
+        return max(0, self.reserved - self.length - len(self.draft))
 
     def position(self, place: int) -> int:
         """Position in the text of the token at a place in the cache; they differ in the branches of a draft."""

@@ -20,6 +20,7 @@ from rayskip.data.sources import discover, every_row
 from rayskip.engine import Engine
 from rayskip.engine.sizes import Sizes
 from rayskip.evaluate.figure import figure
+from rayskip.evaluate.table import or_dash
 from rayskip.stats import Stats
 from rayskip.tool_config import BenchConfig, BenchMode
 
@@ -127,7 +128,7 @@ def format_timings(timings: Sequence[Timing]) -> str:
     )
     lines = [
         f"{t.mode:<24}{t.batch_rows:>6}{t.rows:>6}{t.tok_s:>8.0f}{t.speedup:>10.2f}"
-        f"{_or_dash(t.decode_tok_s, '.0f'):>14}{_or_dash(t.decode_speedup, '.2f'):>10}"
+        f"{or_dash(t.decode_tok_s, '.0f'):>14}{or_dash(t.decode_speedup, '.2f'):>10}"
         f"{t.allowed_speedup:>9.2f}{t.mean_layers:>8.1f}{t.mean_accepted:>10.2f}{t.identical:>6.0%}{t.batch_fill:>6.2f}"
         for t in timings
     ]
@@ -144,10 +145,6 @@ def plot(timings: Sequence[Timing], path: Path) -> None:
         axis.set_xlabel("rows in flight")
         axis.set_ylabel("completion tokens per second")
         axis.legend()
-
-
-def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
 
 
 def _engine(

@@ -22,6 +22,7 @@ from rayskip.config import EngineConfig
 from rayskip.engine import Engine
 from rayskip.errors import InputError
 from rayskip.evaluate.figure import figure
+from rayskip.evaluate.table import or_dash
 from rayskip.stats import Stats
 from rayskip.tool_config import SpecBenchConfig, SpecBenchDrafter
 
@@ -106,7 +107,8 @@ def format_scores(scores: Sequence[Score]) -> str:
         for name in dict.fromkeys(score.drafter for score in own):
             by_task = {score.task: score for score in own if score.drafter == name}
             cells = [
-                f"{_or_dash(by_task[task].speedup)} ({by_task[task].mean_accepted:.2f})" for task in tasks
+                f"{or_dash(by_task[task].speedup, '.2f')} ({by_task[task].mean_accepted:.2f})"
+                for task in tasks
             ]
             overall = by_task["overall"]
             lines.append(
@@ -115,10 +117,6 @@ def format_scores(scores: Sequence[Score]) -> str:
                 + f"{overall.tok_s:>8.0f}{overall.identical:>6.0%}"
             )
     return "\n".join(lines)
-
-
-def _or_dash(speedup: float | None) -> str:
-    return "-" if speedup is None else f"{speedup:.2f}"
 
 
 def _questions(config: SpecBenchConfig) -> dict[str, list[list[str]]]:

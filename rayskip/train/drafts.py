@@ -63,6 +63,12 @@ def cut_off(target: Any, layers: int) -> None:
     target.config.num_hidden_layers = layers
 
 
+def listed_head(target: Any, token_ids: Tensor) -> Tensor:
+    """The frozen head's rows of the listed tokens, [V', d]; a copy."""
+    head: Tensor = target.get_output_embeddings().weight.detach()[token_ids]
+    return head
+
+
 def run_target(target: Any, batch: Batch, exit_layers: Sequence[int], token_ids: Tensor) -> Targets:
     """One forward of the frozen model over prompts and answers."""
     positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
@@ -105,8 +111,12 @@ def run_target(target: Any, batch: Batch, exit_layers: Sequence[int], token_ids:
 def _distribution(target: Any, batch: Batch, final: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """(places in the token list, their probabilities) [A, K] of the tokens that follow."""
     if batch.top_ids is None or batch.top_logprobs is None:
-        head = target.get_output_embeddings().weight[token_ids]
-        best = F.linear(final, head).float().softmax(-1).topk(min(SHARES, len(token_ids)))
+        best = (
+            F.linear(final, listed_head(target, token_ids))
+            .float()
+            .softmax(-1)
+            .topk(min(SHARES, len(token_ids)))
+        )
         return best.indices, best.values / best.values.sum(-1, keepdim=True)
     top_ids = batch.top_ids.long()
     places = torch.searchsorted(token_ids, top_ids).clamp(max=len(token_ids) - 1)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rayskip.train.drafts import Guesses, Predictions, Targets
+from rayskip.train.drafts import Guesses, Predictions, Targets, listed_head
 from rayskip.train.skip import decoder_layers
 
 CONFIDENCE = 0.2
@@ -60,8 +60,7 @@ class Adapters(nn.Module):
     def __init__(self, target: Any, exit_layers: Iterable[int], token_ids: Tensor) -> None:
         super().__init__()
         self.each = nn.ModuleDict({str(layer): Adapter(target, layer) for layer in exit_layers})
-        head = target.get_output_embeddings().weight[token_ids].detach().clone()
-        self.register_buffer("head", head, persistent=False)
+        self.register_buffer("head", listed_head(target, token_ids), persistent=False)
 
     def forward(self, targets: Targets) -> dict[str, Predictions]:
         """Of each exit layer's adapter, for every answer token."""

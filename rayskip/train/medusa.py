@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rayskip.train.drafts import Guesses, Predictions, Targets
+from rayskip.train.drafts import Guesses, Predictions, Targets, listed_head
 
 
 class Heads(nn.Module):
@@ -23,7 +23,7 @@ class Heads(nn.Module):
 
     def __init__(self, target: Any, count: int, token_ids: Tensor) -> None:
         super().__init__()
-        head = target.get_output_embeddings().weight[token_ids].detach().clone()
+        head = listed_head(target, token_ids)
         width = head.shape[1]
         self.register_buffer("head", head, persistent=False)
         self.weights = nn.Parameter(torch.zeros(count, width, width))

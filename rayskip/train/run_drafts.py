@@ -75,15 +75,12 @@ def train_kangaroo(config: TrainKangarooConfig, on_point: OnPoint = lambda point
             own = KangarooLabel(**label, agreement=round(quality.agreement, 4), exit_layer=int(name))
             yield quality.name, _tensors(adapter), own
 
-    def check(target: Any) -> None:
-        layers = target.config.num_hidden_layers
-        if wrong := [layer for layer in config.exit_layers if not 1 <= layer < layers]:
-            raise ConfigError(
-                f"exit_layers: {wrong[0]} is not between 1 and {layers - 1}, the model's layers less one"
-            )
-
     ready, target = _prepared(config)
-    check(target)
+    layers = target.config.num_hidden_layers
+    if wrong := [layer for layer in config.exit_layers if not 1 <= layer < layers]:
+        raise ConfigError(
+            f"exit_layers: {wrong[0]} is not between 1 and {layers - 1}, the model's layers less one"
+        )
     task = _Task(
         config.exit_layers,
         lambda target, token_ids: kangaroo.Adapters(target, config.exit_layers, token_ids),

@@ -1,7 +1,8 @@
 """Chooses at every step what to draft, how much, and whether at all, by what it measures.
 
 A step's price comes from timings at start-up (costs.py), a draft's worth from how earlier drafts fared: by the
-length of the suffix that lookup found, and, for Kangaroo, over the last rounds. When the batch is full the price of
+length of the suffix that lookup found, and, for Kangaroo, over the last rounds; whether drafting pays at all, the
+clock tells (trial.py). When the batch is full the price of
 a token is high and only near-certain copies are verified; as it thins out, drafts get longer by themselves.
 """
 
@@ -159,7 +160,7 @@ class AutoDrafter(Drafter):
         lengths = worth_verifying([chances for *_, chances in proposals], len(rows), self._costs, base)
         copied: dict[Sequence, list[float]] = {}
         for (row, tokens, chances), length in zip(proposals, lengths, strict=True):
-            if fits := min(length, row.draft_places - len(row.draft)):
+            if fits := min(length, row.draft_places):
                 row.draft.add_chain(tokens[:fits], LOOKUP)
                 copied.setdefault(row, []).extend(chances[:fits])
         running = base + sum(len(row.draft) for row in rows)

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from rayskip.config import DraftModelDraft
 from rayskip.decode.batch import Chunk, group_key, token_batch
 from rayskip.decode.draft import NEWEST
-from rayskip.decode.drafters.drafter import Drafter
+from rayskip.decode.drafters.drafter import MISSED, Drafter
 from rayskip.decode.sequence import Sequence
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
@@ -20,8 +20,6 @@ from rayskip.skip import full_depth
 
 DRAFT_MODEL = "draft_model"
 """What its drafts are counted as."""
-MISSED = 512
-"""Tokens of all rows together that a step may catch up on; a row that has more to catch up on drafts later."""
 
 
 class DraftModelDrafter(Drafter):

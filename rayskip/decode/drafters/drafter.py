@@ -14,6 +14,10 @@ from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
 from rayskip.model.kv_cache import KVCache
 
+MISSED = 512
+"""Tokens of all rows together that a step may catch up on in a drafter's own cache; a row that has missed more
+drafts later."""
+
 
 @dataclass(frozen=True)
 class States:

@@ -14,7 +14,7 @@ import torch
 
 from rayskip.decode.batch import Chunk, draft_chunks, group_key, token_batch
 from rayskip.decode.draft import NEWEST
-from rayskip.decode.drafters.drafter import Drafter, States
+from rayskip.decode.drafters.drafter import MISSED, Drafter, States
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
 from rayskip.errors import ConfigError
@@ -25,8 +25,6 @@ from rayskip.skip import FOREVER, SkipPolicy, full_depth
 
 KANGAROO = "kangaroo"
 """What its drafts are counted as."""
-MISSED = 512
-"""Tokens of all rows together that a step may catch up on in the adapter's cache."""
 
 
 class KangarooDrafter(Drafter):
@@ -83,7 +81,7 @@ class KangarooDrafter(Drafter):
         for (row, (node, chance)), own, sure in zip(going.items(), tokens, confidences, strict=True):
             for rank, (token, confidence) in enumerate(zip(own, sure, strict=True)):
                 known, place = row.draft.child(node, token), row.length + len(row.draft)
-                if known is None and (chance * confidence < least or place >= row.reserved):
+                if known is None and (chance * confidence < least or not row.draft_places):
                     continue
                 child = row.draft.add(node, token, KANGAROO)
                 if known is None:
@@ -102,20 +100,17 @@ class _Ran:
     def __init__(self, kangaroo: Kangaroo, decoder: Decoder, policy: SkipPolicy, cache: KVCache) -> None:
         self.places: dict[tuple[Sequence, int], int] = {}
         self._kangaroo, self._decoder, self._policy, self._cache = kangaroo, decoder, policy, cache
-        self._x: list[torch.Tensor] = []
-        self._attended: list[torch.Tensor] = []
-
-    @property
-    def x(self) -> torch.Tensor:
-        return self._x[0] if len(self._x) == 1 else torch.cat(self._x)
+        spec, like = decoder.spec, decoder.weights.embed
+        self.x = like.new_empty(0, spec.hidden)
+        self._attended = like.new_empty(0, spec.heads * spec.head_dim)
 
     def run(self, chunks: Seq[Chunk]) -> None:
         ordered = sorted(chunks, key=group_key)
         batch = token_batch(ordered, self._policy, self._decoder.device)
         x = self._decoder.embed(batch)
         x = self._decoder.run_layers(x, batch, self._cache, 0, self._kangaroo.exit_layer)
-        self._x.append(x)
-        self._attended.append(self._kangaroo.attend(x, batch, self._cache))
+        attended = self._kangaroo.attend(x, batch, self._cache)
+        self.x, self._attended = torch.cat([self.x, x]), torch.cat([self._attended, attended])
         for chunk in ordered:
             for place in range(chunk.start, chunk.stop):
                 self.places[chunk.sequence, place] = len(self.places)
@@ -125,7 +120,7 @@ class _Ran:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """The adapter's `count` likeliest tokens after each of `places`, and their probabilities."""
         at = torch.tensor([self.places[place] for place in places], device=self._decoder.device)
-        return self._kangaroo.propose(self.x[at], torch.cat(self._attended)[at], count)
+        return self._kangaroo.propose(self.x[at], self._attended[at], count)
 
 
 def check_policy(kangaroo: Kangaroo, policy: SkipPolicy) -> None:

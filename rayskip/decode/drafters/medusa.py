@@ -32,8 +32,7 @@ class MedusaDrafter(Drafter):
         for row in rows:
             node = NEWEST
             for tokens in self._next.pop(row, [])[: row.draft_room]:
-                ranked = tokens[: max(row.draft_places - len(row.draft), 0)]
-                nodes = [row.draft.add(node, token, "medusa") for token in ranked]
+                nodes = [row.draft.add(node, token, "medusa") for token in tokens[: row.draft_places]]
                 if not nodes:
                     break
                 node = nodes[0]
