@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import logging
+from copy import copy
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from rayskip.model import native
+from rayskip.model.checkpoint import load
+from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
-from rayskip.model.native import native_ops
+from rayskip.model.native import kernels as native
+from rayskip.model.native.ops import native_ops
+from rayskip.model.native.product import native_product
 from rayskip.model.ops import Group, Ops, TokenBatch
-from rayskip.model.spec import Norm, Rope, Spec
+from rayskip.model.spec import Dense, Norm, Rope, Spec
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(
-    native._library(torch.bfloat16) is None, reason="no C compiler here; torch's operations serve"
+    native.kernels(torch.bfloat16) is None, reason="no C compiler here; torch's operations serve"
 )
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
 SHAPES = [
@@ -127,15 +133,80 @@ def test_without_a_compiler_torch_serves(
 ) -> None:
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setenv("RAYSKIP_CACHE", str(tmp_path))
-    native._library.cache_clear()
+    native.kernels.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             assert native_ops(_spec(), torch.float32, CPU).name == "torch"
         assert said in caplog.text
     finally:
-        native._library.cache_clear()
+        native.kernels.cache_clear()
 
 
 def test_shapes_without_a_kernel_take_torch() -> None:
     assert native_ops(_spec(dim=24), torch.float32, CPU).name == "torch"
     assert native_ops(_spec(), torch.float16, CPU).name == "torch"
+
+
+def _dense(out: int, width: int, dtype: torch.dtype, bias: bool) -> Dense:
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(out, width, generator=generator) / width**0.5
+    return Dense(weight.to(dtype), torch.randn(out, generator=generator).to(dtype) if bias else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "width", "bias"), [(96, 64, False), (33, 130, True), (199, 48, True)])
+def test_product(out: int, width: int, bias: bool, dtype: torch.dtype) -> None:
+    """Close to torch's, and the same bits for a row whatever runs beside it and on however many threads."""
+    dense = _dense(out, width, dtype, bias)
+    product = native_product(dense)
+    if product is None:
+        pytest.skip("a library's products are used on this processor")
+    x = torch.randn(61, width, generator=torch.Generator().manual_seed(2)).to(dtype)
+    expected = F.linear(x.float(), dense.weight.float(), None if dense.bias is None else dense.bias.float())
+    whole = product(x)
+    torch.testing.assert_close(
+        whole.float(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2
+    )
+    for threads in (1, 2, 3, 2):
+        native.use_threads(threads)
+        for rows in (1, 2, 5, 11, 12, 13, 25, 61):
+            parts = [product(part) for part in torch.split(x, rows)]
+            assert torch.equal(torch.cat(parts), whole), (threads, rows)
+    native.use_threads(None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config])
+def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
+    config: type[PreTrainedConfig], dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """With biases (Qwen 2), norms per head (Qwen 3; those are torch's when apart), tokens that skip layers, and on
+    several threads."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    AutoModelForCausalLM.from_config(config(**sizes, **heads), dtype=dtype).save_pretrained(tmp_path)
+    decoder = Decoder(*load(tmp_path, dtype, CPU))
+    if decoder._fused is None:
+        pytest.skip("a library's products are used on this processor")
+    slots = torch.tensor([2, 0, 1])
+    tokens = torch.arange(15) + 3
+    batch = TokenBatch(
+        tokens, torch.arange(5).repeat(3), slots.repeat_interleave(5), [Group(0, 5, slots, 64)], tokens - 3
+    )
+    apart = copy(decoder)
+    apart._fused = None
+    for active in (None, [15, 10, 0, 5]):
+        batch.active = active
+        found = []
+        for one, threads in ((apart, 1), (decoder, 1), (decoder, 2), (decoder, 3)):
+            cache = one.new_cache()
+            cache.resize(3, 64)
+            with one.threads(threads):
+                found.append((one.forward(batch, cache), cache.keys, cache.values))
+        for mine, own in zip(found[1], found[0], strict=True):
+            _assert_close(mine, own) if config is Qwen3Config else torch.testing.assert_close(
+                mine, own, atol=0, rtol=0
+            )
+        for other in found[2:]:
+            assert all(torch.equal(mine, own) for mine, own in zip(other, found[1], strict=True))

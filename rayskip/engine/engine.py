@@ -103,7 +103,7 @@ class Engine:
         self._threads = ThreadPoolExecutor(
             self.sizes.lanes,
             "lane",
-            initializer=torch.set_num_threads,
+            initializer=decoder.use_threads,
             initargs=(self.sizes.threads_per_lane,),
         )
         self._steps: dict[Future[StepResult], tuple[Lane, StepPlan]] = {}

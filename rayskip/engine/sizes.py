@@ -76,9 +76,7 @@ def _lanes(device: torch.device, threads: int, max_batch_rows: int | None) -> in
 
 def best_rows(decoder: Decoder, threads: int) -> int:
     """The smallest candidate that the next one does not beat by enough, by timed decode steps of one lane."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with decoder.threads(threads):
         chosen, rate = 0, 0.0
         for rows in CANDIDATES:
             measured = rows / _step_seconds(decoder, rows)
@@ -86,8 +84,6 @@ def best_rows(decoder: Decoder, threads: int) -> int:
                 break
             chosen, rate = rows, measured
         return chosen
-    finally:
-        torch.set_num_threads(before)
 
 
 def _step_seconds(decoder: Decoder, rows: int) -> float:

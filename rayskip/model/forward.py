@@ -8,6 +8,8 @@ Shapes: N tokens, d hidden, Hq query heads, Hkv key-value heads, D head dim, V v
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 
@@ -16,7 +18,9 @@ from torch import Tensor
 
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.linear import Linear, row_rule
-from rayskip.model.native import native_ops
+from rayskip.model.native import kernels
+from rayskip.model.native.layers import NativeLayers, are_usual
+from rayskip.model.native.ops import native_ops
 from rayskip.model.ops import Ops, TokenBatch, normalise, softcap
 from rayskip.model.spec import Layer, Rope, Spec, Weights
 
@@ -46,9 +50,40 @@ class Decoder:
             name: Rope(rope.cos.to(self.device, self.dtype), rope.sin.to(self.device, self.dtype))
             for name, rope in weights.ropes.items()
         }
+        self._fused = self._fuse()
+
+    def _fuse(self) -> NativeLayers | None:
+        """All layers as one call, where the kernels have everything they do."""
+        native = [
+            [linear.native for linear in layer.linears if linear.native is not None] for layer in self.layers
+        ]
+        fits = self.ops.name == "native" and all(len(products) == 4 for products in native)
+        if not fits or not are_usual(self.spec, self.weights.layers):
+            return None
+        return NativeLayers(self.spec, self.weights.layers, native, self._ropes)
 
     def _linears(self) -> list[Linear]:
         return [self.head, *(linear for layer in self.layers for linear in layer.linears)]
+
+    def use_threads(self, count: int) -> None:
+        """What the calling thread computes takes so many threads.
+
+        Torch's operations take one where the products are the kernels': what is left to them is small, and a thread
+        of torch's that has nothing to do spins on a core that a kernel's thread needs.
+        """
+        kernels.use_threads(count)
+        torch.set_num_threads(1 if self.head.native is not None else count)
+
+    @contextmanager
+    def threads(self, count: int) -> Iterator[None]:
+        """`use_threads`, for a while, on a thread that has not called it."""
+        before = torch.get_num_threads()
+        self.use_threads(count)
+        try:
+            yield
+        finally:
+            kernels.use_threads(None)
+            torch.set_num_threads(before)
 
     def first_layers(self, count: int) -> Decoder:
         """The same model, tensors shared, cut off after `count` layers."""
@@ -84,6 +119,8 @@ class Decoder:
 
         A token passes a layer it skips unchanged (SkipDecode, arXiv 2307.02628, section 3).
         """
+        if self._fused is not None and len(x):
+            return self._fused.run(x, batch, cache, first, last)
         branch: Tensor | None = None  # what the last layer adds to x; the next norm adds it on its way
         for index in range(first, last):
             count = len(x) if batch.active is None else batch.active[index]

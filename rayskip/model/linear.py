@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rayskip.model.native.product import native_product
 from rayskip.model.spec import Dense
 
 TILE = 64
@@ -41,7 +42,8 @@ RULES = (RowRule(), RowRule(least=2), RowRule(least=16), RowRule(tile=TILE))
 class Linear:
     """y = x @ weight.T + bias over packed rows x [N, in], N any.
 
-    On CPU the weight is repacked once for oneDNN, so that no call pays for the layout.
+    On CPU the weight is repacked once, for the C kernels or, where those have no product, for oneDNN, so that no
+    call pays for the layout.
     """
 
     def __init__(self, dense: Dense) -> None:
@@ -49,8 +51,10 @@ class Linear:
         self.rule = RowRule()
         self.out_features, self.in_features = dense.weight.shape
         self.device, self.dtype = dense.weight.device, dense.weight.dtype
-        self._packed = _packs(self.device, self.dtype)
-        self._weight = _pack(dense.weight) if self._packed else dense.weight
+        self.native = native_product(dense)
+        self._packed = self.native is None and _packs(self.device, self.dtype)
+        if self.native is None:
+            self._weight = _pack(dense.weight) if self._packed else dense.weight
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, in] -> [N, out]."""
@@ -62,6 +66,8 @@ class Linear:
         return torch.cat([self._product(part) for part in torch.split(x, self.rule.tile)])[:rows]
 
     def _product(self, x: Tensor) -> Tensor:
+        if self.native is not None:
+            return self.native(x)
         if not self._packed:
             return F.linear(x, self._weight, self.bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")

@@ -50,17 +50,13 @@ class StepCosts:
 
 def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepCosts:
     """Time forwards of 1, 2, 4, ... up to about `most` tokens of `rows` rows, on `threads` threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with decoder.threads(threads):
         cache = decoder.new_cache()
         length = min(LENGTH, decoder.spec.max_positions)
         cache.resize(rows, key_blocks(length))
         limit = CPU_MOST if decoder.device.type == "cpu" else GPU_MOST
         tokens = [2**power for power in range(13) if power < 2 or (2**power < 2 * most and 2**power <= limit)]
         seconds = [_seconds(decoder, cache, count, length) for count in tokens]
-    finally:
-        torch.set_num_threads(before)
     # noise must not make more tokens look cheaper than fewer
     ascending = [max(seconds[: at + 1]) for at in range(len(seconds))]
     return StepCosts(tuple(tokens), tuple(ascending))

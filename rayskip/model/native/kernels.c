@@ -1,0 +1,206 @@
+/* CPU kernels of the forward. See kernels.py for the calls.
+ *
+ * Each row of each function is computed alone, in an order that nothing but the row decides, so results never
+ * depend on batch mates. Sums run in float32; results are rounded once.
+ *
+ * Compiled per element type: with -DBF16 elements are bfloat16, else float32. Vectors are the compiler's own
+ * (GCC and Clang), so the same source serves AVX-512, AVX2 and NEON.
+ *
+ * Shapes: N tokens, d hidden, f feed-forward, H query heads, K key-value heads, G = H / K, D head dim, T positions
+ * per cache slot.
+ */
+#define _GNU_SOURCE
+#include <stdint.h>
+#include <stdlib.h>
+
+#include "attention.h"
+#include "vectors.h"
+
+/* x [rows, width] += branch (NULL: nothing), rounded; out = RMSNorm(x) * weight. width: a multiple of LANES. */
+void add_rms_norm(element *x, const element *branch, const element *weight, element *out, int64_t rows,
+                  int64_t width, float eps) {
+    for (int64_t row = 0; row < rows; row++, x += width, out += width) {
+        floats squares = {0};
+        for (int64_t i = 0; i < width; i += LANES) {
+            if (branch)
+                store(x + i, load(x + i) + load(branch + row * width + i));
+            floats value = load(x + i);
+            squares += value * value;
+        }
+        float scale = 1.0f / sqrtf(sum(squares) / (float)width + eps);
+        for (int64_t i = 0; i < width; i += LANES)
+            store(out + i, load(x + i) * scale * load(weight + i));
+    }
+}
+
+/* out [rows, width] = silu(up[:, :width]) * up[:, width:]. width: a multiple of LANES. */
+void silu_gate(const element *up, element *out, int64_t rows, int64_t width) {
+    for (int64_t row = 0; row < rows; row++, up += 2 * width, out += width)
+        for (int64_t i = 0; i < width; i += LANES) {
+            floats gate = load(up + i);
+            store(out + i, gate / (1.0f + exponential(-gate)) * load(up + width + i));
+        }
+}
+
+/* The same for all items. Returns 0, or 1 when memory is out. */
+int attend(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
+           const element *values, element *out, int64_t tokens) {
+    float *scores = aligned_alloc(64, 4 * shape->length * sizeof *scores);
+    if (!scores)
+        return 1;
+    attend_items(shape, step, q, stride, keys, values, scores, out, tokens, 0, 1);
+    free(scores);
+    return 0;
+}
+
+int has_products(void) {
+#ifdef PRODUCTS
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+#ifdef PRODUCTS
+#include "product.h"
+#include "team.h"
+
+typedef struct {
+    const Product *product;
+    const element *x;
+    element *out;
+    int64_t rows;
+} ProductTask;
+
+static void work_on_product(void *argument, Team *team, int worker) {
+    const ProductTask *task = argument;
+    multiply_share(task->product, task->x, task->out, task->rows, team, worker);
+}
+
+/* x [rows, in] -> out [rows, out]. Returns 0, or 1 when memory is out. */
+int product(const Product *product, const element *x, element *out, int64_t rows, int64_t threads) {
+    ProductTask task = {product, x, out, rows};
+    return together((int)threads, work_on_product, &task);
+}
+
+/* One layer: see Layer in spec.py. q_norm, k_norm [D]: NULL where it has none. cosines, sines: see rotate_and_store. */
+typedef struct {
+    Product qkv, out, up, down;
+    const element *attn_norm, *mlp_norm, *q_norm, *k_norm, *cosines, *sines;
+    int64_t turned, window;
+    float attn_eps, mlp_eps, head_eps;
+} Layer;
+
+/* Layers [first, last) over N tokens: x [N, d], of which a layer runs the first `active` (NULL: all). keys, values
+ * [layers, slots, K, T, D]. */
+typedef struct {
+    const Layer *layers;
+    int64_t first, last;
+    Shape shape;
+    Step step;
+    element *keys, *values;
+    int64_t layer_size; /* elements of one layer of the cache */
+    element *x;
+    int64_t tokens;
+    const int64_t *active;
+    int64_t threads;
+    /* what a token is on its way through a layer: */
+    element *normed, *qkv, *attended, *up, *gated, *branch;
+    float *scores; /* [threads, 4, T] */
+} LayersTask;
+
+static void normalise_heads(const Shape *shape, const Layer *layer, element *qkv, int64_t stride, int64_t first,
+                            int64_t last) {
+    if (!layer->q_norm)
+        return;
+    for (element *row = qkv + first * stride; row < qkv + last * stride; row += stride) {
+        element *keys = row + shape->heads * shape->dim;
+        add_rms_norm(row, NULL, layer->q_norm, row, shape->heads, shape->dim, layer->head_eps);
+        add_rms_norm(keys, NULL, layer->k_norm, keys, shape->kv_heads, shape->dim, layer->head_eps);
+    }
+}
+
+static void add(element *x, const element *branch, int64_t size) {
+    for (int64_t i = 0; i < size; i += LANES)
+        store(x + i, load(x + i) + load(branch + i));
+}
+
+/* The worker's part of the layers. Tokens, panels and heads are shared out; workers meet where one reads what another
+ * wrote. */
+static void work_on_layers(void *argument, Team *team, int worker) {
+    const LayersTask *task = argument;
+    const int64_t width = task->layers->qkv.in, inner = task->layers->up.out, packed = task->layers->qkv.out;
+    const int64_t heads = task->shape.heads * task->shape.dim, kv_heads = task->shape.kv_heads * task->shape.dim;
+    const int64_t stride[3] = {packed, packed, packed};
+    float *scores = task->scores + worker * 4 * task->shape.length;
+    int64_t pending = 0; /* tokens to which the last layer's branch is still to be added */
+    for (int64_t index = task->first; index < task->last; index++) {
+        const Layer *layer = task->layers + index;
+        const int64_t tokens = task->active ? task->active[index] : task->tokens;
+        const int64_t from = share(tokens, team, worker), to = share(tokens, team, worker + 1);
+        if (!tokens)
+            continue;
+        if (pending && pending != tokens) { /* shared out otherwise than below */
+            const int64_t before = share(pending, team, worker), after = share(pending, team, worker + 1);
+            add(task->x + before * width, task->branch + before * width, (after - before) * width);
+            pending = 0;
+            meet(team);
+        }
+        Shape shape = task->shape;
+        shape.window = layer->window;
+        element *keys = task->keys + index * task->layer_size, *values = task->values + index * task->layer_size;
+        element *x = task->x + from * width, *normed = task->normed + from * width;
+        element *branch = task->branch + from * width;
+        add_rms_norm(x, pending ? branch : NULL, layer->attn_norm, normed, to - from, width, layer->attn_eps);
+        meet(team);
+        multiply_share(&layer->qkv, task->normed, task->qkv, tokens, team, worker);
+        meet(team);
+        normalise_heads(&shape, layer, task->qkv, packed, from, to);
+        rotate_and_store(&shape, task->qkv, task->qkv + heads, task->qkv + heads + kv_heads, stride, layer->cosines,
+                         layer->sines, layer->turned, &task->step, keys, values, from, to);
+        meet(team);
+        attend_items(&shape, &task->step, task->qkv, packed, keys, values, scores, task->attended, tokens, worker,
+                     team->count);
+        meet(team);
+        multiply_share(&layer->out, task->attended, task->branch, tokens, team, worker);
+        meet(team);
+        add_rms_norm(x, branch, layer->mlp_norm, normed, to - from, width, layer->mlp_eps);
+        meet(team);
+        multiply_share(&layer->up, task->normed, task->up, tokens, team, worker);
+        meet(team);
+        silu_gate(task->up + from * inner, task->gated + from * inner / 2, to - from, inner / 2);
+        meet(team);
+        multiply_share(&layer->down, task->gated, task->branch, tokens, team, worker);
+        meet(team);
+        pending = tokens;
+    }
+    const int64_t before = share(pending, team, worker), after = share(pending, team, worker + 1);
+    add(task->x + before * width, task->branch + before * width, (after - before) * width);
+}
+
+static int64_t room(int64_t elements) { return (elements * (int64_t)sizeof(element) + 63) / 64 * 64; }
+
+/* Run the layers, in place. Scratch of the task is filled in here. Returns 0, or 1 when memory is out. */
+int run_layers(LayersTask *task) {
+    const Layer *layer = task->layers;
+    element **parts[] = {&task->normed, &task->qkv, &task->attended, &task->up, &task->gated, &task->branch};
+    const int64_t widths[] = {layer->qkv.in, layer->qkv.out, layer->out.in, layer->up.out, layer->down.in,
+                              layer->down.out};
+    int64_t size = task->threads * 4 * task->shape.length * (int64_t)sizeof(float);
+    for (int i = 0; i < 6; i++)
+        size += room(task->tokens * widths[i]);
+    char *scratch = aligned_alloc(64, size);
+    if (!scratch)
+        return 1;
+    char *next = scratch;
+    task->scores = (float *)next;
+    next += task->threads * 4 * task->shape.length * (int64_t)sizeof(float);
+    for (int i = 0; i < 6; i++) {
+        *parts[i] = (element *)next;
+        next += room(task->tokens * widths[i]);
+    }
+    const int failed = together((int)task->threads, work_on_layers, task);
+    free(scratch);
+    return failed;
+}
+#endif

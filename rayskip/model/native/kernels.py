@@ -1,0 +1,173 @@
+"""The C kernels (kernels.c and its headers), for CPU: compiled for this machine on first use, which takes five
+seconds, and kept in the user's cache.
+
+Without a C compiler there are none, and torch's operations serve; the engine's info says which run. Token ids may
+differ between the two in the last bit, as between two kinds of CPU; within one they do not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import threading
+from ctypes import c_float, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from rayskip.errors import ModelError
+from rayskip.model.embedded import cache_root, publish
+
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
+"""Headers and the one file to compile."""
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
+LIBRARY = "kernels.so"
+DEFINES = {torch.bfloat16: ("-DBF16",), torch.float32: ()}
+LANES = 16
+"""Row lengths the kernels take are multiples of this, as in kernels.c."""
+
+_log = logging.getLogger(__name__)
+_own = threading.local()
+
+
+def use_threads(count: int | None) -> None:
+    """Products and layers that the calling thread runs take so many threads; None, and until it says so: as many as
+    torch's operations."""
+    _own.threads = count
+
+
+def threads() -> int:
+    """How many threads the calling thread's products and layers take."""
+    return getattr(_own, "threads", None) or torch.get_num_threads()
+
+
+class Shape(ctypes.Structure):
+    """Heads, key-value heads, dim, positions per slot, window, scale, softcap: as in kernels.c."""
+
+    _fields_ = (
+        ("heads", c_int64),
+        ("kv_heads", c_int64),
+        ("dim", c_int64),
+        ("length", c_int64),
+        ("window", c_int64),
+        ("scale", c_float),
+        ("softcap", c_float),
+    )
+
+
+class Step(ctypes.Structure):
+    """A step's tokens: as in kernels.c."""
+
+    _fields_ = (
+        ("slots", c_void_p),
+        ("positions", c_void_p),
+        ("places", c_void_p),
+        ("starts", c_void_p),
+        ("after", c_void_p),
+        ("branch", c_int64),
+    )
+
+
+class Product(ctypes.Structure):
+    """The packed weights of a matrix product: as in kernels.c."""
+
+    _fields_ = (("panels", c_void_p), ("bias", c_void_p), ("out", c_int64), ("in", c_int64))
+
+
+class NativeLayer(ctypes.Structure):
+    """One decoder layer: as in kernels.c."""
+
+    _fields_ = (
+        *((name, Product) for name in ("qkv", "out", "up", "down")),
+        *((name, c_void_p) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm", "cosines", "sines")),
+        *((name, c_int64) for name in ("turned", "window")),
+        *((name, c_float) for name in ("attn_eps", "mlp_eps", "head_eps")),
+    )
+
+
+class LayersTask(ctypes.Structure):
+    """Some layers over some tokens: as in kernels.c, which fills in the last seven."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(NativeLayer)),
+        ("first", c_int64),
+        ("last", c_int64),
+        ("shape", Shape),
+        ("step", Step),
+        ("keys", c_void_p),
+        ("values", c_void_p),
+        ("layer_size", c_int64),
+        ("x", c_void_p),
+        ("tokens", c_int64),
+        ("active", c_void_p),
+        ("threads", c_int64),
+        *((name, c_void_p) for name in ("normed", "qkv", "attended", "up", "gated", "branch", "scores")),
+    )
+
+
+@cache
+def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The compiled kernels for one element type; None, with a warning, where they cannot be had."""
+    try:
+        library = ctypes.CDLL(str(_compiled(DEFINES[dtype])))
+    except (ModelError, OSError, subprocess.CalledProcessError) as error:
+        detail = getattr(error, "stderr", "") or error
+        _log.warning("no native kernels, torch's operations run instead (slower): %s", detail)
+        return None
+    pointer, number = c_void_p, c_int64
+    library.add_rms_norm.argtypes = [pointer] * 4 + [number] * 2 + [c_float]
+    library.silu_gate.argtypes = [pointer] * 2 + [number] * 2
+    library.rotate_and_store.argtypes = [pointer] * 7 + [number] + [pointer] * 3 + [number] * 2
+    library.attend.argtypes = [pointer] * 3 + [number] + [pointer] * 3 + [number]
+    for function in (library.add_rms_norm, library.silu_gate, library.rotate_and_store):
+        function.restype = None
+    if library.has_products():
+        library.pack.argtypes, library.pack.restype = [pointer] * 2 + [number] * 2, None
+        library.product.argtypes = [pointer] * 3 + [number] * 2
+        library.run_layers.argtypes = [pointer]
+    return library
+
+
+def _compiled(defines: tuple[str, ...]) -> Path:
+    """The shared library, compiled unless the cache has it. Its name tells source, flags, compiler and CPU."""
+    compiler = shlex.split(os.environ.get("CC", "")) or list(filter(None, map(shutil.which, COMPILERS)))[:1]
+    if not compiler:
+        raise ModelError(f"no C compiler found ({', '.join(COMPILERS)}, or name one in CC)")
+    command = [*compiler, *FLAGS, *defines]
+    key = hashlib.blake2b(digest_size=10)
+    for part in (*(source.read_text() for source in SOURCES), *command, _cpu()):
+        key.update(part.encode())
+    target = cache_root() / "kernels" / key.hexdigest()
+
+    def compile_into(draft: Path) -> None:
+        subprocess.run(
+            [
+                *command,
+                *(str(source) for source in SOURCES if source.suffix == ".c"),
+                "-o",
+                str(draft / LIBRARY),
+            ],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+
+    if not target.is_dir():
+        publish(target, compile_into)
+    return target / LIBRARY
+
+
+def _cpu() -> str:
+    """What -march=native depends on, as far as the system tells."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    features = next((line for line in lines if line.lower().startswith(("flags", "features"))), "")
+    return f"{platform.machine()} {platform.processor()} {features}"

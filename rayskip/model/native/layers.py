@@ -1,0 +1,102 @@
+"""A decoder's layers as one C call: see kernels.py.
+
+A call runs without the interpreter, so lanes do not wait for each other between a layer's operations.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from ctypes import c_int64
+
+from torch import Tensor
+
+from rayskip.model.kv_cache import KVCache
+from rayskip.model.native.kernels import LANES, LayersTask, NativeLayer, threads
+from rayskip.model.native.ops import native_shape, native_step
+from rayskip.model.native.product import NativeProduct
+from rayskip.model.ops import TokenBatch
+from rayskip.model.spec import Layer, Rope, Spec
+
+
+class NativeLayers:
+    """Layers of the usual kind (see `are_usual`) over packed tokens, in one call.
+
+    Bit-equal to running them operation by operation with the kernels of ops.py and product.py, but for the norms per
+    head, which are torch's there.
+    """
+
+    def __init__(
+        self, spec: Spec, layers: Seq[Layer], products: Seq[Seq[NativeProduct]], ropes: Mapping[str, Rope]
+    ) -> None:
+        """products: of each layer, qkv, out, up and down."""
+        self._spec = spec
+        self._kept = layers, products, ropes  # the kernels read their memory
+        self._library = products[0][0].library
+        self._layers = (NativeLayer * len(layers))(
+            *(_native(layer, own, ropes) for layer, own in zip(layers, products, strict=True))
+        )
+
+    def run(self, x: Tensor, batch: TokenBatch, cache: KVCache, first: int, last: int) -> Tensor:
+        """See Decoder.run_layers."""
+        active = None if batch.active is None else (c_int64 * len(batch.active))(*batch.active)
+        task = LayersTask(
+            self._layers,
+            first,
+            last,
+            native_shape(self._spec, cache, None),
+            native_step(batch),
+            cache.keys.data_ptr(),
+            cache.values.data_ptr(),
+            cache.keys.stride(0),
+            x.data_ptr(),
+            len(x),
+            None if active is None else ctypes.addressof(active),
+            threads(),
+        )
+        if self._library.run_layers(ctypes.byref(task)):
+            raise MemoryError(f"no memory for {len(x)} tokens on their way through the layers")
+        return x
+
+
+def are_usual(spec: Spec, layers: Seq[Layer]) -> bool:
+    """Whether kernels.c has all that the layers do: RMS norms before attention and a SiLU-gated feed-forward, each
+    added to its own input."""
+    widths = spec.hidden, layers[0].down.weight.shape[1]
+    return (
+        spec.gated
+        and spec.activation == "silu"
+        and not spec.parallel
+        and not any(width % LANES for width in widths)
+        and all(_is_usual(layer) for layer in layers)
+    )
+
+
+def _is_usual(layer: Layer) -> bool:
+    per_head = [norm for norm in (layer.q_norm, layer.k_norm) if norm is not None]
+    dtype = layer.qkv.weight.dtype
+    return (
+        layer.post_attn_norm is None
+        and layer.post_mlp_norm is None
+        and len(per_head) != 1
+        and all(
+            norm.kind == "rms" and norm.weight.dtype == dtype
+            for norm in (layer.attn_norm, layer.mlp_norm, *per_head)
+        )
+    )
+
+
+def _native(layer: Layer, products: Seq[NativeProduct], ropes: Mapping[str, Rope]) -> NativeLayer:
+    rope = None if layer.rope is None else ropes[layer.rope]
+    return NativeLayer(
+        *(product.struct for product in products),
+        layer.attn_norm.weight.data_ptr(),
+        layer.mlp_norm.weight.data_ptr(),
+        *(None if norm is None else norm.weight.data_ptr() for norm in (layer.q_norm, layer.k_norm)),
+        *((None, None, 0) if rope is None else (rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[1])),
+        layer.window or 0,
+        layer.attn_norm.eps,
+        layer.mlp_norm.eps,
+        0.0 if layer.q_norm is None else layer.q_norm.eps,
+    )

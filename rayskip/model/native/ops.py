@@ -1,0 +1,99 @@
+"""The operations between the matrix products as C kernels, for CPU: see kernels.py."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int64
+
+import torch
+from torch import Tensor
+
+from rayskip.model.kv_cache import KVCache
+from rayskip.model.native.kernels import DEFINES, LANES, Shape, Step, kernels
+from rayskip.model.ops import Ops, TokenBatch
+from rayskip.model.spec import Norm, Rope, Spec
+
+
+class NativeOps(Ops):
+    """What the kernels do not cover (LayerNorm, other activations) is torch's, by inheritance."""
+
+    name = "native"
+
+    def __init__(self, spec: Spec, library: ctypes.CDLL) -> None:
+        super().__init__(spec)
+        self._library = library
+
+    def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm) -> Tensor:
+        if norm.kind != "rms" or norm.weight.dtype != x.dtype or x.shape[-1] % LANES:
+            return super().add_normalise(x, branch, norm)
+        out = torch.empty_like(x)
+        added = None if branch is None else branch.data_ptr()
+        self._library.add_rms_norm(
+            x.data_ptr(), added, norm.weight.data_ptr(), out.data_ptr(), *x.shape, norm.eps
+        )
+        return out
+
+    def gate(self, up: Tensor) -> Tensor:
+        width = up.shape[1] // 2
+        if not self.spec.gated or self.spec.activation != "silu" or width % LANES:
+            return super().gate(up)
+        out = up.new_empty(len(up), width)
+        self._library.silu_gate(up.data_ptr(), out.data_ptr(), len(up), width)
+        return out
+
+    def attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: Rope | None,
+        layer: int,
+        window: int | None,
+        batch: TokenBatch,
+        cache: KVCache,
+    ) -> Tensor:
+        shape, step = native_shape(self.spec, cache, window), native_step(batch)
+        at, around = ctypes.byref(step), ctypes.byref(shape)
+        stored = cache.keys[layer].data_ptr(), cache.values[layer].data_ptr()
+        strides = (c_int64 * 3)(q.stride(0), k.stride(0), v.stride(0))
+        table = (
+            (None, None, 0) if rope is None else (rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[1])
+        )
+        self._library.rotate_and_store(
+            around, q.data_ptr(), k.data_ptr(), v.data_ptr(), strides, *table, at, *stored, 0, len(q)
+        )
+        out = q.new_empty(len(q), self.spec.heads * self.spec.head_dim)
+        if self._library.attend(around, at, q.data_ptr(), q.stride(0), *stored, out.data_ptr(), len(q)):
+            raise MemoryError("no memory for attention scores")
+        return out
+
+
+def native_shape(spec: Spec, cache: KVCache, window: int | None) -> Shape:
+    """What kernels.c knows of a layer's attention."""
+    return Shape(
+        spec.heads,
+        spec.kv_heads,
+        spec.head_dim,
+        cache.length,
+        window or 0,
+        spec.scale,
+        spec.attn_softcap or 0.0,
+    )
+
+
+def native_step(batch: TokenBatch) -> Step:
+    """What kernels.c knows of a step's tokens; valid while `batch` lives."""
+    paths = batch.paths
+    branches = (
+        (None, None, 0)
+        if paths is None
+        else (paths.starts.data_ptr(), paths.after.data_ptr(), paths.after.shape[1])
+    )
+    return Step(batch.slots.data_ptr(), batch.positions.data_ptr(), batch.places.data_ptr(), *branches)
+
+
+def native_ops(spec: Spec, dtype: torch.dtype, device: torch.device) -> Ops:
+    """The kernels where they can serve the model, else torch's operations."""
+    fits = device.type == "cpu" and dtype in DEFINES and spec.head_dim % LANES == 0
+    library = kernels(dtype) if fits else None
+    return Ops(spec) if library is None else NativeOps(spec, library)

@@ -1,0 +1,150 @@
+/* Vectors of floats, and elements loaded into and stored from them. */
+#ifndef VECTORS_H
+#define VECTORS_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(BF16) && defined(__AVX512BF16__)
+#include <immintrin.h>
+#define PAIRS /* the processor multiplies bfloat16 itself, and adds two products at once */
+#endif
+
+#if (defined(PAIRS) && !defined(__AMX_BF16__)) || (!defined(BF16) && defined(__AVX512F__))
+#define PRODUCTS /* elsewhere a library's matrix products are faster: it has other kernels, or AMX */
+#endif
+
+#define LANES 16
+#define KEYS_AHEAD 24 /* prefetched: the processor's own prefetch ends with each page */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float floats __attribute__((vector_size(64)));
+typedef int32_t ints __attribute__((vector_size(64)));
+typedef uint32_t bits __attribute__((vector_size(64)));
+typedef uint16_t halves __attribute__((vector_size(32)));
+
+#ifdef BF16
+typedef uint16_t element;
+
+INLINE floats load(const element *from) {
+    halves narrow;
+    memcpy(&narrow, from, sizeof narrow);
+    return (floats)(__builtin_convertvector(narrow, bits) << 16);
+}
+
+/* Round to nearest even; NaN stays NaN. */
+INLINE void store(element *to, floats x) {
+#ifdef PAIRS
+    __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
+#else
+    bits raw = (bits)x;
+    bits rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
+    bits is_nan = (bits)(x != x);
+    halves narrow = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), halves);
+#endif
+    memcpy(to, &narrow, sizeof narrow);
+}
+
+INLINE float load_one(element from) {
+    uint32_t raw = (uint32_t)from << 16;
+    float x;
+    memcpy(&x, &raw, sizeof x);
+    return x;
+}
+
+INLINE element round_one(float x) {
+    uint32_t raw;
+    memcpy(&raw, &x, sizeof raw);
+    return x != x ? 0x7fc0 : (element)((raw + 0x7fff + ((raw >> 16) & 1)) >> 16);
+}
+#else
+typedef float element;
+
+INLINE floats load(const element *from) {
+    floats x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE void store(element *to, floats x) { memcpy(to, &x, sizeof x); }
+INLINE float load_one(element from) { return from; }
+INLINE element round_one(float x) { return x; }
+#endif
+
+INLINE floats splat(float x) { return x - (floats){0}; }
+INLINE floats pick(ints where, floats yes, floats no) {
+    return (floats)((where & (ints)yes) | (~where & (ints)no));
+}
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
+#endif
+
+/* Neighbours summed: lanes 0..7 from a, 8..15 from b. */
+INLINE floats pair_sums(floats a, floats b) {
+    return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+/* Lane i of the result is the sum over all lanes of x[i]; x is used up. */
+INLINE floats lane_sums(floats x[LANES]) {
+    for (int width = LANES; width > 1; width /= 2)
+        for (int i = 0; i < width / 2; i++)
+            x[i] = pair_sums(x[2 * i], x[2 * i + 1]);
+    return x[0];
+}
+
+INLINE float sum(floats x) {
+    for (int i = 0; i < 4; i++)
+        x = pair_sums(x, x);
+    return x[0];
+}
+
+INLINE float maximum(floats x) {
+    float best = x[0];
+    for (int i = 1; i < LANES; i++)
+        best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+#ifdef PAIRS
+INLINE __m512bh load_pairs(const element *from, int64_t count) {
+    const __mmask32 inside = count < 2 * LANES ? (__mmask32)((1u << count) - 1) : (__mmask32)-1;
+    return (__m512bh)_mm512_maskz_loadu_epi16(inside, from);
+}
+
+/* Lane sums of the result: total of a . b over `count` elements, a multiple of LANES, added to those of `to`. */
+INLINE floats add_dot(floats to, const element *a, const element *b, const int64_t count) {
+    for (int64_t i = 0; i < count; i += 2 * LANES)
+        to = (floats)_mm512_dpbf16_ps((__m512)to, load_pairs(a + i, count - i), load_pairs(b + i, count - i));
+    return to;
+}
+#else
+INLINE floats add_dot(floats to, const element *a, const element *b, const int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES)
+        to += load(a + i) * load(b + i);
+    return to;
+}
+#endif
+
+/* e^x for |x| up to 87, beyond it e^87 or e^-87; relative error below 3e-7 (Cephes' polynomial). */
+INLINE floats exponential(floats x) {
+    const floats magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    x = pick(x < -87.0f, splat(-87.0f), pick(x > 87.0f, splat(87.0f), x));
+    floats shifted = x * 1.44269504f + magic;
+    floats power = shifted - magic;
+    floats r = x - power * 0.693359375f + power * 2.12194440e-4f;
+    floats p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (floats)((bits)p + ((bits)shifted << 23));
+}
+
+#endif
