@@ -72,13 +72,14 @@ INLINE int64_t place_of(const Path *path, int64_t position) {
 /* Scores of `count` query heads of one token against keys [first, last); first is a multiple of LANES, reads run
  * to the next multiple past last. scores [count, room] begin at key `from`. */
 INLINE void score(const element *q, const element *keys, float *scores, int64_t room, int64_t from, int64_t first,
-                  int64_t last, const Path *path, const int count, const int64_t dim, float scale) {
+                  int64_t last, const Path *path, const element *soon, const int count, const int64_t dim,
+                  float scale) {
     for (int64_t block = first; block < last; block += LANES) {
         floats partial[4][LANES];
         for (int key = 0; key < LANES; key++) {
             const element *k = keys + (path ? place_of(path, block + key) : block + key) * dim;
-            for (int64_t i = 0; i < dim; i += 2 * LANES)
-                __builtin_prefetch(k + KEYS_AHEAD * dim + i);
+            for (int64_t i = 0; i < dim; i += LINE)
+                __builtin_prefetch(soon + (block + key) * dim + i);
             for (int head = 0; head < count; head++)
                 partial[head][key] = add_dot((floats){0}, q + head * dim, k, dim);
         }
@@ -148,7 +149,7 @@ INLINE void mix_pair(floats mixed[4][4], const float *weights, int64_t room, int
 
 /* out [count, dim] = weights [count, room] over values [first, last), divided by totals; the weights are used up. */
 INLINE void mix(float *weights, int64_t room, const element *values, int64_t first, int64_t last, const Path *path,
-                const float *totals, element *out, const int count, const int64_t dim) {
+                const element *soon, const float *totals, element *out, const int count, const int64_t dim) {
     const int64_t straight = path->start < last ? path->start : last;
     narrow(weights, room, last - first, count);
     for (int64_t part = 0; part < dim; part += 4 * LANES) {
@@ -157,9 +158,9 @@ INLINE void mix(float *weights, int64_t room, const element *values, int64_t fir
         floats mixed[4][4] = {0};
         int64_t key = first;
         for (; key + 1 < straight; key += 2) {
-            for (int64_t i = 0; i < width; i += 2 * LANES) {
-                __builtin_prefetch(from + (key + KEYS_AHEAD) * dim + i);
-                __builtin_prefetch(from + (key + 1 + KEYS_AHEAD) * dim + i);
+            for (int64_t i = 0; i < width; i += LINE) {
+                __builtin_prefetch(soon + key * dim + part + i);
+                __builtin_prefetch(soon + (key + 1) * dim + part + i);
             }
             mix_pair(mixed, weights, room, key - first, from + key * dim, from + (key + 1) * dim, width, count);
         }
@@ -180,8 +181,8 @@ INLINE void mix(float *weights, int64_t room, const element *values, int64_t fir
 }
 #else
 /* out [count, dim] = weights [count, room] over values [first, last), divided by totals. */
-INLINE void mix(float *weights, int64_t room, const element *values, int64_t first, int64_t last,
-                const Path *path, const float *totals, element *out, const int count, const int64_t dim) {
+INLINE void mix(float *weights, int64_t room, const element *values, int64_t first, int64_t last, const Path *path,
+                const element *soon, const float *totals, element *out, const int count, const int64_t dim) {
     const int64_t straight = path->start < last ? path->start : last;
     for (int64_t part = 0; part < dim; part += 4 * LANES) {
         const int parts = dim - part < 4 * LANES ? (int)((dim - part) / LANES) : 4;
@@ -189,7 +190,7 @@ INLINE void mix(float *weights, int64_t room, const element *values, int64_t fir
         for (int64_t key = first; key < straight; key++)
             for (int i = 0; i < parts; i++) {
                 floats value = load(values + key * dim + part + i * LANES);
-                __builtin_prefetch(values + (key + KEYS_AHEAD) * dim + part + i * LANES);
+                __builtin_prefetch(soon + key * dim + part + i * LANES);
                 for (int head = 0; head < count; head++)
                     mixed[head][i] += weights[head * room + key - first] * value;
             }
@@ -207,49 +208,57 @@ INLINE void mix(float *weights, int64_t room, const element *values, int64_t fir
 #endif
 
 INLINE void attend_heads(const Shape *shape, const element *q, const element *keys, const element *values,
-                         const Path *path, float *scores, element *out, const int count, const int64_t dim) {
+                         const Path *path, const element *soon, float *scores, element *out, const int count,
+                         const int64_t dim) {
     const int64_t last = path->last, room = shape->length;
     const int64_t visible = shape->window && shape->window < last ? last - shape->window : 0;
     const int64_t first = visible / LANES * LANES;
     int64_t straight = path->start < last ? path->start / LANES * LANES : last;
     float totals[4];
     straight = straight < first ? first : straight;
-    score(q, keys, scores, room, first, first, straight, NULL, count, dim, shape->scale);
-    score(q, keys, scores, room, first, straight, last, path, count, dim, shape->scale);
+    score(q, keys, scores, room, first, first, straight, NULL, values, count, dim, shape->scale);
+    score(q, keys, scores, room, first, straight, last, path, values, count, dim, shape->scale);
     for (int head = 0; head < count; head++)
         totals[head] = weigh(scores + head * room, first, visible, last, shape->softcap);
-    mix(scores, room, values, first, last, path, totals, out, count, dim);
+    mix(scores, room, values, first, last, path, soon, totals, out, count, dim);
 }
 
 /* The number of heads and, where it is a usual one, the dim are known to the compiler. */
 INLINE void attend_some(const Shape *shape, const element *q, const element *keys, const element *values,
-                        const Path *path, float *scores, element *out, const int count) {
+                        const Path *path, const element *soon, float *scores, element *out, const int count) {
     if (shape->dim == 64)
-        attend_heads(shape, q, keys, values, path, scores, out, count, 64);
+        attend_heads(shape, q, keys, values, path, soon, scores, out, count, 64);
     else if (shape->dim == 128)
-        attend_heads(shape, q, keys, values, path, scores, out, count, 128);
+        attend_heads(shape, q, keys, values, path, soon, scores, out, count, 128);
     else
-        attend_heads(shape, q, keys, values, path, scores, out, count, shape->dim);
+        attend_heads(shape, q, keys, values, path, soon, scores, out, count, shape->dim);
 }
 
-/* Attention of one key-value head of one token: q [G, D] -> out [G, D]. scores: room for [4, T]. */
+/* Attention of one key-value head of one token: q [G, D] -> out [G, D]. scores: room for [4, T]. soon: the keys that
+ * are read next; a walk fetches what the next one reads, since the processor foresees nothing past a page. */
 static void attend_shared(const Shape *shape, const element *q, const element *keys, const element *values,
-                          const Path *path, float *scores, element *out) {
+                          const Path *path, const element *soon, float *scores, element *out) {
     const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
     for (int64_t head = 0; head < shared; head += 4, q += 4 * dim, out += 4 * dim)
         switch (shared - head) {
         case 1:
-            attend_some(shape, q, keys, values, path, scores, out, 1);
+            attend_some(shape, q, keys, values, path, soon, scores, out, 1);
             break;
         case 2:
-            attend_some(shape, q, keys, values, path, scores, out, 2);
+            attend_some(shape, q, keys, values, path, soon, scores, out, 2);
             break;
         case 3:
-            attend_some(shape, q, keys, values, path, scores, out, 3);
+            attend_some(shape, q, keys, values, path, soon, scores, out, 3);
             break;
         default:
-            attend_some(shape, q, keys, values, path, scores, out, 4);
+            attend_some(shape, q, keys, values, path, soon, scores, out, 4);
         }
+}
+
+/* Where a token's keys of one key-value head begin, in elements; items are numbered token by token. */
+INLINE int64_t place_of_item(const Shape *shape, const Step *step, int64_t item) {
+    const int64_t token = item / shape->kv_heads, kv_head = item % shape->kv_heads;
+    return (step->slots[token] * shape->kv_heads + kv_head) * shape->length * shape->dim;
 }
 
 /* Causal attention of tokens over their own slots' keys up to their own positions: q [N, H, D] with `stride` elements
@@ -264,9 +273,10 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
         const int64_t last = step->positions[token] + 1;
         const Path path = {step->starts ? step->starts[token] : last, last,
                            step->starts ? step->after + token * step->branch : NULL};
-        const int64_t place = (step->slots[token] * shape->kv_heads + kv_head) * shape->length * dim;
-        attend_shared(shape, q + token * stride + kv_head * shared * dim, keys + place, values + place, &path, scores,
-                      out + (token * shape->heads + kv_head * shared) * dim);
+        const int64_t next = item + every < tokens * shape->kv_heads ? item + every : item;
+        const int64_t place = place_of_item(shape, step, item), soon = place_of_item(shape, step, next);
+        attend_shared(shape, q + token * stride + kv_head * shared * dim, keys + place, values + place, &path,
+                      keys + soon, scores, out + (token * shape->heads + kv_head * shared) * dim);
     }
 }
 

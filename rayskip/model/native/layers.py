@@ -23,8 +23,8 @@ from rayskip.model.spec import Layer, Rope, Spec
 class NativeLayers:
     """Layers of the usual kind (see `are_usual`) over packed tokens, in one call.
 
-    Bit-equal to running them operation by operation with the kernels of ops.py and product.py, but for the norms per
-    head, which are torch's there.
+    Bit-equal to running them operation by operation with the kernels of ops.py and product.py, but for the norms
+    per head, which are torch's there.
     """
 
     def __init__(

@@ -16,7 +16,7 @@
 #endif
 
 #define LANES 16
-#define KEYS_AHEAD 24 /* prefetched: the processor's own prefetch ends with each page */
+#define LINE (64 / (int64_t)sizeof(element)) /* elements of a cache line */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float floats __attribute__((vector_size(64)));
