@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
@@ -25,7 +25,7 @@ from rayskip.decode.drafters.costs import StepCosts, worth_verifying
 from rayskip.decode.drafters.lookup import Copy, Index
 from rayskip.decode.drafters.none import NoDrafter
 from rayskip.decode.drafters.retrieval import Store
-from rayskip.decode.drafters.trial import Trial
+from rayskip.decode.drafters.trial import Trial, Trials
 from rayskip.decode.sequence import Sequence
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, ModelError
@@ -267,14 +267,15 @@ def test_auto_goes_from_copies_to_kangaroo_to_nothing_and_back(folder: Path) -> 
     engine = _engine(folder, _draft("auto", folder))
     free, dear = StepCosts((1, 64), (1.0, 1.01)), StepCosts((1, 64), (1.0, 640.0))
     drafters = [lane._drafter for lane in engine._lanes]
+    for drafter in drafters:
+        assert isinstance(drafter, AutoDrafter)
+        drafter._trials = _AlwaysDraft()  # else it may stop for good, by the clock
     for prompt in prompts:
         engine.add(prompt, params)
     found, step = {}, 0
     while engine.has_work:
         for drafter in drafters:
-            assert isinstance(drafter, AutoDrafter)
             drafter._costs = free if step // 4 % 2 else dear
-            drafter._trials.clear()  # else it may stop for good, by the clock
             drafter._rounds.clear()
             if step // 8 % 2:  # as if Kangaroo had been tried and found wanting
                 drafter._rounds.update({bits: Rounds(9, 9, 9, 0, 1e9) for bits in range(8)})
@@ -384,8 +385,8 @@ def test_lookup_goes_on_in_circles() -> None:
     assert Index(2, 1).copies(_row([4, 1, 2, 1, 2], []), 5) == [Copy([1, 2, 1, 2, 1], 2, 0)]
 
 
-class _AlwaysDraft(Trial):
-    def choose(self) -> bool:
+class _AlwaysDraft(Trials):
+    def choose(self, rows: int) -> bool:
         return True
 
 
@@ -401,7 +402,7 @@ def test_long_texts_are_caught_up_on_piece_by_piece(
     for lane in engine._lanes:
         if isinstance(lane._drafter, AutoDrafter):
             lane._drafter._costs = StepCosts((1, 64), (1.0, 1.01))
-            lane._drafter._trials = defaultdict(_AlwaysDraft)
+            lane._drafter._trials = _AlwaysDraft()
     assert _outcomes(engine.generate(prompts, params)) == _outcomes(plain)
     assert engine.take_stats().drafted_by[kind if kind == "draft_model" else "kangaroo"] > 0
 

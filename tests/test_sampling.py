@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 
+import pytest
 import torch
 from scipy.stats import chisquare
 
@@ -58,6 +59,13 @@ def test_greedy_penalty_and_broken_logits() -> None:
     broken = LOGITS.clone()
     broken[2] = math.nan
     assert choose(broken[None], _draws(SamplingParams(), 1))[0].token_id is None
+
+
+@pytest.mark.parametrize("vocab", [5, 256, 700, 1024])
+def test_greedy_takes_the_highest_logit_and_the_first_of_equals(vocab: int) -> None:
+    logits = torch.randn(40, vocab, generator=torch.Generator().manual_seed(vocab)).to(torch.bfloat16)
+    chosen = [choice.token_id for choice in choose(logits, _draws(SamplingParams(), 40))]
+    assert chosen == [row.index(max(row)) for row in logits.tolist()]
 
 
 def test_a_row_is_chosen_alone() -> None:

@@ -25,7 +25,7 @@ NUCLEUS = 1024
 
 
 BLOCK = 256
-"""Weights that are summed before one of them is looked for."""
+"""Logits or weights that are taken together before one of them is looked for."""
 
 LEAST, MOST = 1e-6, 1e30
 """Bounds inside which no score overflows: of temperature and penalty, and of scores."""
@@ -54,9 +54,9 @@ class Choice:
 
 def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """The next token of each of R rows; logits [R, V], draws R long."""
-    top = logits.max(dim=-1)
-    tokens = top.indices.tolist()
-    finite = torch.isfinite(top.values).tolist()
+    best, at = _best(logits)
+    tokens: list[int] = at.tolist()
+    finite = torch.isfinite(best).tolist()
     for width, rows in _by_width(draws, logits.shape[-1]).items():
         scores = _scores(logits[rows], [draws[row] for row in rows])
         for row, token in zip(rows, _pick(scores, [draws[row] for row in rows], width), strict=True):
@@ -66,6 +66,19 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
         Choice(token, logprobs.get(row)) if ok else Choice(None)
         for row, (token, ok) in enumerate(zip(tokens, finite, strict=True))
     ]
+
+
+def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest logit of each row [R] (not a number where one is none) and the first place it stands at.
+
+    Block by block, since torch finds a maximum many times faster than its place.
+    """
+    if padding := -logits.shape[1] % BLOCK:
+        logits = F.pad(logits, (0, padding), value=-torch.inf)
+    blocks = logits.view(len(logits), -1, BLOCK)
+    best, block = blocks.amax(dim=-1).max(dim=-1)
+    inside = blocks[torch.arange(len(blocks), device=block.device), block]
+    return best, block * BLOCK + inside.argmax(dim=-1)
 
 
 def _by_width(draws: Sequence[Draw], vocab: int) -> dict[int, list[int]]:

@@ -31,6 +31,7 @@ from rayskip.decode.drafters.lookup import LookupDrafter
 from rayskip.decode.drafters.medusa import MedusaDrafter
 from rayskip.decode.drafters.none import NoDrafter
 from rayskip.decode.drafters.retrieval import RetrievalDrafter, Store
+from rayskip.decode.drafters.trial import Trials
 from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import load, resolve
 from rayskip.model.forward import Decoder
@@ -107,8 +108,9 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
                 widest = 1 + config.tokens + config.gamma * config.branches
                 return measure_costs(decoder, threads, rows, rows * widest)
 
+            trials = Trials()
             return Drafters(
-                lambda threads, rows: AutoDrafter(config, costs(threads, rows), maker and maker()),
+                lambda threads, rows: AutoDrafter(config, costs(threads, rows), maker and maker(), trials),
                 KANGAROO_LAYERS if maker else 0,
             )
 

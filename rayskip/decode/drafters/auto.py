@@ -25,7 +25,7 @@ from rayskip.decode.drafters.costs import StepCosts, marginal_chance, worth_veri
 from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.drafters.kangaroo import KANGAROO, KangarooDrafter
 from rayskip.decode.drafters.lookup import LOOKUP, Copy, Lookups
-from rayskip.decode.drafters.trial import Trial
+from rayskip.decode.drafters.trial import Trials
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
 from rayskip.model.kv_cache import KVCache
@@ -126,7 +126,10 @@ class _Proposed:
 
 
 class AutoDrafter(Drafter):
-    def __init__(self, config: AutoDraft, costs: StepCosts, kangaroo: KangarooDrafter | None) -> None:
+    def __init__(
+        self, config: AutoDraft, costs: StepCosts, kangaroo: KangarooDrafter | None, trials: Trials
+    ) -> None:
+        """trials: shared by the engine's lanes."""
         self._config = config
         self._costs = costs
         self._kangaroo = kangaroo
@@ -137,14 +140,14 @@ class AutoDrafter(Drafter):
         self._proposed: WeakKeyDictionary[Sequence, _Proposed] = WeakKeyDictionary()
         self._rounds: dict[int, Rounds] = {}
         self._round = Rounds()
-        self._trials: defaultdict[int, Trial] = defaultdict(Trial)
+        self._trials = trials
         self._drafting = self._decodes_only = False
         self._tokens, self._layers_left = 0, 1.0
         self._began = self._drafted = 0.0
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:
         self._began = time.perf_counter()
-        self._drafting = self._trials[len(rows).bit_length()].choose()
+        self._drafting = self._trials.choose(len(rows))
         states = self._draft(chunks, rows, cache) if self._drafting else None
         self._decodes_only = all(chunk.generated for chunk in chunks)
         self._tokens = sum(chunk.stop - chunk.start for chunk in chunks) + sum(len(row.draft) for row in rows)
@@ -205,7 +208,7 @@ class AutoDrafter(Drafter):
         self._costs = self._costs.learn(self._tokens, (now - self._drafted) / self._layers_left)
         if self._decodes_only:
             gained = sum(len(verdict.choices) for verdict in verdicts.values())
-            self._trials[len(verdicts).bit_length()].count(self._drafting, gained, now - self._began)
+            self._trials.count(len(verdicts), self._drafting, gained, now - self._began)
         self._round.accepted += sum(
             row.draft.drafters[node] == KANGAROO for row, verdict in verdicts.items() for node in verdict.path
         )
