@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.data.records import Generation, Prompt
@@ -160,6 +160,27 @@ def test_torchs_operations_follow_branches_too(folder: Path, kind: str) -> None:
     for draft in ({"kind": "none"}, _draft(kind, folder)):
         spec, weights = load(folder, torch.bfloat16, torch.device("cpu"))
         decoder = Decoder(spec, weights, Ops(spec), folder)
+        decode = DecodeConfig.model_validate({"draft": draft})
+        engine = Engine(decoder, None, EngineConfig(max_batch_rows=5), decode)
+        found.append(_outcomes(engine.generate(_prompts(), params)))
+    assert found[0] == found[1]
+    assert engine.take_stats().accepted > 0
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_branches_inside_a_window(native: bool, tmp_path: Path) -> None:
+    """A window ends at a token's position, not at its place in the cache."""
+    torch.manual_seed(4)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(
+        **sizes, vocab_size=VOCAB, num_hidden_layers=LAYERS, sliding_window=7, initializer_range=0.15
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    _save_adapter(tmp_path, tmp_path / "adapter", tensors_fingerprint(tmp_path))
+    params, found = SamplingParams(max_tokens=40, ignore_eos=True), []
+    for draft in ({"kind": "none"}, _draft("kangaroo tree of 3", tmp_path)):
+        spec, weights = load(tmp_path, torch.bfloat16, torch.device("cpu"))
+        decoder = Decoder(spec, weights, None if native else Ops(spec), tmp_path)
         decode = DecodeConfig.model_validate({"draft": draft})
         engine = Engine(decoder, None, EngineConfig(max_batch_rows=5), decode)
         found.append(_outcomes(engine.generate(_prompts(), params)))
