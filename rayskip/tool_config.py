@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from rayskip.config import (
@@ -121,6 +123,21 @@ class BenchMode(Section):
     cohort: float | None = Field(None, ge=0, le=1, description="engine.cohort of this mode")
 
 
+class BenchPeer(Section):
+    """Another library, to be timed in turns with the modes on bench's `model`, in a process of its own."""
+
+    name: str = Field(min_length=1)
+    kind: Literal["transformers", "transformers_batch", "vllm"] = Field(
+        description="transformers' generate or generate_batch, or vLLM's LLM.generate"
+    )
+    python: str | None = Field(
+        None, description="interpreter of the environment that has it; null: the one that runs the bench"
+    )
+    batch_rows: tuple[int | None, ...] | None = Field(
+        None, description="the bench's batch sizes that it runs at; null: all"
+    )
+
+
 class BenchConfig(Section):
     """Timings of several modes over the same rows: `rayskip bench`. Ratios are over the first mode."""
 
@@ -130,6 +147,7 @@ class BenchConfig(Section):
     sampling: SamplingParams = SamplingParams()
     engine: EngineConfig = EngineConfig()
     modes: tuple[BenchMode, ...] = Field(min_length=1)
+    peers: tuple[BenchPeer, ...] = Field((), description="other libraries; greedy only")
     batch_rows: tuple[int | None, ...] = Field(
         (None,), min_length=1, description="batch sizes to time; null: chosen by the engine"
     )
@@ -141,6 +159,34 @@ class BenchConfig(Section):
     min_rows: int = Field(1, ge=1, description="fewest rows to generate, however small the batch")
     rounds: int = Field(3, ge=1, description="every mode runs once a round, in turns")
     output: str = Field(description="local folder for bench.json and bench.png")
+
+    @model_validator(mode="after")
+    def _runs_are_told_apart(self) -> BenchConfig:
+        names = [mode.name for mode in self.modes] + [peer.name for peer in self.peers]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"modes, peers: two are named {twice[0]!r}; names tell them apart")
+        return self
+
+    @model_validator(mode="after")
+    def _peers_do_the_same(self) -> BenchConfig:
+        for peer in self.peers:
+            if unknown := [rows for rows in peer.batch_rows or () if rows not in self.batch_rows]:
+                raise ValueError(f"peers: {peer.name} runs at {unknown[0]} rows, batch_rows lacks that")
+        by_row = self.input.sampling_params or self.input.format == "openai"
+        if self.peers and (by_row or _is_more_than_greedy(self.sampling)):
+            raise ValueError(
+                "peers: they are greedy and end at EOS or max_tokens; sampling must have temperature 0, n 1, no "
+                "stop strings and nothing else that changes tokens, and rows no parameters of their own"
+            )
+        if self.peers and self.model.adapter:
+            raise ValueError("peers: they load model.path alone; merge model.adapter into it")
+        return self
+
+
+def _is_more_than_greedy(sampling: SamplingParams) -> bool:
+    """Whether more than the likeliest tokens up to max_tokens is asked for. Some keys do nothing to greedy ones."""
+    plain = SamplingParams(**sampling.model_dump(include={"max_tokens", "top_p", "top_k", "min_p", "seed"}))
+    return sampling != plain
 
 
 class SpecBenchDrafter(Section):

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
+from transformers import AutoModelForCausalLM
 
-from rayskip.errors import InputError
+from rayskip.errors import ConfigError, InputError
 from rayskip.evaluate.bench import format_timings, run_bench
+from rayskip.evaluate.peer_process import PeerArguments, running_peer
+from rayskip.evaluate.roofline import Roofline, measure_roofline
 from rayskip.evaluate.spec_bench import TASKS, format_scores, run_spec_bench
-from rayskip.tool_config import BenchConfig, SpecBenchConfig
+from rayskip.model.checkpoint import load
+from rayskip.model.forward import Decoder
+from rayskip.model.kv_cache import KVCache
+from rayskip.tool_config import BenchConfig, BenchPeer, SpecBenchConfig
 
 MODEL = {"path": "smollm2-135m-instruct"}
 SKIP = {"kind": "skipdecode", "speedup": 2, "horizon": 8}
@@ -52,8 +60,119 @@ def test_bench_times_every_mode_at_every_batch_size(tmp_path: Path) -> None:
     assert lookup.mean_accepted > 1
     assert all(t.identical == 1 for t in timings)
     assert len(format_timings(timings).splitlines()) == 1 + len(timings)
-    assert json.loads((tmp_path / "out" / "bench.json").read_text())[1]["mode"] == "skip"
+    for timing in (full, skip):
+        assert timing.decode_tok_s
+        assert timing.limit_tok_s
+        assert timing.limit_share == pytest.approx(timing.decode_tok_s / timing.limit_tok_s)
+    assert (lookup.limit_tok_s, lookup.limit_share) == (None, None)
+    assert sum(share for _, share in full.seconds.values()) == pytest.approx(1)
+    described = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert described["timings"][1]["mode"] == "skip"
+    assert [(limit["mode"], limit["rows"]) for limit in described["limits"]] == [
+        (mode, rows) for rows in (1, 4) for mode in ("full", "skip")
+    ]
     assert (tmp_path / "out" / "bench.png").stat().st_size > 0
+
+
+def test_the_limit_is_what_products_and_cached_bytes_take(tiny_llama: Callable[..., Path]) -> None:
+    spec, weights = load(tiny_llama("limit", 0), torch.bfloat16, torch.device("cpu"))
+    decoder = Decoder(spec, weights)
+    measured = measure_roofline(decoder, rows=3)
+    assert min(measured.layers_s, measured.head_s, measured.read_bytes_s) > 0
+    roofline = Roofline(rows=10, layers_s=2.0, head_s=1.0, read_bytes_s=100.0)
+    cached = 10 * 7 * KVCache.bytes_per_position(spec, len(decoder.layers), torch.bfloat16) / 100
+    assert roofline.tok_s(decoder, 7, 4) == pytest.approx(10 / (2 + cached + 1))
+    assert roofline.tok_s(decoder, 7, 1) == pytest.approx(10 / ((2 + cached) / 4 + 1))
+
+
+PROMPTS = [[1, 5, 9], [7], [3, 4, 5, 6, 7, 8], [11, 12]]
+
+
+def _against(folder: Path, tmp_path: Path, peer: dict[str, Any], **changes: Any) -> BenchConfig:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt_token_ids": ids}) + "\n" for ids in PROMPTS))
+    return BenchConfig.model_validate(
+        {
+            "name": "tiny",
+            "model": {"path": str(folder), "dtype": "float32"},
+            "input": {"path": str(rows)},
+            "sampling": {"max_tokens": 6},
+            "modes": [{"name": "full"}],
+            "peers": [peer],
+            "batch_rows": [1, 2],
+            "rounds": 1,
+            "output": str(tmp_path / "out"),
+            **changes,
+        }
+    )
+
+
+def test_bench_times_a_peer_over_the_same_rows(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+    peer = {"name": "generate", "kind": "transformers", "batch_rows": [2]}
+    timings = run_bench(_against(tiny_llama("peer", 0), tmp_path, peer))
+    assert [(t.mode, t.batch_rows) for t in timings] == [("full", 1), ("full", 2), ("generate", 2)]
+    theirs = timings[2]
+    assert (theirs.rows, theirs.identical) == (4, 1)
+    assert theirs.completion_tokens == timings[1].completion_tokens
+    assert theirs.load_s
+    assert theirs.tok_s_range[0] <= theirs.tok_s <= theirs.tok_s_range[1]
+    assert (theirs.skip, theirs.decode_tok_s, theirs.limit_share, theirs.mean_layers) == (None,) * 4
+    assert "generate" in format_timings(timings)
+
+
+def test_a_peer_generates_what_its_library_does(tiny_llama: Callable[..., Path]) -> None:
+    folder = tiny_llama("peer", 0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    wanted = [
+        model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, pad_token_id=0)[0, len(ids) :]
+        for ids in PROMPTS
+    ]
+    end = int(wanted[2][3])  # from now on it ends a row
+    stops = [row.tolist().index(end) + 1 if end in row else 6 for row in wanted]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    arguments = PeerArguments(str(folder), "float32", batch_rows=3, max_tokens=6, longest=12)
+    with running_peer(BenchPeer(name="generate", kind="transformers"), arguments) as peer:
+        for prompts in (PROMPTS, PROMPTS[::-1]):
+            seconds, token_ids = peer.generate(prompts)
+            order = [PROMPTS.index(ids) for ids in prompts]
+            assert token_ids == [wanted[at][: stops[at]].tolist() for at in order]
+            assert seconds > 0
+    assert stops[2] < 6
+
+
+@pytest.mark.parametrize(
+    ("python", "message"),
+    [
+        ("/no/such/python", "peers: other: /no/such/python cannot be started"),
+        ("{shell}", "(?s)peers: other: .*/fails ended with code 3; its last lines:\n  no vllm here"),
+    ],
+)
+def test_a_peer_that_cannot_run_is_named(
+    python: str, message: str, tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
+    fails = tmp_path / "fails"
+    fails.write_text("#!/bin/sh\necho no vllm here >&2\nexit 3\n")
+    fails.chmod(0o755)
+    peer = {"name": "other", "kind": "vllm", "python": python.format(shell=fails)}
+    with pytest.raises(ConfigError, match=message):
+        run_bench(_against(tiny_llama("peer", 0), tmp_path, peer))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampling": {"temperature": 0.5}}, "must have temperature 0"),
+        ({"sampling": {"stop": ["."]}}, "no stop strings"),
+        ({"peers": [{"name": "full", "kind": "vllm"}]}, "two are named 'full'"),
+        ({"peers": [{"name": "other", "kind": "vllm", "batch_rows": [8]}]}, "other runs at 8 rows"),
+        ({"model": {"path": "x", "adapter": "y"}}, r"merge model\.adapter"),
+    ],
+)
+def test_peers_that_cannot_be_compared_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        _against(Path("model"), tmp_path, {"name": "other", "kind": "vllm"}, **changes)
 
 
 def _spec_bench(questions: Path, **changes: Any) -> SpecBenchConfig:

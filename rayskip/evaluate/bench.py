@@ -1,15 +1,17 @@
-"""`rayskip bench`: modes of generating timed over the same rows, in interleaved rounds.
+"""`rayskip bench`: modes of generating, and other libraries, timed over the same rows in interleaved rounds.
 
-Timings on one machine drift by more than what is to be measured, so every mode runs once a round and ratios are
-taken inside a round; the table has their medians. Does not know files' commits or Ray: the engine alone is timed.
+Timings on one machine drift by more than what is to be measured, so everything runs once a round and ratios are
+taken inside a round; the table has their medians. So is the share of what the machine allows. Does not know files'
+commits or Ray: the engine alone is timed.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -17,60 +19,86 @@ from rayskip.config import ModelConfig
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.records import Prompt
 from rayskip.data.sources import discover, every_row
-from rayskip.engine import Engine
+from rayskip.engine import Completion, Engine
 from rayskip.engine.sizes import Sizes
 from rayskip.evaluate.figure import figure
+from rayskip.evaluate.peer_process import PeerArguments, running_peer
+from rayskip.evaluate.roofline import Roofline, measure_roofline
 from rayskip.evaluate.table import or_dash
+from rayskip.model.checkpoint import resolve
 from rayskip.stats import Stats
 from rayskip.tool_config import BenchConfig, BenchMode
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One mode at one batch size; medians over rounds, [least, most] in the ranges.
+    """One mode or peer at one batch size; medians over rounds, [least, most] in the ranges.
 
-    tok_s: completion tokens per second, prompts included. decode_tok_s: generated tokens per second of the steps
-    without prompt tokens; None when no step was. speedup, decode_speedup: over the first mode in the same round.
-    allowed_speedup: what the layers skipped leave of the products' work, over full depth (see `allowed_speedup`).
-    mean_accepted: tokens per row and verification, 1 without a drafter. identical: share of the rows whose tokens
-    are those of the first run of the same model and skip policy, at whatever batch size. layer_tokens_ratio: layer
-    executions over those the skip policy asks for.
+    tok_s: completion tokens per second, prompts included. speedup, decode_speedup: over the first mode in the same
+    round. identical: share of the rows whose tokens are those of the first run of the same model and skip policy,
+    at whatever batch size; of a peer's rows, those of the first mode's.
+
+    None for peers, which do not tell: skip; decode_tok_s: generated tokens per second of the steps without prompt
+    tokens (None too when no step was). allowed_speedup: what the layers skipped leave of the products' work, over
+    full depth (see `allowed_speedup`). mean_accepted: tokens per row and verification, 1 without a drafter.
+    layer_tokens_ratio: layer executions over those the skip policy asks for.
+    limit_tok_s: what the machine allows full steps of batch_rows rows (see `Roofline`) at the mean length that a
+    generated token finds before it; limit_share: decode_tok_s over it in the same round, so empty places count
+    against it. Both None with a drafter: a verification gives several tokens.
+    seconds: [seconds, share of all phases' seconds] by phase, mean of the rounds, summed over the engine's lanes.
+    load_s: of a peer, until it was ready; None for modes.
     """
 
     mode: str
-    skip: str
     batch_rows: int
     rows: int
     completion_tokens: int
     tok_s: float
     tok_s_range: tuple[float, float]
     speedup: float
-    decode_tok_s: float | None
-    decode_speedup: float | None
-    allowed_speedup: float
-    mean_layers: float
-    mean_accepted: float
     identical: float
-    layer_tokens_ratio: float
-    cohort_fill: float
-    batch_fill: float
+    skip: str | None = None
+    decode_tok_s: float | None = None
+    decode_speedup: float | None = None
+    limit_tok_s: float | None = None
+    limit_share: float | None = None
+    allowed_speedup: float | None = None
+    mean_layers: float | None = None
+    mean_accepted: float | None = None
+    layer_tokens_ratio: float | None = None
+    cohort_fill: float | None = None
+    batch_fill: float | None = None
+    seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    load_s: float | None = None
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run's figures; its engine, with its cache, is gone."""
+    """tokens: of each completion."""
 
     seconds: float
+    tokens: list[list[int]]
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(map(len, self.tokens))
+
+    @property
+    def tok_s(self) -> float:
+        return self.completion_tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class _ModeRun(_Run):
+    """A run's figures; its engine, with its cache, is gone. roofline, limit_tok_s: None with a drafter."""
+
     stats: Stats
     sizes: Sizes
     skip: str
     mean_layers: float
     allowed_speedup: float
-    tokens: list[list[int]]
-
-    @property
-    def tok_s(self) -> float:
-        return self.stats.completion_tokens / self.seconds
+    roofline: Roofline | None
+    limit_tok_s: float | None
 
     @property
     def decode_tok_s(self) -> float | None:
@@ -79,33 +107,77 @@ class _Run:
         return self.stats.steady_tokens * self.sizes.lanes / seconds if self.stats.steady_tokens else None
 
 
+@dataclass
+class _Rounds:
+    """What ran at one batch size, by mode and by peer, a run a round; and how long the peers loaded."""
+
+    modes: dict[str, list[_ModeRun]]
+    peers: dict[str, list[_Run]] = field(default_factory=dict)
+    load_s: dict[str, float] = field(default_factory=dict)
+
+
 def run_bench(
     config: BenchConfig, on_run: Callable[[str, float], None] = lambda run, tok_s: None
 ) -> list[Timing]:
-    """Time every mode at every batch size; writes bench.json and bench.png. `on_run` is given each run's tok/s."""
+    """Time every mode and peer at every batch size; writes bench.json and bench.png. `on_run` is given each run's
+    tok/s. Raises ConfigError when a peer cannot run."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     loaded: dict[ModelConfig, Engine] = {}
     timings: list[Timing] = []
+    limits: list[dict[str, object]] = []
     expected: dict[tuple[ModelConfig, str], list[list[int]]] = {}
     for batch_rows in config.batch_rows:
-        first = _engine(config, config.modes[0], batch_rows, loaded)
-        places = first.sizes.batch_rows * first.sizes.lanes
-        prompts = _prompts(config, first, places)
-        runs: dict[str, list[_Run]] = {mode.name: [] for mode in config.modes}
-        for round_index in range(config.rounds):
-            for mode in config.modes:  # a new engine each time: drafters learn from what they have seen
-                run = _time(_engine(config, mode, places, loaded), prompts)
-                runs[mode.name].append(run)
-                on_run(f"{mode.name}, {places} rows, round {round_index + 1}", run.tok_s)
-        for mode, own in zip(config.modes, runs.values(), strict=True):
+        sized = _engine(config, config.modes[0], batch_rows, loaded)
+        places = sized.sizes.batch_rows * sized.sizes.lanes
+        prompts = _prompts(config, sized, places)
+        rounds = _run_rounds(config, batch_rows, places, prompts, loaded, on_run)
+        first = rounds.modes[config.modes[0].name]
+        for mode, own in zip(config.modes, rounds.modes.values(), strict=True):
             wanted = expected.setdefault((mode.model or config.model, own[0].skip), own[0].tokens)
-            timings.append(_timing(mode.name, len(prompts), own, runs[config.modes[0].name], wanted))
-        (output / "bench.json").write_text(
-            json.dumps([asdict(timing) for timing in timings], indent=2) + "\n"
-        )
+            timings.append(_mode_timing(mode.name, len(prompts), own, first, wanted))
+            limits += _limits(mode.name, own)
+        wanted = expected[config.modes[0].model or config.model, first[0].skip]
+        for name, runs in rounds.peers.items():
+            timing = _timing(name, places, len(prompts), runs, first, wanted)
+            timings.append(replace(timing, load_s=rounds.load_s[name]))
+        described = {"limits": limits, "timings": [asdict(timing) for timing in timings]}
+        (output / "bench.json").write_text(json.dumps(described, indent=2) + "\n")
     plot(timings, output / "bench.png")
     return timings
+
+
+def _run_rounds(
+    config: BenchConfig,
+    batch_rows: int | None,
+    places: int,
+    prompts: Sequence[Prompt],
+    loaded: dict[ModelConfig, Engine],
+    on_run: Callable[[str, float], None],
+) -> _Rounds:
+    """Modes and peers in turns. A peer loads once, before the first round, and ends after the last one."""
+    rounds = _Rounds({mode.name: [] for mode in config.modes})
+    longest = max(len(prompt.token_ids) for prompt in prompts) + config.sampling.max_tokens
+    with ExitStack() as running:
+        peers = {}
+        for peer in config.peers:
+            if peer.batch_rows is None or batch_rows in peer.batch_rows:
+                folder = str(resolve(config.model.path, config.model.revision))
+                job = PeerArguments(folder, config.model.dtype, places, config.sampling.max_tokens, longest)
+                peers[peer.name] = running.enter_context(running_peer(peer, job))
+                rounds.load_s[peer.name] = peers[peer.name].load_s
+                rounds.peers[peer.name] = []
+        for round_index in range(config.rounds):
+            at = f"{places} rows, round {round_index + 1}"
+            for mode in config.modes:  # a new engine each time: drafters learn from what they have seen
+                run = _time(_engine(config, mode, places, loaded), prompts)
+                rounds.modes[mode.name].append(run)
+                on_run(f"{mode.name}, {at}", run.tok_s)
+            for name, process in peers.items():
+                theirs = _Run(*process.generate([prompt.token_ids for prompt in prompts]))
+                rounds.peers[name].append(theirs)
+                on_run(f"{name}, {at}", theirs.tok_s)
+    return rounds
 
 
 def allowed_speedup(engine: Engine, mean_layers: float) -> float:
@@ -123,25 +195,35 @@ def allowed_speedup(engine: Engine, mean_layers: float) -> float:
 def format_timings(timings: Sequence[Timing]) -> str:
     """A table for a terminal."""
     head = (
-        f"{'mode':<24}{'batch':>6}{'rows':>6}{'tok/s':>8}{'speed-up':>10}{'decode tok/s':>14}"
-        f"{'speed-up':>10}{'allowed':>9}{'layers':>8}{'accepted':>10}{'same':>6}{'fill':>6}"
+        f"{'mode':<24}{'batch':>6}{'rows':>6}{'tok/s':>8}{'range':>12}{'speed-up':>10}{'decode tok/s':>14}"
+        f"{'speed-up':>10}{'limit':>7}{'allowed':>9}{'layers':>8}{'accepted':>10}{'same':>6}{'fill':>6}"
     )
     lines = [
-        f"{t.mode:<24}{t.batch_rows:>6}{t.rows:>6}{t.tok_s:>8.0f}{t.speedup:>10.2f}"
+        f"{t.mode:<24}{t.batch_rows:>6}{t.rows:>6}{t.tok_s:>8.0f}"
+        f"{f'{t.tok_s_range[0]:.0f}-{t.tok_s_range[1]:.0f}':>12}{t.speedup:>10.2f}"
         f"{or_dash(t.decode_tok_s, '.0f'):>14}{or_dash(t.decode_speedup, '.2f'):>10}"
-        f"{t.allowed_speedup:>9.2f}{t.mean_layers:>8.1f}{t.mean_accepted:>10.2f}{t.identical:>6.0%}{t.batch_fill:>6.2f}"
+        f"{or_dash(t.limit_share, '.0%'):>7}{or_dash(t.allowed_speedup, '.2f'):>9}"
+        f"{or_dash(t.mean_layers, '.1f'):>8}{or_dash(t.mean_accepted, '.2f'):>10}{t.identical:>6.0%}"
+        f"{or_dash(t.batch_fill, '.2f'):>6}"
         for t in timings
     ]
     return "\n".join([head, *lines])
 
 
 def plot(timings: Sequence[Timing], path: Path) -> None:
-    """Tokens per second against batch size, one line a mode."""
+    """Tokens per second against batch size, one line a mode or peer; dashed, what the machine allows a mode's
+    decode steps."""
     with figure(path, (6, 4)) as axis:
         for mode in dict.fromkeys(timing.mode for timing in timings):
-            own = sorted((t.batch_rows, t.tok_s) for t in timings if t.mode == mode)
-            axis.plot(*zip(*own, strict=True), "o-", label=mode)
+            own = sorted((t for t in timings if t.mode == mode), key=lambda timing: timing.batch_rows)
+            (line,) = axis.plot([t.batch_rows for t in own], [t.tok_s for t in own], "o-", label=mode)
+            if limits := [(t.batch_rows, t.limit_tok_s) for t in own if t.limit_tok_s is not None]:
+                color = line.get_color()
+                axis.plot(
+                    *zip(*limits, strict=True), "x--", color=color, label=f"{mode}: limit of decode steps"
+                )
         axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
         axis.set_xlabel("rows in flight")
         axis.set_ylabel("completion tokens per second")
         axis.legend()
@@ -171,7 +253,7 @@ def _prompts(config: BenchConfig, engine: Engine, places: int) -> list[Prompt]:
     return [builder.build(row, index, shard.name) for shard, index, row in every_row(source, wanted)]
 
 
-def _time(engine: Engine, prompts: Sequence[Prompt]) -> _Run:
+def _time(engine: Engine, prompts: Sequence[Prompt]) -> _ModeRun:
     for prompt in prompts:
         engine.add(prompt)
     engine.take_stats()
@@ -180,41 +262,101 @@ def _time(engine: Engine, prompts: Sequence[Prompt]) -> _Run:
     seconds = time.perf_counter() - began
     stats = engine.take_stats()
     mean_layers = stats.mean_layers or float(len(engine.decoder.layers))
-    allowed = allowed_speedup(engine, mean_layers)
-    tokens = [generation.token_ids or [] for completion in done for generation in completion.generations]
-    return _Run(seconds, stats, engine.sizes, engine.policy.name, mean_layers, allowed, tokens)
+    roofline, limit = None, None
+    if engine.decode.draft.kind == "none":
+        roofline = measure_roofline(engine.decoder, engine.sizes.batch_rows * engine.sizes.lanes)
+        limit = roofline.tok_s(engine.decoder, _mean_length(prompts, done), mean_layers)
+    return _ModeRun(
+        seconds=seconds,
+        tokens=[generation.token_ids or [] for completion in done for generation in completion.generations],
+        stats=stats,
+        sizes=engine.sizes,
+        skip=engine.policy.name,
+        mean_layers=mean_layers,
+        allowed_speedup=allowed_speedup(engine, mean_layers),
+        roofline=roofline,
+        limit_tok_s=limit,
+    )
+
+
+def _mean_length(prompts: Sequence[Prompt], done: Sequence[Completion]) -> float:
+    """Positions that a generated token attends to, mean over all: its prompt's and half of its completion's."""
+    lengths = [
+        (generation.completion_tokens, len(prompt.token_ids) + generation.completion_tokens / 2)
+        for prompt, completion in zip(prompts, done, strict=True)
+        for generation in completion.generations
+    ]
+    return sum(tokens * length for tokens, length in lengths) / max(1, sum(tokens for tokens, _ in lengths))
 
 
 def _timing(
-    mode: str, rows: int, runs: Sequence[_Run], first: Sequence[_Run], expected: Sequence[list[int]]
+    name: str,
+    batch_rows: int,
+    rows: int,
+    runs: Sequence[_Run],
+    first: Sequence[_Run],
+    expected: Sequence[list[int]],
 ) -> Timing:
-    run, stats = runs[0], runs[0].stats
+    """What modes and peers have in common."""
     rates = [run.tok_s for run in runs]
-    decode = [rate for own in runs if (rate := own.decode_tok_s)]
-    ratios = [
-        own / base
-        for run, other in zip(runs, first, strict=True)
-        if (own := run.decode_tok_s) and (base := other.decode_tok_s)
-    ]
     return Timing(
-        mode=mode,
-        skip=run.skip,
-        batch_rows=run.sizes.batch_rows * run.sizes.lanes,
+        mode=name,
+        batch_rows=batch_rows,
         rows=rows,
-        completion_tokens=stats.completion_tokens,
+        completion_tokens=runs[0].completion_tokens,
         tok_s=median(rates),
         tok_s_range=(min(rates), max(rates)),
         speedup=median(run.tok_s / other.tok_s for run, other in zip(runs, first, strict=True)),
-        decode_tok_s=median(decode) if decode else None,
-        decode_speedup=median(ratios) if ratios else None,
-        allowed_speedup=run.allowed_speedup,
-        mean_layers=run.mean_layers,
-        mean_accepted=stats.mean_accepted or 1.0,
         # another batch size may have more rows or fewer
         identical=mean(
             own == wanted for run in runs for own, wanted in zip(run.tokens, expected, strict=False)
         ),
+    )
+
+
+def _mode_timing(
+    mode: str,
+    rows: int,
+    runs: Sequence[_ModeRun],
+    first: Sequence[_ModeRun],
+    expected: Sequence[list[int]],
+) -> Timing:
+    run, stats = runs[0], runs[0].stats
+    places = run.sizes.batch_rows * run.sizes.lanes
+    total = sum((run.stats for run in runs), Stats()).seconds
+    every_phase = sum(total.values())
+    pairs = [(run.decode_tok_s, other.decode_tok_s) for run, other in zip(runs, first, strict=True)]
+    return replace(
+        _timing(mode, places, rows, runs, first, expected),
+        skip=run.skip,
+        decode_tok_s=_median(run.decode_tok_s for run in runs),
+        decode_speedup=_median(_ratio(own, base) for own, base in pairs),
+        limit_tok_s=_median(run.limit_tok_s for run in runs),
+        limit_share=_median(_ratio(run.decode_tok_s, run.limit_tok_s) for run in runs),
+        allowed_speedup=run.allowed_speedup,
+        mean_layers=run.mean_layers,
+        mean_accepted=stats.mean_accepted or 1.0,
         layer_tokens_ratio=stats.layer_tokens / stats.layer_tokens_ideal if stats.layer_tokens_ideal else 1.0,
         cohort_fill=stats.cohort_fill or 1.0,
         batch_fill=stats.batch_fill,
+        seconds={phase: (spent / len(runs), spent / every_phase) for phase, spent in total.items() if spent},
     )
+
+
+def _limits(mode: str, runs: Sequence[_ModeRun]) -> list[dict[str, object]]:
+    """What the mode's limit rests on, medians over the rounds; nothing where it has none."""
+    measured = [asdict(run.roofline) for run in runs if run.roofline is not None]
+    return (
+        [{"mode": mode, **{key: median(one[key] for one in measured) for key in measured[0]}}]
+        if measured
+        else []
+    )
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _ratio(value: float | None, base: float | None) -> float | None:
+    return value / base if value is not None and base else None

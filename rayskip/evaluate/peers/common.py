@@ -1,0 +1,47 @@
+"""What the peers' scripts share: arguments, and the protocol of JSON lines between them and `rayskip bench`.
+
+A script is a program for an environment that has its library and perhaps no rayskip, so none of it is imported.
+It prints {"load_s": seconds} once it is ready. Then it answers each line of its input, {"prompts": [token ids,
+...]}, with {"seconds": seconds, "token_ids": [token ids, ...]}, the completions in the same order. It ends with
+its input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+TokenIds = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """model: folder of a checkpoint. dtype: torch's name of it. batch_rows: most rows at once. max_tokens: of a
+    completion. longest: most tokens of a prompt and its completion together."""
+
+    model: str
+    dtype: str
+    batch_rows: int
+    max_tokens: int
+    longest: int
+
+
+def serve(load: Callable[[Arguments], Callable[[TokenIds], TokenIds]]) -> None:
+    """Run the protocol. load: loads the model and returns what completes prompts."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print must not come between the answers
+    began = time.perf_counter()
+    generate = load(Arguments(**json.loads(sys.argv[1])))
+    print(json.dumps({"load_s": time.perf_counter() - began}), file=answers, flush=True)
+    for line in sys.stdin:
+        prompts = json.loads(line)["prompts"]
+        began = time.perf_counter()
+        token_ids = generate(prompts)
+        seconds = time.perf_counter() - began
+        if len(token_ids) != len(prompts) or not all(token_ids):  # a library may log its error and go on
+            raise RuntimeError(f"{sum(map(bool, token_ids))} of {len(prompts)} prompts have a completion")
+        print(json.dumps({"seconds": seconds, "token_ids": token_ids}), file=answers, flush=True)

@@ -1,0 +1,74 @@
+"""What the machine allows: the matrix products of a decode step at the rate measured for them, and the keys and
+values that it reads at the measured bandwidth of memory.
+
+The rest (norms, attention's arithmetic, sampling, bookkeeping) is counted as free, and the two as one after the
+other. Does not know how an engine shares out its work: everything runs on all threads.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from rayskip.model.forward import Decoder
+from rayskip.model.kv_cache import KVCache
+from rayskip.model.linear import Linear
+
+REPEATS = 3
+READ_BYTES = 1 << 29
+"""Read to measure the bandwidth: much more than caches hold."""
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """rows: tokens in a decode step, one a row. layers_s, head_s: seconds of the products of all layers and of the
+    head. read_bytes_s: bytes a second read from memory."""
+
+    rows: int
+    layers_s: float
+    head_s: float
+    read_bytes_s: float
+
+    def tok_s(self, decoder: Decoder, length: float, mean_layers: float) -> float:
+        """Most tokens a second for rows of `length` positions, of which a token runs `mean_layers` layers."""
+        per_layer = KVCache.bytes_per_position(decoder.spec, 1, decoder.dtype)
+        positions = sum(min(length, layer.own.window or length) for layer in decoder.layers)
+        layers_s = self.layers_s + self.rows * positions * per_layer / self.read_bytes_s
+        return self.rows / (layers_s * mean_layers / len(decoder.layers) + self.head_s)
+
+
+def measure_roofline(decoder: Decoder, rows: int) -> Roofline:
+    """Medians of several measurements, on as many threads as torch has here."""
+    layers = [linear for layer in decoder.layers for linear in layer.linears]
+    inputs = {
+        width: torch.randn(rows, width, device=decoder.device).to(decoder.dtype)  # [rows, width]
+        for width in {linear.in_features for linear in (*layers, decoder.head)}
+    }
+
+    def seconds(linears: Sequence[Linear]) -> float:
+        began = time.perf_counter()
+        for linear in linears:
+            y = linear(inputs[linear.in_features])
+        y[0, 0].item()  # waits for the device
+        return time.perf_counter() - began
+
+    with torch.inference_mode(), decoder.threads(torch.get_num_threads()):
+        # in turns, so that a product finds its weights where a step does: not in a cache
+        steps = [(seconds(layers), seconds([decoder.head])) for _ in range(REPEATS)]
+    layers_s, head_s = (median(own) for own in zip(*steps, strict=True))
+    return Roofline(rows, layers_s, head_s, read_bandwidth(decoder.device))
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes a second of summing up a tensor that lies in memory; the median of several times."""
+    stored = torch.ones(READ_BYTES // 4, device=device)  # not zeros, which may be one page for all
+    rates = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        stored.sum().item()
+        rates.append(READ_BYTES / (time.perf_counter() - began))
+    return median(rates)
