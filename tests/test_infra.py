@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import ray
 import yaml
 
 from rayskip.config_file import load_config
+from rayskip.pool import LOOK_AHEAD
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
@@ -100,3 +102,13 @@ def test_ci_runs_the_checks_and_the_tests_of_the_makefile() -> None:
         ["make", "--dry-run", *targets, "demo"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "rayskip run configs/quickstart.yaml" in planned.stdout
+
+
+def test_the_simulated_driver_commits_every_row_and_overloads_no_replica() -> None:
+    """The script itself verifies what each job wrote: every row exactly once."""
+    command = [sys.executable, "infra/simulate_driver.py", "--replicas", "1", "5"]
+    options = ["--shards-per-replica", "3", "--shard-rows", "4", "--seconds", "0.01"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=True)
+    jobs = json.loads(done.stdout.splitlines()[-1])["jobs"]
+    assert [(job["replicas"], job["shards"], job["rows"]) for job in jobs] == [(1, 3, 12), (5, 15, 60)]
+    assert all(1 <= job["most_held"] <= LOOK_AHEAD for job in jobs)

@@ -42,6 +42,7 @@ D = TypeVar("D", bound=Document)
 
 _OUR_DATA = re.compile(r"data/shard-\d+-[0-9a-f]+\.[a-z]+")
 _READERS = 16
+_WRITERS = 32
 
 
 def read(storage: Storage, key: str, kind: type[D]) -> D | None:
@@ -157,6 +158,17 @@ def commit(
     if existing is None or existing.fingerprint != fingerprint:
         raise OutputError(f"{storage.url}/{key} belongs to another job; --fresh deletes it and starts over")
     return existing
+
+
+def commit_all(
+    storage: Storage, lease: Lease, fingerprint: str, attempts: Iterable[tuple[Shard, ShardResult]]
+) -> list[CommitRecord]:
+    """`commit` for attempts at different shards, many at once: most of a commit is waiting for the store.
+
+    Returns when all are committed. Raises what the first to fail raised; those after it may be committed or not.
+    """
+    with ThreadPoolExecutor(_WRITERS) as writers:
+        return list(writers.map(lambda attempt: commit(storage, lease, fingerprint, *attempt), attempts))
 
 
 def load_commits(storage: Storage, fingerprint: str, shards: Iterable[Shard]) -> dict[int, CommitRecord]:

@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rayskip.config import JobConfig
-from rayskip.data.records import ShardResult
 from rayskip.data.sources import Source
 from rayskip.data.storage import Storage, open_storage
-from rayskip.driver.commit import Lease, commit, finish, load_commits, open_job, read, refuse_other
+from rayskip.driver.commit import Lease, commit_all, finish, load_commits, open_job, read, refuse_other
 from rayskip.driver.plan import Plan, make_plan
 from rayskip.driver.progress import Meter, Progress
 from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, fold
@@ -150,7 +149,9 @@ class Run:
         """Decide, obey, listen."""
         for instruction in self.dispatch.decide(time.monotonic()):
             self._obey(pool, instruction)
-        for event in pool.wait(TICK_S):
+        events = pool.wait(TICK_S)
+        self._commit([event for event in events if isinstance(event, Done)])
+        for event in events:
             self._hear(event)
         self._show("generating" if self.dispatch.ready else "loading")
 
@@ -183,8 +184,8 @@ class Run:
             case Alive(replica, progress):
                 if self.meter.said(replica, progress):
                     self.dispatch.progressed(replica, now)
-            case Done(replica, result):
-                self._done(replica, result, now)
+            case Done():
+                pass  # committed before the others, any of which may end the job
             case Failed(replica, shard, Retryable() as error):
                 self.dispatch.failed(replica, shard, str(error), now)
             case Failed(_, _, error):
@@ -199,15 +200,23 @@ class Run:
         self.replicas.append(info)
         self.most_replicas = max(self.most_replicas, self.dispatch.ready)
 
-    def _done(self, replica: int, result: ShardResult, now: float) -> None:
-        shard = self.dispatch.done(replica, result.shard, now)
-        record = commit(self.storage, self.lease, self.plan.record.fingerprint, shard, result)
-        self.commits[shard.index] = record
+    def _commit(self, finished: list[Done]) -> None:
+        """Commit together what came in together: with hundreds of replicas, shards finish faster than a store
+        answers one commit after the other."""
+        now = time.monotonic()
+        shards = [self.dispatch.done(done.replica, done.result.shard, now) for done in finished]
+        attempts = zip(shards, (done.result for done in finished), strict=True)
+        records = commit_all(self.storage, self.lease, self.plan.record.fingerprint, attempts)
+        for done, record in zip(finished, records, strict=True):
+            self._committed(done, record)
+        self.check_limits()
+
+    def _committed(self, done: Done, record: CommitRecord) -> None:
+        self.commits[record.shard] = record
         self.last_commit = time.monotonic()
         self.rows_failed += record.rows_failed
         self.whole += Stats(**record.stats)
-        self.meter.committed(replica, shard.rows, result.stats.completion_tokens)
-        self.check_limits()
+        self.meter.committed(done.replica, record.stop - record.start, done.result.stats.completion_tokens)
 
     def _lost(self, replica: int, reason: str) -> None:
         self.meter.lost(replica)

@@ -10,6 +10,8 @@ from rayskip.pool import ReplicaProgress
 WINDOW_S = 15.0
 """Seconds over which the present speed is taken."""
 
+_NOTHING = ReplicaProgress(0, 0)
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -44,18 +46,22 @@ class Meter:
         # Per replica: what it says it did, and how much of that is committed.
         self._said: dict[int, ReplicaProgress] = {}
         self._committed: dict[int, ReplicaProgress] = {}
+        # What it says beyond that; the totals are kept, since many ask between two events of thousands of replicas.
+        self._ahead: dict[int, ReplicaProgress] = {}
+        self._rows_ahead = 0
+        self._tokens_ahead = 0
         self._started: float | None = None
         self._window: deque[tuple[float, int]] = deque()
 
     @property
     def rows(self) -> int:
         """Input rows done, resumed ones included."""
-        return self._rows_resumed + self._rows + sum(self._ahead(replica).rows for replica in self._said)
+        return self._rows_resumed + self._rows + self._rows_ahead
 
     @property
     def tokens(self) -> int:
         """Completion tokens of this run."""
-        return self._tokens + sum(self._ahead(replica).completion_tokens for replica in self._said)
+        return self._tokens + self._tokens_ahead
 
     def start(self, now: float) -> None:
         """The first replica is ready: speeds count from here; later calls change nothing."""
@@ -67,18 +73,21 @@ class Meter:
         """A replica's counters since its start; whether they differ from the last ones."""
         moved = self._said.get(replica) != progress
         self._said[replica] = progress
+        self._count_ahead(replica)
         return moved
 
     def committed(self, replica: int, rows: int, tokens: int) -> None:
         """A shard of this replica is committed, with so many input rows and completion tokens."""
         self._rows += rows
         self._tokens += tokens
-        before = self._committed.get(replica, ReplicaProgress(0, 0))
+        before = self._committed.get(replica, _NOTHING)
         self._committed[replica] = ReplicaProgress(before.rows + rows, before.completion_tokens + tokens)
+        self._count_ahead(replica)
 
     def lost(self, replica: int) -> None:
         """What a lost replica had under way is lost too."""
         self._said.pop(replica, None)
+        self._count_ahead(replica)
 
     def speeds(self, now: float) -> tuple[float, float]:
         """Completion tokens per second: over the last seconds, and since the start."""
@@ -103,9 +112,14 @@ class Meter:
         expected = self._tokens / self._rows * (rows_total - self._rows_resumed)
         return max(0.0, expected - self.tokens) / tok_s
 
-    def _ahead(self, replica: int) -> ReplicaProgress:
-        said = self._said[replica]
-        committed = self._committed.get(replica, ReplicaProgress(0, 0))
-        return ReplicaProgress(
+    def _count_ahead(self, replica: int) -> None:
+        """Bring the totals up to date with what is known of one replica."""
+        said = self._said.get(replica, _NOTHING)
+        committed = self._committed.get(replica, _NOTHING)
+        ahead = ReplicaProgress(
             max(0, said.rows - committed.rows), max(0, said.completion_tokens - committed.completion_tokens)
         )
+        before = self._ahead.get(replica, _NOTHING)
+        self._ahead[replica] = ahead
+        self._rows_ahead += ahead.rows - before.rows
+        self._tokens_ahead += ahead.completion_tokens - before.completion_tokens

@@ -121,8 +121,6 @@ def epoch_key(epoch: int) -> str:
 
 def to_commit(shard: Shard, result: ShardResult, fingerprint: str, epoch: int, nonce: str) -> CommitRecord:
     """The commit record of a shard's attempt."""
-    from dataclasses import asdict
-
     return CommitRecord(
         shard=shard.index,
         name=shard.name,
@@ -133,7 +131,7 @@ def to_commit(shard: Shard, result: ShardResult, fingerprint: str, epoch: int, n
         bytes=result.bytes,
         rows=result.rows,
         rows_failed=result.rows_failed,
-        stats=asdict(result.stats),
+        stats=vars(result.stats),
         fingerprint=fingerprint,
         epoch=epoch,
         nonce=nonce,
