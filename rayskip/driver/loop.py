@@ -97,6 +97,8 @@ class Run:
         self.stop = stop
         self.on_progress = on_progress
         self.began = time.monotonic() - plan.seconds
+        self.cpu_began = time.process_time()
+        self.first_token: float | None = None
         self.commits = load_commits(storage, plan.record.fingerprint, plan.shards)
         self.whole = total(self.commits.values())
         self.resumed = frozenset(self.commits)
@@ -153,6 +155,8 @@ class Run:
         self._commit([event for event in events if isinstance(event, Done)])
         for event in events:
             self._hear(event)
+        if self.first_token is None and self.meter.tokens:
+            self.first_token = time.monotonic()
         self._show("generating" if self.dispatch.ready else "loading")
 
     def _drain(self, pool: Pool) -> None:
@@ -285,6 +289,9 @@ class Run:
         ours = total(self._ours())
         generate_s = self.last_commit - self.first_ready
         tok_s = ours.completion_tokens / generate_s if generate_s > 0 else 0.0
+        replica_s = generate_s * self.most_replicas
+        cpu_s = time.process_time() - self.cpu_began
+        rows = sum(record.stop - record.start for record in self._ours())
         return Report(
             name=job.name,
             fingerprint=self.plan.record.fingerprint,
@@ -303,6 +310,9 @@ class Run:
             load_s=max((info.load_s for info in self.replicas), default=0.0),
             generate_s=generate_s,
             wall_s=time.monotonic() - self.began,
+            first_token_s=None if self.first_token is None else self.first_token - self.began,
+            idle_share=ours.seconds["idle"] / replica_s if replica_s > 0 else 0.0,
+            driver_cpu_s_per_1000_rows=1000 * cpu_s / rows if rows else 0.0,
             completion_tok_s=tok_s,
             completion_tok_s_per_replica=tok_s / max(1, self.most_replicas),
             batch_fill=ours.batch_fill,

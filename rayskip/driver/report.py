@@ -17,6 +17,10 @@ class Report(Document):
     load_s: seconds a replica took to load (the slowest). generate_s: from the first replica ready to the
     last shard committed. wall_s: the whole run. seconds: per phase, summed over this run's replicas.
     completion_tok_s: completion tokens of this run / generate_s.
+    first_token_s: from the start of the run until a replica said that it had generated, which they do once a second.
+    idle_share: of the replicas' time within generate_s, what they waited for a shard. driver_cpu_s_per_1000_rows:
+    CPU seconds of the driver's process, Ray's client in it included, for each 1,000 input rows of this run; with
+    replicas in the same process, theirs too.
     mean_layers: layers run per generated token. layer_tokens, layer_tokens_ideal: layer executions that took place
     and that the skip policy asks for; prompt_layer_tokens of them for prompts. cohort_fill: share of generated
     tokens that ran in their step's largest group of one layer set. kv_bytes_saved: keys and values not stored.
@@ -42,6 +46,9 @@ class Report(Document):
     load_s: float
     generate_s: float
     wall_s: float
+    first_token_s: float | None
+    idle_share: float
+    driver_cpu_s_per_1000_rows: float
     completion_tok_s: float
     completion_tok_s_per_replica: float
     batch_fill: float
@@ -77,6 +84,10 @@ def _layers(report: Report) -> str:
     return f"{mean}, skip {report.skip}; {report.receipts:,} receipts{': ' if agreed else ''}{agreed}"
 
 
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} s"
+
+
 def merged(engines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What all replicas' engines say of themselves: the first's facts; where others differ, a list of all.
 
@@ -109,6 +120,8 @@ def format_report(report: Report) -> str:
         "tokens/s": f"{report.completion_tok_s:,.1f}, {report.completion_tok_s_per_replica:,.1f} a replica",
         "batch fill": f"{report.batch_fill:.0%}",
         "time": f"load {report.load_s:.1f} s, generate {report.generate_s:.1f} s, wall {report.wall_s:.1f} s",
+        "waiting": f"first token after {_seconds(report.first_token_s)}, replicas idle {report.idle_share:.1%}, "
+        f"driver {report.driver_cpu_s_per_1000_rows:.2f} CPU s per 1,000 rows",
         "phases": ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items()),
     }
     if report.skip != "none":
