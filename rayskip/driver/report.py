@@ -17,7 +17,7 @@ class Report(Document):
     load_s: seconds a replica took to load (the slowest). generate_s: from the first replica ready to the
     last shard committed. wall_s: the whole run. seconds: per phase, summed over this run's replicas.
     completion_tok_s: completion tokens of this run / generate_s.
-    first_token_s: from the start of the run until a replica said that it had generated, which they do once a second.
+    first_token_s: from the start of the run until a replica said that it had generated (they say so once a second).
     idle_share: of the replicas' time within generate_s, what they waited for a shard. driver_cpu_s_per_1000_rows:
     CPU seconds of the driver's process, Ray's client in it included, for each 1,000 input rows of this run; with
     replicas in the same process, theirs too.
