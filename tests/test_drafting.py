@@ -407,8 +407,11 @@ def test_lookup_goes_on_in_circles() -> None:
 
 
 class _AlwaysDraft(Trials):
-    def choose(self, rows: int) -> bool:
+    def choose(self, rows: int, lane: int) -> bool:
         return True
+
+    def count(self, rows: int, drafting: bool, tokens: int, seconds: float, lane: int) -> None:
+        pass
 
 
 @pytest.mark.parametrize("kind", ["kangaroo", "auto", "draft_model"])
@@ -505,6 +508,24 @@ def test_the_faster_way_is_taken_and_the_other_tried_now_and_then(drafting_gains
     faster = drafting_gains > 1
     assert 900 < take(1000, drafting_gains).count(faster) < 990
     assert take(2000, 1 / drafting_gains).count(faster) < 700  # the machine has changed
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 16])
+def test_what_a_change_costs_at_first_does_not_count_against_a_way(lanes: int) -> None:
+    """Drafting gains 1.25 times as fast once a lane has caught up, on which its first step spends as much again."""
+    trials = Trials()
+    own = [trials.join() for _ in range(lanes)]
+    before = dict.fromkeys(own, False)
+    drafted = steps = 0
+    for _ in range(1500):
+        for lane in own:
+            drafting = trials.choose(4, lane)
+            catching_up = drafting and not before[lane]
+            seconds = (1.2 if drafting else 1.0) + catching_up
+            trials.count(4, drafting, 3 if drafting else 2, seconds, lane)
+            before[lane] = drafting
+            drafted, steps = drafted + drafting, steps + 1
+    assert drafted > 0.9 * steps
 
 
 def test_free_tokens_are_drafted_and_dear_ones_are_not() -> None:

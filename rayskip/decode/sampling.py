@@ -75,7 +75,7 @@ def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     if padding := -logits.shape[1] % BLOCK:
         logits = F.pad(logits, (0, padding), value=-torch.inf)
-    blocks = logits.view(len(logits), -1, BLOCK)
+    blocks = logits.view(len(logits), logits.shape[1] // BLOCK, BLOCK)
     best, block = blocks.amax(dim=-1).max(dim=-1)
     inside = blocks[torch.arange(len(blocks), device=block.device), block]
     return best, block * BLOCK + inside.argmax(dim=-1)

@@ -21,6 +21,7 @@ from rayskip.data.records import Prompt
 from rayskip.data.sources import discover, every_row
 from rayskip.engine import Completion, Engine
 from rayskip.engine.sizes import Sizes
+from rayskip.errors import ConfigError
 from rayskip.evaluate.figure import figure
 from rayskip.evaluate.peer_process import PeerArguments, running_peer
 from rayskip.evaluate.roofline import Roofline, measure_roofline
@@ -131,7 +132,7 @@ def run_bench(
         sized = _engine(config, config.modes[0], batch_rows, loaded)
         places = sized.sizes.batch_rows * sized.sizes.lanes
         prompts = _prompts(config, sized, places)
-        rounds = _run_rounds(config, batch_rows, places, prompts, loaded, on_run)
+        rounds = _run_rounds(config, batch_rows, places, prompts, sized.max_model_len, loaded, on_run)
         first = rounds.modes[config.modes[0].name]
         for mode, own in zip(config.modes, rounds.modes.values(), strict=True):
             wanted = expected.setdefault((mode.model or config.model, own[0].skip), own[0].tokens)
@@ -152,12 +153,18 @@ def _run_rounds(
     batch_rows: int | None,
     places: int,
     prompts: Sequence[Prompt],
+    max_model_len: int,
     loaded: dict[ModelConfig, Engine],
     on_run: Callable[[str, float], None],
 ) -> _Rounds:
     """Modes and peers in turns. A peer loads once, before the first round, and ends after the last one."""
     rounds = _Rounds({mode.name: [] for mode in config.modes})
     longest = max(len(prompt.token_ids) for prompt in prompts) + config.sampling.max_tokens
+    if config.peers and longest > max_model_len:
+        raise ConfigError(
+            f"peers: the longest row needs {longest} positions with sampling.max_tokens, "
+            f"the model has {max_model_len}"
+        )
     with ExitStack() as running:
         peers = {}
         for peer in config.peers:

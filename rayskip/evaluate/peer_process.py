@@ -96,7 +96,7 @@ class PeerProcess:
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        if line := self._process.stdout.readline():
+        if (line := self._process.stdout.readline()).endswith("\n"):  # else it died, perhaps in mid-line
             answer: dict[str, Any] = json.loads(line)
             return answer
         _end(self._process)

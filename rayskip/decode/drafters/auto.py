@@ -140,14 +140,14 @@ class AutoDrafter(Drafter):
         self._proposed: WeakKeyDictionary[Sequence, _Proposed] = WeakKeyDictionary()
         self._rounds: dict[int, Rounds] = {}
         self._round = Rounds()
-        self._trials = trials
+        self._trials, self._lane = trials, trials.join()
         self._drafting = self._decodes_only = False
         self._tokens, self._layers_left = 0, 1.0
         self._began = self._drafted = 0.0
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:
         self._began = time.perf_counter()
-        self._drafting = self._trials.choose(len(rows))
+        self._drafting = self._trials.choose(len(rows), self._lane)
         states = self._draft(chunks, rows, cache) if self._drafting else None
         self._decodes_only = all(chunk.generated for chunk in chunks)
         self._tokens = sum(chunk.stop - chunk.start for chunk in chunks) + sum(len(row.draft) for row in rows)
@@ -208,7 +208,7 @@ class AutoDrafter(Drafter):
         self._costs = self._costs.learn(self._tokens, (now - self._drafted) / self._layers_left)
         if self._decodes_only:
             gained = sum(len(verdict.choices) for verdict in verdicts.values())
-            self._trials.count(len(verdicts), self._drafting, gained, now - self._began)
+            self._trials.count(len(verdicts), self._drafting, gained, now - self._began, self._lane)
         self._round.accepted += sum(
             row.draft.drafters[node] == KANGAROO for row, verdict in verdicts.items() for node in verdict.path
         )

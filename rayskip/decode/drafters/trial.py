@@ -2,67 +2,71 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
 
-FADE = 0.95
-"""What earlier steps count at each new one."""
+FADE = 0.05
+"""Share of what earlier steps of a lane count that is forgotten at each new one."""
 CLEARLY = 1.05
 """How many times faster drafting must be: a clock is noisy, and not drafting is what a user expects at worst."""
-SETTLE, PROBE = 4, 12
-"""Steps after a change that tell nothing, since they catch up on what the other way left undone; and those after
-them that do."""
-AGAIN = 256
-"""Steps from one probe of the slower way to the next."""
+SETTLE = 2
+"""Steps of a lane after a change that tell nothing, since they catch up on what the other way left undone."""
+PROBE, AGAIN = 12, 256
+"""Steps of each lane that the slower way gets at a time, and from one time to the next."""
 
 
 @dataclass
 class Way:
-    """Fading sums over the steps taken so. settling: steps yet to come that tell nothing."""
+    """Fading sums over the steps taken so."""
 
     steps: int = 0
     tokens: float = 0.0
     seconds: float = 0.0
-    settling: int = 0
 
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-@dataclass
 class Trial:
     """Two ways to take a step, with drafts (True) and without: the one that gains tokens faster is taken, and the
     other is tried now and then."""
 
-    ways: dict[bool, Way] = field(default_factory=lambda: {True: Way(), False: Way()})
-    _taken: bool | None = None
-    _step: int = SETTLE + PROBE
+    def __init__(self, lanes: int = 1) -> None:
+        """lanes: whose steps are counted, told apart by their numbers."""
+        self._lanes = lanes
+        self._ways = {True: Way(), False: Way()}
+        self._faster = True
+        self._counted = 0
+        self._taken: dict[int, bool] = {}
+        self._settling: dict[int, int] = {}
 
-    def choose(self) -> bool:
-        if (drafting := self._due()) is not self._taken:
-            self._taken = drafting
-            self.ways[drafting].settling = SETTLE
+    def choose(self, lane: int = 0) -> bool:
+        """Whether the lane's next step drafts."""
+        drafting = self._due()
+        if drafting is not self._taken.get(lane):
+            self._taken[lane], self._settling[lane] = drafting, SETTLE
         return drafting
 
     def _due(self) -> bool:
-        for drafting, way in self.ways.items():
-            if way.steps < PROBE:
+        for drafting, way in self._ways.items():
+            if way.steps < PROBE * self._lanes:
                 return drafting
-        faster = self.ways[True].rate >= self.ways[False].rate * CLEARLY
-        self._step += 1
-        return faster if self._step % AGAIN >= SETTLE + PROBE else not faster
+        if self._counted % (AGAIN * self._lanes) >= (AGAIN - PROBE) * self._lanes:
+            return not self._faster
+        self._faster = self._ways[True].rate >= self._ways[False].rate * CLEARLY
+        return self._faster
 
-    def count(self, drafting: bool, tokens: int, seconds: float) -> None:
-        """A step gained so many tokens in so long."""
-        way = self.ways[drafting]
-        if way.settling:
-            way.settling -= 1
+    def count(self, drafting: bool, tokens: int, seconds: float, lane: int = 0) -> None:
+        """A lane's step gained so many tokens in so long."""
+        if self._settling[lane]:
+            self._settling[lane] -= 1
             return
+        way, fade = self._ways[drafting], 1 - FADE / self._lanes
         way.steps += 1
-        way.tokens = way.tokens * FADE + tokens
-        way.seconds = way.seconds * FADE + seconds
+        way.tokens = way.tokens * fade + tokens
+        way.seconds = way.seconds * fade + seconds
+        self._counted += 1
 
 
 class Trials:
@@ -71,13 +75,21 @@ class Trials:
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._by_rows: defaultdict[int, Trial] = defaultdict(Trial)
+        self._lanes = 0
+        self._by_rows: dict[int, Trial] = {}
 
-    def choose(self, rows: int) -> bool:
+    def join(self) -> int:
+        """A lane's number. All have joined before the first asks."""
         with self._lock:
-            return self._by_rows[rows.bit_length()].choose()
+            self._lanes += 1
+            return self._lanes - 1
 
-    def count(self, rows: int, drafting: bool, tokens: int, seconds: float) -> None:
+    def choose(self, rows: int, lane: int) -> bool:
+        """See Trial.choose; rows: that the lane's step runs."""
+        with self._lock:
+            return self._by_rows.setdefault(rows.bit_length(), Trial(self._lanes)).choose(lane)
+
+    def count(self, rows: int, drafting: bool, tokens: int, seconds: float, lane: int) -> None:
         """See Trial.count; rows: as in the call of `choose` before the step."""
         with self._lock:
-            self._by_rows[rows.bit_length()].count(drafting, tokens, seconds)
+            self._by_rows[rows.bit_length()].count(drafting, tokens, seconds, lane)

@@ -192,13 +192,13 @@ INLINE void mix(float *weights, int64_t room, const element *values, int64_t fir
                 floats value = load(values + key * dim + part + i * LANES);
                 __builtin_prefetch(soon + key * dim + part + i * LANES);
                 for (int head = 0; head < count; head++)
-                    mixed[head][i] += weights[head * room + key - first] * value;
+                    mixed[head][i] = multiply_add(splat(weights[head * room + key - first]), value, mixed[head][i]);
             }
         for (int64_t key = first > straight ? first : straight; key < last; key++)
             for (int i = 0; i < parts; i++) {
                 floats value = load(values + place_of(path, key) * dim + part + i * LANES);
                 for (int head = 0; head < count; head++)
-                    mixed[head][i] += weights[head * room + key - first] * value;
+                    mixed[head][i] = multiply_add(splat(weights[head * room + key - first]), value, mixed[head][i]);
             }
         for (int head = 0; head < count; head++)
             for (int i = 0; i < parts; i++)

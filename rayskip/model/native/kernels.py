@@ -1,5 +1,5 @@
-"""The C kernels (kernels.c and its headers), for CPU: compiled for this machine on first use, which takes five
-seconds, and kept in the user's cache.
+"""The C kernels (kernels.c and its headers), for CPU: compiled for this machine on first use, which takes some
+seconds (half a minute without AVX-512), and kept in the user's cache.
 
 Without a C compiler there are none, and torch's operations serve; the engine's info says which run. Token ids may
 differ between the two in the last bit, as between two kinds of CPU; within one they do not depend on the batch.
@@ -28,7 +28,16 @@ from rayskip.model.embedded import cache_root, publish
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 """Headers and the one file to compile."""
 COMPILERS = ("cc", "gcc", "clang")
-FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
+FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-ffp-contract=off",
+    "-pthread",
+    "-shared",
+    "-fPIC",
+)
 LIBRARY = "kernels.so"
 DEFINES = {torch.bfloat16: ("-DBF16",), torch.float32: ()}
 LANES = 16

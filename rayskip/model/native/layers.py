@@ -40,6 +40,9 @@ class NativeLayers:
 
     def run(self, x: Tensor, batch: TokenBatch, cache: KVCache, first: int, last: int) -> Tensor:
         """See Decoder.run_layers."""
+        width = self._spec.hidden
+        if x.dtype != cache.keys.dtype or x.shape[1:] != (width,) or not x.is_contiguous():
+            raise ValueError(f"{x.dtype} {tuple(x.shape)} for contiguous {cache.keys.dtype} [N, {width}]")
         active = None if batch.active is None else (c_int64 * len(batch.active))(*batch.active)
         task = LayersTask(
             self._layers,
@@ -63,12 +66,13 @@ class NativeLayers:
 def are_usual(spec: Spec, layers: Seq[Layer]) -> bool:
     """Whether kernels.c has all that the layers do: RMS norms before attention and a SiLU-gated feed-forward, each
     added to its own input."""
-    widths = spec.hidden, layers[0].down.weight.shape[1]
+    inner = {layer.down.weight.shape[1] for layer in layers}
     return (
         spec.gated
         and spec.activation == "silu"
         and not spec.parallel
-        and not any(width % LANES for width in widths)
+        and len(inner) == 1
+        and not any(width % LANES for width in (spec.hidden, *inner))
         and all(_is_usual(layer) for layer in layers)
     )
 

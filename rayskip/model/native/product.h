@@ -12,7 +12,7 @@
 #define DEPTH 2 /* inputs whose weights lie side by side */
 typedef __m512bh factors;
 
-INLINE floats multiply_add(floats to, factors a, factors b) { return (floats)_mm512_dpbf16_ps((__m512)to, a, b); }
+INLINE floats accumulate(floats to, factors a, factors b) { return (floats)_mm512_dpbf16_ps((__m512)to, a, b); }
 
 INLINE factors load_factors(const element *from) { return (factors)_mm512_loadu_si512(from); }
 
@@ -25,7 +25,7 @@ INLINE factors spread(const element *from) {
 #define DEPTH 1
 typedef floats factors;
 
-INLINE floats multiply_add(floats to, factors a, factors b) { return to + a * b; }
+INLINE floats accumulate(floats to, factors a, factors b) { return multiply_add(a, b, to); }
 INLINE factors load_factors(const element *from) { return load(from); }
 INLINE factors spread(const element *from) { return splat(*from); }
 #endif
@@ -59,8 +59,8 @@ INLINE void multiply(const element *x, const element *panel, const element *bias
         __builtin_prefetch(panel + AHEAD + LANES * DEPTH);
         for (int row = 0; row < rows; row++) {
             factors value = spread(x + row * in + i);
-            sums[row][0] = multiply_add(sums[row][0], left, value);
-            sums[row][1] = multiply_add(sums[row][1], right, value);
+            sums[row][0] = accumulate(sums[row][0], left, value);
+            sums[row][1] = accumulate(sums[row][1], right, value);
         }
     }
     for (int row = 0; row < rows; row++, out += stride) {

@@ -29,6 +29,8 @@ class NativeProduct:
         self.struct = Product(self._panels.data_ptr(), bias, *weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype != self._panels.dtype or x.dim() != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"{x.dtype} {tuple(x.shape)} for {self._panels.dtype} [N, {self.in_features}]")
         x = x.contiguous()
         out = x.new_empty(len(x), self.out_features)
         if self.library.product(ctypes.byref(self.struct), x.data_ptr(), out.data_ptr(), len(x), threads()):

@@ -14,9 +14,11 @@
 
 /* Threads that work on one call: the caller and its helpers, which sleep between calls. */
 typedef struct Team {
-    int count; /* the caller included */
+    int count; /* the caller included; fewer than `asked` where the system gives no more threads */
+    int asked;
     pid_t process;
-    atomic_int arrived, round, job;
+    atomic_int arrived;
+    atomic_uint round, job;
     bool over;
     pthread_mutex_t mutex;
     pthread_cond_t begin;
@@ -40,7 +42,7 @@ INLINE void pause_briefly(int spins) {
 static void meet(Team *team) {
     if (team->count == 1)
         return;
-    int round = atomic_load(&team->round);
+    unsigned round = atomic_load(&team->round);
     if (atomic_fetch_add(&team->arrived, 1) + 1 == team->count) {
         atomic_store(&team->arrived, 0);
         atomic_fetch_add(&team->round, 1);
@@ -59,7 +61,7 @@ static void *help(void *argument) {
     const Helper own = *(Helper *)argument;
     Team *team = own.team;
     free(argument);
-    for (int done = 0;; done++) {
+    for (unsigned done = 0;; done++) {
         for (int spins = 0; spins < SPINS && atomic_load(&team->job) == done; spins++)
             pause_briefly(0);
         pthread_mutex_lock(&team->mutex);
@@ -97,11 +99,11 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static void make_key(void) { pthread_key_create(&own_team, disband); }
 
-/* The calling thread's team of `count`, fewer where the system gives no more threads; NULL: no memory. */
+/* The calling thread's team of `count`, as far as the system gives threads; NULL: no memory. */
 static Team *team_of(int count) {
     pthread_once(&once, make_key);
     Team *team = pthread_getspecific(own_team);
-    if (team && team->count == count && team->process == getpid())
+    if (team && team->asked == count && team->process == getpid())
         return team;
     if (team)
         disband(team);
@@ -109,7 +111,7 @@ static Team *team_of(int count) {
     pthread_setspecific(own_team, team);
     if (!team)
         return NULL;
-    *team = (Team){.count = 1, .process = getpid()};
+    *team = (Team){.count = 1, .asked = count, .process = getpid()};
     pthread_mutex_init(&team->mutex, NULL);
     pthread_cond_init(&team->begin, NULL);
     for (int worker = 1; worker < count; worker++) {

@@ -6,8 +6,11 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(BF16) && defined(__AVX512BF16__)
+#ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+
+#if defined(BF16) && defined(__AVX512BF16__)
 #define PAIRS /* the processor multiplies bfloat16 itself, and adds two products at once */
 #endif
 
@@ -72,6 +75,16 @@ INLINE float load_one(element from) { return from; }
 INLINE element round_one(float x) { return x; }
 #endif
 
+/* a * b + c, rounded once where the processor can. Nowhere else does the compiler fuse the two (-ffp-contract=off): it
+ * would where it pleases, and two copies of a loop would round differently. */
+INLINE floats multiply_add(floats a, floats b, floats c) {
+#ifdef __AVX512F__
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return a * b + c;
+#endif
+}
+
 INLINE floats splat(float x) { return x - (floats){0}; }
 INLINE floats pick(ints where, floats yes, floats no) {
     return (floats)((where & (ints)yes) | (~where & (ints)no));
@@ -125,7 +138,7 @@ INLINE floats add_dot(floats to, const element *a, const element *b, const int64
 #else
 INLINE floats add_dot(floats to, const element *a, const element *b, const int64_t count) {
     for (int64_t i = 0; i < count; i += LANES)
-        to += load(a + i) * load(b + i);
+        to = multiply_add(load(a + i), load(b + i), to);
     return to;
 }
 #endif
@@ -134,16 +147,16 @@ INLINE floats add_dot(floats to, const element *a, const element *b, const int64
 INLINE floats exponential(floats x) {
     const floats magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
     x = pick(x < -87.0f, splat(-87.0f), pick(x > 87.0f, splat(87.0f), x));
-    floats shifted = x * 1.44269504f + magic;
+    floats shifted = multiply_add(x, splat(1.44269504f), magic);
     floats power = shifted - magic;
-    floats r = x - power * 0.693359375f + power * 2.12194440e-4f;
+    floats r = multiply_add(power, splat(2.12194440e-4f), multiply_add(power, splat(-0.693359375f), x));
     floats p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    p = multiply_add(p, r, splat(1.3981999507e-3f));
+    p = multiply_add(p, r, splat(8.3334519073e-3f));
+    p = multiply_add(p, r, splat(4.1665795894e-2f));
+    p = multiply_add(p, r, splat(1.6666665459e-1f));
+    p = multiply_add(p, r, splat(5.0000001201e-1f));
+    p = multiply_add(p * r, r, r) + 1.0f;
     return (floats)((bits)p + ((bits)shifted << 23));
 }
 
