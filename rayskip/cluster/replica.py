@@ -49,8 +49,9 @@ class Replica:
         job = self._job
         engine = Engine.load(job.model, job.engine, job.decode)
         self._prompts = PromptBuilder(job.input, job.sampling, engine.tokenizer, engine.max_model_len)
+        facts = hardware(), engine.info  # the latter tries out batch invariance, which is part of loading
         self._engine = EngineThread(engine)
-        return ReplicaInfo(time.monotonic() - began, hardware(), engine.info)
+        return ReplicaInfo(time.monotonic() - began, *facts)
 
     def progress(self) -> ReplicaProgress:
         """Rows finished and tokens generated since the start."""
