@@ -213,7 +213,8 @@ def bench(config: Config, overrides: Overrides = None) -> None:
     from rayskip.tool_config import BenchConfig
 
     job = load_section(BenchConfig, config, overrides or ())
-    from rayskip.evaluate.bench import format_timings, run_bench
+    from rayskip.evaluate.bench import run_bench
+    from rayskip.evaluate.timing import format_timings
 
     def show(run: str, tok_s: float) -> None:
         print(f"{run}: {tok_s:.0f} tok/s", file=sys.stderr)

@@ -13,10 +13,11 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from rayskip.errors import ConfigError, InputError
-from rayskip.evaluate.bench import format_timings, run_bench
+from rayskip.evaluate.bench import run_bench
 from rayskip.evaluate.peer_process import PeerArguments, running_peer
 from rayskip.evaluate.roofline import Roofline, measure_roofline
 from rayskip.evaluate.spec_bench import TASKS, format_scores, run_spec_bench
+from rayskip.evaluate.timing import format_timings
 from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache

@@ -152,7 +152,8 @@ class Run:
         for instruction in self.dispatch.decide(time.monotonic()):
             self._obey(pool, instruction)
         events = pool.wait(TICK_S)
-        self._commit([event for event in events if isinstance(event, Done)])
+        if finished := [event for event in events if isinstance(event, Done)]:
+            self._commit(finished)
         for event in events:
             self._hear(event)
         if self.first_token is None and self.meter.tokens:

@@ -42,7 +42,7 @@ void silu_gate(const element *up, element *out, int64_t rows, int64_t width) {
         }
 }
 
-/* The same for all items. Returns 0, or 1 when memory is out. */
+/* Attention of all heads of all tokens, see attend_items. Returns 0, or 1 when memory is out. */
 int attend(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
            const element *values, element *out, int64_t tokens) {
     float *scores = aligned_alloc(64, 4 * shape->length * sizeof *scores);
@@ -120,8 +120,9 @@ static void normalise_heads(const Shape *shape, const Layer *layer, element *qkv
     }
 }
 
-static void add(element *x, const element *branch, int64_t size) {
-    for (int64_t i = 0; i < size; i += LANES)
+/* The worker's part of x += branch, both [tokens, width]. */
+static void add_share(element *x, const element *branch, int64_t tokens, int64_t width, Team *team, int worker) {
+    for (int64_t i = share(tokens, team, worker) * width; i < share(tokens, team, worker + 1) * width; i += LANES)
         store(x + i, load(x + i) + load(branch + i));
 }
 
@@ -141,8 +142,7 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         if (!tokens)
             continue;
         if (pending && pending != tokens) { /* shared out otherwise than below */
-            const int64_t before = share(pending, team, worker), after = share(pending, team, worker + 1);
-            add(task->x + before * width, task->branch + before * width, (after - before) * width);
+            add_share(task->x, task->branch, pending, width, team, worker);
             pending = 0;
             meet(team);
         }
@@ -174,8 +174,7 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         meet(team);
         pending = tokens;
     }
-    const int64_t before = share(pending, team, worker), after = share(pending, team, worker + 1);
-    add(task->x + before * width, task->branch + before * width, (after - before) * width);
+    add_share(task->x, task->branch, pending, width, team, worker);
 }
 
 static int64_t room(int64_t elements) { return (elements * (int64_t)sizeof(element) + 63) / 64 * 64; }
@@ -186,15 +185,15 @@ int run_layers(LayersTask *task) {
     element **parts[] = {&task->normed, &task->qkv, &task->attended, &task->up, &task->gated, &task->branch};
     const int64_t widths[] = {layer->qkv.in, layer->qkv.out, layer->out.in, layer->up.out, layer->down.in,
                               layer->down.out};
-    int64_t size = task->threads * 4 * task->shape.length * (int64_t)sizeof(float);
+    const int64_t scores = task->threads * 4 * task->shape.length * (int64_t)sizeof(float);
+    int64_t size = scores;
     for (int i = 0; i < 6; i++)
         size += room(task->tokens * widths[i]);
     char *scratch = aligned_alloc(64, size);
     if (!scratch)
         return 1;
-    char *next = scratch;
-    task->scores = (float *)next;
-    next += task->threads * 4 * task->shape.length * (int64_t)sizeof(float);
+    task->scores = (float *)scratch;
+    char *next = scratch + scores;
     for (int i = 0; i < 6; i++) {
         *parts[i] = (element *)next;
         next += room(task->tokens * widths[i]);
