@@ -9,6 +9,7 @@ Shapes: N tokens, d hidden, Hq query heads, Hkv key-value heads, D head dim, V v
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -50,17 +51,17 @@ class Decoder:
             name: Rope(rope.cos.to(self.device, self.dtype), rope.sin.to(self.device, self.dtype))
             for name, rope in weights.ropes.items()
         }
-        self._fused = self._fuse()
+        self._fused = self.fused(weights.layers, [layer.linears for layer in self.layers])
 
-    def _fuse(self) -> NativeLayers | None:
-        """All layers as one call, where the kernels have everything they do."""
-        native = [
-            [linear.native for linear in layer.linears if linear.native is not None] for layer in self.layers
-        ]
-        fits = self.ops.name == "native" and all(len(products) == 4 for products in native)
-        if not fits or not are_usual(self.spec, self.weights.layers):
+    def fused(
+        self, layers: Seq[Layer], linears: Seq[Seq[Linear]], stored_at: int = 0
+    ) -> NativeLayers | None:
+        """Layers as one call, where the kernels have everything they do; see NativeLayers."""
+        native = [[linear.native for linear in own if linear.native is not None] for own in linears]
+        all_native = all(len(products) == len(own) for products, own in zip(native, linears, strict=True))
+        if self.ops.name != "native" or not all_native or not are_usual(self.spec, layers):
             return None
-        return NativeLayers(self.spec, self.weights.layers, native, self._ropes)
+        return NativeLayers(self.spec, layers, native, self._ropes, stored_at)
 
     def _linears(self) -> list[Linear]:
         return [self.head, *(linear for layer in self.layers for linear in layer.linears)]

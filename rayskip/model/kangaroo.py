@@ -20,7 +20,7 @@ from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.linear import Linear
 from rayskip.model.ops import TokenBatch, normalise
-from rayskip.model.spec import Dense, Norm
+from rayskip.model.spec import Dense, Layer, Norm
 from rayskip.model.trained import Label, check_shapes, load_trained
 
 
@@ -46,27 +46,33 @@ class Kangaroo:
         eps, dtype = like.attn_norm.eps, decoder.dtype
         self._attn_norm = Norm("rms", own["attn_norm"].to(dtype), None, eps)
         self._final_norm = Norm("rms", own["final_norm"].to(dtype), None, eps)
-        self._qkv = Linear(Dense(own["qkv"].to(dtype)))
-        self._out = Linear(Dense(own["out"].to(dtype)))
+        qkv, out = Dense(own["qkv"].to(dtype)), Dense(own["out"].to(dtype))
+        self._qkv, self._out = Linear(qkv), Linear(out)
         self._head = Linear(Dense(decoder.weights.head.weight[self.token_ids]))
         self._rope = like.rope
+        layer = Layer(qkv, out, like.up, like.down, self._attn_norm, like.mlp_norm, rope=like.rope)
+        self._fused = decoder.fused([layer], [[self._qkv, self._out]], self._cache_layer)
 
     def attend(self, x: Tensor, batch: TokenBatch, cache: KVCache) -> Tensor:
-        """Store the keys and values of tokens at states x [N, d] after the first layers; [N, Hq * D]."""
+        """Store the keys and values of tokens at states x [N, d] after the first layers; their states after the
+        adapter's attention, [N, d]."""
+        if self._fused is not None and len(x):
+            return self._fused.run(x.clone(), batch, cache, 0, 1)
         spec = self._decoder.spec
         heads = self._qkv(normalise(x, self._attn_norm)).view(len(x), -1, spec.head_dim)
         q, k, v = torch.split(heads, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
         rope = self._decoder.rope(self._rope)
-        return self._decoder.ops.attention(q, k, v, rope, self._cache_layer, None, batch, cache)
+        attended = self._decoder.ops.attention(q, k, v, rope, self._cache_layer, None, batch, cache)
+        return x + self._out(attended)
 
-    def propose(self, x: Tensor, attended: Tensor, count: int) -> tuple[list[list[int]], list[list[float]]]:
+    def propose(self, x: Tensor, count: int) -> tuple[list[list[int]], list[list[float]]]:
         """The `count` likeliest next tokens after each of N, and their probabilities on the list: [N, count].
 
-        x [N, d], attended [N, Hq * D]: as given to and returned by `attend`.
+        x [N, d]: as returned by `attend`.
         """
-        hidden = normalise(x + self._out(attended), self._final_norm)
-        best = torch.softmax(self._head(hidden).float(), dim=-1).topk(count)
-        return self.token_ids[best.indices].tolist(), best.values.tolist()
+        ops = self._decoder.ops
+        places, chances = ops.likeliest(self._head(ops.add_normalise(x, None, self._final_norm)), count)
+        return self.token_ids[places].tolist(), chances.tolist()
 
 
 def adapter_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:

@@ -116,6 +116,11 @@ class Ops:
         gate, up = up.chunk(2, dim=-1)
         return activate(gate, self.spec.activation) * up
 
+    def likeliest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Places of the `count` highest of logits [N, V], and their probabilities, both [N, count], descending."""
+        best = torch.softmax(logits.float(), dim=-1).topk(count)
+        return best.indices, best.values
+
     def attention(
         self,
         q: Tensor,

@@ -100,17 +100,15 @@ class _Ran:
     def __init__(self, kangaroo: Kangaroo, decoder: Decoder, policy: SkipPolicy, cache: KVCache) -> None:
         self.places: dict[tuple[Sequence, int], int] = {}
         self._kangaroo, self._decoder, self._policy, self._cache = kangaroo, decoder, policy, cache
-        spec, like = decoder.spec, decoder.weights.embed
-        self.x = like.new_empty(0, spec.hidden)
-        self._attended = like.new_empty(0, spec.heads * spec.head_dim)
+        self.x = self._adapted = decoder.weights.embed.new_empty(0, decoder.spec.hidden)
 
     def run(self, chunks: Seq[Chunk]) -> None:
         ordered = sorted(chunks, key=group_key)
         batch = token_batch(ordered, self._policy, self._decoder.device)
         x = self._decoder.embed(batch)
         x = self._decoder.run_layers(x, batch, self._cache, 0, self._kangaroo.exit_layer)
-        attended = self._kangaroo.attend(x, batch, self._cache)
-        self.x, self._attended = torch.cat([self.x, x]), torch.cat([self._attended, attended])
+        adapted = self._kangaroo.attend(x, batch, self._cache)
+        self.x, self._adapted = torch.cat([self.x, x]), torch.cat([self._adapted, adapted])
         for chunk in ordered:
             for place in range(chunk.start, chunk.stop):
                 self.places[chunk.sequence, place] = len(self.places)
@@ -120,7 +118,7 @@ class _Ran:
     ) -> tuple[list[list[int]], list[list[float]]]:
         """The adapter's `count` likeliest tokens after each of `places`, and their probabilities."""
         at = torch.tensor([self.places[place] for place in places], device=self._decoder.device)
-        return self._kangaroo.propose(self.x[at], self._attended[at], count)
+        return self._kangaroo.propose(self._adapted[at], count)
 
 
 def check_policy(kangaroo: Kangaroo, policy: SkipPolicy) -> None:

@@ -42,6 +42,38 @@ void silu_gate(const element *up, element *out, int64_t rows, int64_t width) {
         }
 }
 
+/* The `count` likeliest of each row's logits [rows, width], the likeliest first and of equals the first: their places
+ * and probabilities, both [rows, count]. width: a multiple of LANES, and no less than count. */
+void likeliest(const element *logits, int64_t rows, int64_t width, int64_t count, int64_t *places, float *chances) {
+    for (int64_t row = 0; row < rows; row++, logits += width, places += count, chances += count) {
+        for (int64_t rank = 0; rank < count; rank++)
+            chances[rank] = -INFINITY;
+        for (int64_t i = 0; i < width; i += LANES) {
+            const floats some = load(logits + i);
+            if (!(maximum(some) > chances[count - 1]))
+                continue;
+            for (int lane = 0; lane < LANES; lane++) {
+                int64_t rank = count;
+                for (; rank && some[lane] > chances[rank - 1]; rank--)
+                    if (rank < count) {
+                        chances[rank] = chances[rank - 1];
+                        places[rank] = places[rank - 1];
+                    }
+                if (rank < count) {
+                    chances[rank] = some[lane];
+                    places[rank] = i + lane;
+                }
+            }
+        }
+        const float most = chances[0];
+        floats total = {0};
+        for (int64_t i = 0; i < width; i += LANES)
+            total += exponential(load(logits + i) - most);
+        for (int64_t rank = 0; rank < count; rank++)
+            chances[rank] = expf(chances[rank] - most) / sum(total);
+    }
+}
+
 /* Attention of all heads of all tokens, see attend_items. Returns 0, or 1 when memory is out. */
 int attend(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
            const element *values, element *out, int64_t tokens) {
@@ -83,7 +115,8 @@ int product(const Product *product, const element *x, element *out, int64_t rows
     return together((int)threads, work_on_product, &task);
 }
 
-/* One layer: see Layer in spec.py. q_norm, k_norm [D]: NULL where it has none. cosines, sines: see rotate_and_store. */
+/* One layer: see Layer in spec.py; without a feed-forward where `up` has no outputs. q_norm, k_norm [D]: NULL where it
+ * has none. cosines, sines: see rotate_and_store. */
 typedef struct {
     Product qkv, out, up, down;
     const element *attn_norm, *mlp_norm, *q_norm, *k_norm, *cosines, *sines;
@@ -164,6 +197,9 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         meet(team);
         multiply_share(&layer->out, task->attended, task->branch, tokens, team, worker);
         meet(team);
+        pending = tokens;
+        if (!inner)
+            continue;
         add_rms_norm(x, branch, layer->mlp_norm, normed, to - from, width, layer->mlp_eps);
         meet(team);
         multiply_share(&layer->up, task->normed, task->up, tokens, team, worker);
@@ -172,7 +208,6 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         meet(team);
         multiply_share(&layer->down, task->gated, task->branch, tokens, team, worker);
         meet(team);
-        pending = tokens;
     }
     add_share(task->x, task->branch, pending, width, team, worker);
 }
@@ -184,7 +219,7 @@ int run_layers(LayersTask *task) {
     const Layer *layer = task->layers;
     element **parts[] = {&task->normed, &task->qkv, &task->attended, &task->up, &task->gated, &task->branch};
     const int64_t widths[] = {layer->qkv.in, layer->qkv.out, layer->out.in, layer->up.out, layer->down.in,
-                              layer->down.out};
+                              layer->out.out};
     const int64_t scores = task->threads * 4 * task->shape.length * (int64_t)sizeof(float);
     int64_t size = scores;
     for (int i = 0; i < 6; i++)

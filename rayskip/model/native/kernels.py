@@ -135,8 +135,9 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     library.add_rms_norm.argtypes = [pointer] * 4 + [number] * 2 + [c_float]
     library.silu_gate.argtypes = [pointer] * 2 + [number] * 2
     library.rotate_and_store.argtypes = [pointer] * 7 + [number] + [pointer] * 3 + [number] * 2
+    library.likeliest.argtypes = [pointer] + [number] * 3 + [pointer] * 2
     library.attend.argtypes = [pointer] * 3 + [number] + [pointer] * 3 + [number]
-    for function in (library.add_rms_norm, library.silu_gate, library.rotate_and_store):
+    for function in (library.add_rms_norm, library.silu_gate, library.rotate_and_store, library.likeliest):
         function.restype = None
     if library.has_products():
         library.pack.argtypes, library.pack.restype = [pointer] * 2 + [number] * 2, None

@@ -13,11 +13,14 @@ from ctypes import c_int64
 from torch import Tensor
 
 from rayskip.model.kv_cache import KVCache
-from rayskip.model.native.kernels import LANES, LayersTask, NativeLayer, threads
+from rayskip.model.native.kernels import LANES, LayersTask, NativeLayer, Product, threads
 from rayskip.model.native.ops import native_shape, native_step
 from rayskip.model.native.product import NativeProduct
 from rayskip.model.ops import TokenBatch
 from rayskip.model.spec import Layer, Rope, Spec
+
+PRODUCTS = 4
+"""Of a layer with a feed-forward."""
 
 
 class NativeLayers:
@@ -28,10 +31,17 @@ class NativeLayers:
     """
 
     def __init__(
-        self, spec: Spec, layers: Seq[Layer], products: Seq[Seq[NativeProduct]], ropes: Mapping[str, Rope]
+        self,
+        spec: Spec,
+        layers: Seq[Layer],
+        products: Seq[Seq[NativeProduct]],
+        ropes: Mapping[str, Rope],
+        stored_at: int,
     ) -> None:
-        """products: of each layer, qkv, out, up and down."""
+        """products: of each layer, qkv, out, up and down; of layers without a feed-forward the first two. stored_at:
+        the cache's layer for the first of them."""
         self._spec = spec
+        self._stored_at = stored_at
         self._kept = layers, products, ropes  # the kernels read their memory
         self._library = products[0][0].library
         self._layers = (NativeLayer * len(layers))(
@@ -50,8 +60,8 @@ class NativeLayers:
             last,
             native_shape(self._spec, cache, None),
             native_step(batch),
-            cache.keys.data_ptr(),
-            cache.values.data_ptr(),
+            cache.keys[self._stored_at].data_ptr(),
+            cache.values[self._stored_at].data_ptr(),
             cache.keys.stride(0),
             x.data_ptr(),
             len(x),
@@ -95,6 +105,7 @@ def _native(layer: Layer, products: Seq[NativeProduct], ropes: Mapping[str, Rope
     rope = None if layer.rope is None else ropes[layer.rope]
     return NativeLayer(
         *(product.struct for product in products),
+        *(Product() for _ in range(PRODUCTS - len(products))),
         layer.attn_norm.weight.data_ptr(),
         layer.mlp_norm.weight.data_ptr(),
         *(None if norm is None else norm.weight.data_ptr() for norm in (layer.q_norm, layer.k_norm)),

@@ -41,6 +41,17 @@ class NativeOps(Ops):
         self._library.silu_gate(up.data_ptr(), out.data_ptr(), len(up), width)
         return out
 
+    def likeliest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        if logits.dtype not in DEFINES or logits.shape[1] % LANES:
+            return super().likeliest(logits, count)
+        logits = logits.contiguous()
+        places = torch.zeros(len(logits), count, dtype=torch.long)
+        chances = torch.empty(len(logits), count)
+        self._library.likeliest(
+            logits.data_ptr(), *logits.shape, count, places.data_ptr(), chances.data_ptr()
+        )
+        return places, chances
+
     def attention(
         self,
         q: Tensor,

@@ -27,6 +27,7 @@ typedef struct Team {
     pthread_t helpers[];
 } Team;
 
+#define AWAKE (SPINS + 3000)
 #define SPINS 2000 /* some 50 microseconds, longer than the gaps within a step */
 
 INLINE void pause_briefly(int spins) {
@@ -62,8 +63,8 @@ static void *help(void *argument) {
     Team *team = own.team;
     free(argument);
     for (unsigned done = 0;; done++) {
-        for (int spins = 0; spins < SPINS && atomic_load(&team->job) == done; spins++)
-            pause_briefly(0);
+        for (int spins = 0; spins < AWAKE && atomic_load(&team->job) == done; spins++)
+            pause_briefly(spins);
         pthread_mutex_lock(&team->mutex);
         while (atomic_load(&team->job) == done)
             pthread_cond_wait(&team->begin, &team->mutex);
