@@ -407,7 +407,7 @@ def test_lookup_goes_on_in_circles() -> None:
 
 
 class _AlwaysDraft(Trials):
-    def choose(self, rows: int, lane: int) -> bool:
+    def choose(self, rows: int, lane: int, counts: bool) -> bool:
         return True
 
     def count(self, rows: int, drafting: bool, tokens: int, seconds: float, lane: int) -> None:
@@ -506,8 +506,26 @@ def test_the_faster_way_is_taken_and_the_other_tried_now_and_then(drafting_gains
         return taken
 
     faster = drafting_gains > 1
-    assert 900 < take(1000, drafting_gains).count(faster) < 990
-    assert take(2000, 1 / drafting_gains).count(faster) < 700  # the machine has changed
+    assert 950 < take(1000, drafting_gains).count(faster) < 990
+    assert take(3000, 1 / drafting_gains).count(faster) < 1200  # the machine has changed
+
+
+def test_the_slower_way_is_tried_less_often_each_time_that_it_is_slower_again() -> None:
+    trial, taken = Trial(), []
+    for _ in range(4000):
+        taken.append(trial.choose())
+        trial.count(taken[-1], 10, 2.0 if taken[-1] else 1.0)
+    began = [step for step in range(1, 4000) if taken[step] and not taken[step - 1]]
+    pauses = [later - earlier for earlier, later in zip(began, began[1:], strict=False)]
+    assert began[0] < 0.6 * pauses[0] < 0.4 * pauses[1]
+
+
+def test_steps_that_do_not_count_go_on_as_before_and_begin_without_drafts() -> None:
+    trial = Trial()
+    assert not trial.choose(counts=False)
+    assert trial.choose()
+    trial.count(True, 10, 1.0)
+    assert trial.choose(counts=False)
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 16])
@@ -519,7 +537,7 @@ def test_what_a_change_costs_at_first_does_not_count_against_a_way(lanes: int) -
     drafted = steps = 0
     for _ in range(1500):
         for lane in own:
-            drafting = trials.choose(4, lane)
+            drafting = trials.choose(4, lane, True)
             catching_up = drafting and not before[lane]
             seconds = (1.2 if drafting else 1.0) + catching_up
             trials.count(4, drafting, 3 if drafting else 2, seconds, lane)

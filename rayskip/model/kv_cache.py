@@ -7,6 +7,7 @@ Shapes: L layers, S slots, T positions per slot, Hkv key-value heads, D head dim
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,9 @@ from rayskip.model.spec import Spec
 KEY_BLOCK = 64
 """Attention reads key positions in multiples of this. In torch, a sum over fewer than 16 positions takes
 another kernel, with another order of addition; past one block, trailing masked positions change no bit."""
+
+LINE = 64
+"""Bytes of a cache line."""
 
 
 def key_blocks(length: int) -> int:
@@ -30,8 +34,8 @@ class KVCache:
     """
 
     def __init__(self, spec: Spec, layers: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.keys = torch.zeros(layers, 0, spec.kv_heads, 0, spec.head_dim, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
+        self._memory = _zeros(0, dtype, device)
+        self.keys = self.values = self._memory.view(layers, 0, spec.kv_heads, 0, spec.head_dim)
 
     @staticmethod
     def bytes_per_position(spec: Spec, layers: int, dtype: torch.dtype) -> int:
@@ -47,18 +51,24 @@ class KVCache:
         return self.keys.shape[3]
 
     def resize(self, slots: int, length: int, kept: list[int] | None = None) -> None:
-        """Make it `slots` rows of `length` positions. kept: old slots that live on as the first ones."""
+        """Make it `slots` rows of `length` positions. kept: old slots that live on as the first ones.
+
+        Memory is taken only when the old does not suffice, and never given back.
+        """
         kept = kept or []
         shared = min(length, self.length)
-        for name in ("keys", "values"):
-            old: Tensor = getattr(self, name)
-            layers, _, heads, _, dim = old.shape
-            content = old[:, kept, :, :shared]
-            setattr(self, name, content)  # lets go of the old one before the new one is taken
-            del old
-            new = content.new_zeros(layers, slots, heads, length, dim)
-            new[:, : len(kept), :, :shared] = content
-            setattr(self, name, new)
+        contents = [stored[:, kept, :, :shared] for stored in (self.keys, self.values)]
+        layers, _, heads, _, dim = self.keys.shape
+        size = layers * slots * heads * length * dim
+        if 2 * size > len(self._memory):
+            dtype, device = self._memory.dtype, self._memory.device
+            del self.keys, self.values, self._memory  # lets go of the old before the new is taken
+            self._memory = _zeros(2 * size, dtype, device)
+        self.keys, self.values = (
+            self._memory[start : start + size].view(layers, slots, heads, length, dim) for start in (0, size)
+        )
+        for stored, content in zip((self.keys, self.values), contents, strict=True):
+            stored[:, : len(kept), :, :shared] = content
 
     def clear(self, slot: int, start: int = 0) -> None:
         """Forget a row's positions from `start` on, for numbers that are not finite: masked positions are read, and
@@ -91,3 +101,16 @@ class KVCache:
         """Copy the first `length` positions of a slot to another, in every layer."""
         for stored in (self.keys, self.values):
             stored[:, target, :, :length] = stored[:, source, :, :length]
+
+
+def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`count` zeros that begin at a cache line.
+
+    On CPU the system hands out a page when it is first written to, as rows reach it: touching all of them at once
+    costs as much time as many steps (measured on a virtual machine: 3 to 4 s a GB).
+    """
+    if device.type != "cpu":
+        return torch.zeros(count, dtype=dtype, device=device)
+    raw = np.zeros(count * dtype.itemsize + LINE, np.uint8)
+    start = -raw.ctypes.data % LINE
+    return torch.from_numpy(raw[start : start + count * dtype.itemsize]).view(dtype)

@@ -38,6 +38,9 @@ SUREST = 0.97
 """Highest chance that a copy's first token is given."""
 TRIALS, RETRY = 4, 64
 """Rounds that a drafter gets to show its worth; steps after which one that did not pay gets another."""
+DEAR = 0.7
+"""Chance that a token must have to pay for its verification, from which on Kangaroo is not asked: few of its tokens
+have it, and what rows have missed in its cache, their prompts too, would have to be computed first."""
 SURE = 0.6
 """Chance of a copy's first token from which on Kangaroo is not asked for a second opinion."""
 
@@ -147,9 +150,9 @@ class AutoDrafter(Drafter):
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:
         self._began = time.perf_counter()
-        self._drafting = self._trials.choose(len(rows), self._lane)
-        states = self._draft(chunks, rows, cache) if self._drafting else None
         self._decodes_only = all(chunk.generated for chunk in chunks)
+        self._drafting = self._trials.choose(len(rows), self._lane, self._decodes_only)
+        states = self._draft(chunks, rows, cache) if self._drafting else None
         self._tokens = sum(chunk.stop - chunk.start for chunk in chunks) + sum(len(row.draft) for row in rows)
         self._layers_left = 1.0 if states is None or self._kangaroo is None else 1 - self._kangaroo.share
         self._drafted = time.perf_counter()
@@ -182,18 +185,17 @@ class AutoDrafter(Drafter):
         copied: the chances of what rows copy. base: tokens that run anyway.
         """
         left = [row for row in rows if row.draft_room > 0 and (row not in copied or copied[row][0] < SURE)]
-        if self._kangaroo is None or not left:
-            return None
         others = len(rows) - len(left) + sum(map(sum, copied.values()))
+        least = marginal_chance(len(left) + others, base, self._costs)
+        if self._kangaroo is None or not left or least > DEAR:
+            return None
         self._round = self._rounds.setdefault(len(left).bit_length(), Rounds())
         if not self._round.worth_trying(len(left), others, base, self._costs):
             return None
         began = time.perf_counter()
         before = sum(len(row.draft) for row in left)
         missed = sum(row.computed - row.draft_cached for row in left)
-        states = self._kangaroo.draft(
-            chunks, left, cache, marginal_chance(len(left) + others, base, self._costs)
-        )
+        states = self._kangaroo.draft(chunks, left, cache, least)
         seconds = time.perf_counter() - began
         drafted = sum(len(row.draft) for row in left) - before
         missed -= sum(max(row.computed - row.draft_cached, 0) for row in left)

@@ -11,8 +11,10 @@ CLEARLY = 1.05
 """How many times faster drafting must be: a clock is noisy, and not drafting is what a user expects at worst."""
 SETTLE = 2
 """Steps of a lane after a change that tell nothing, since they catch up on what the other way left undone."""
-PROBE, AGAIN = 12, 256
-"""Steps of each lane that the slower way gets at a time, and from one time to the next."""
+PROBE = 8
+"""Steps of each lane that the slower way gets at a time."""
+AGAIN, SELDOM = 256, 1024
+"""Steps of each lane from one time to the next: twice as many each time that it was slower again, up to SELDOM."""
 
 
 @dataclass
@@ -38,24 +40,34 @@ class Trial:
         self._ways = {True: Way(), False: Way()}
         self._faster = True
         self._counted = 0
+        self._pause, self._due = AGAIN, AGAIN * lanes
         self._taken: dict[int, bool] = {}
         self._settling: dict[int, int] = {}
 
-    def choose(self, lane: int = 0) -> bool:
-        """Whether the lane's next step drafts."""
-        drafting = self._due()
+    def choose(self, lane: int = 0, counts: bool = True) -> bool:
+        """Whether the lane's next step drafts. counts: whether `count` will hear of it; if not, the lane goes on as
+        it did, and without drafts until a step counts."""
+        if not counts:
+            return self._taken.get(lane, False)
+        drafting = self._choose()
         if drafting is not self._taken.get(lane):
             self._taken[lane], self._settling[lane] = drafting, SETTLE
         return drafting
 
-    def _due(self) -> bool:
+    def _choose(self) -> bool:
         for drafting, way in self._ways.items():
             if way.steps < PROBE * self._lanes:
                 return drafting
-        if self._counted % (AGAIN * self._lanes) >= (AGAIN - PROBE) * self._lanes:
-            return not self._faster
-        self._faster = self._ways[True].rate >= self._ways[False].rate * CLEARLY
-        return self._faster
+        before, self._faster = self._faster, self._ways[True].rate >= self._ways[False].rate * CLEARLY
+        if self._faster is not before:
+            self._pause = AGAIN
+        elif self._counted >= self._due:
+            self._pause = min(2 * self._pause, SELDOM)
+            self._ways[not self._faster] = Way()  # is looked at afresh
+        else:
+            return self._faster
+        self._due = self._counted + self._pause * self._lanes
+        return self._choose()
 
     def count(self, drafting: bool, tokens: int, seconds: float, lane: int = 0) -> None:
         """A lane's step gained so many tokens in so long."""
@@ -84,10 +96,10 @@ class Trials:
             self._lanes += 1
             return self._lanes - 1
 
-    def choose(self, rows: int, lane: int) -> bool:
+    def choose(self, rows: int, lane: int, counts: bool) -> bool:
         """See Trial.choose; rows: that the lane's step runs."""
         with self._lock:
-            return self._by_rows.setdefault(rows.bit_length(), Trial(self._lanes)).choose(lane)
+            return self._by_rows.setdefault(rows.bit_length(), Trial(self._lanes)).choose(lane, counts)
 
     def count(self, rows: int, drafting: bool, tokens: int, seconds: float, lane: int) -> None:
         """See Trial.count; rows: as in the call of `choose` before the step."""
