@@ -56,7 +56,13 @@ def prompts(texts: Path) -> Iterator[tuple[str, str]]:
         yield "summarization", f"Summarize: {article} {news[(number + 1) % len(news)]}"
         long = " ".join(body for _, body in chance.sample(entries, 6))
         yield "summarization", f"Summarize: {long}"
-    asked = ("What is {}?", "What does {} mean?", "Who invented {}?", "When was {} first used?", "Where is {} used?")
+    asked = (
+        "What is {}?",
+        "What does {} mean?",
+        "Who invented {}?",
+        "When was {} first used?",
+        "Where is {} used?",
+    )
     for word, _ in entries:
         yield "qa", chance.choice(asked).format(word)
         passages = chance.sample(entries, 4)
@@ -66,7 +72,9 @@ def prompts(texts: Path) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("texts", type=Path, help="folder the packages were unpacked in")
     parser.add_argument("output", type=Path, help="JSON Lines to write: id, source, prompt")
     arguments = parser.parse_args()

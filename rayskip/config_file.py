@@ -125,6 +125,11 @@ def _explain(errors: Sequence[ErrorDetails], root: type[BaseModel]) -> str:
         case "model_type" | "model_attributes_type":
             section = _section(first["loc"], root)
             return f'"{key}" is a section with keys such as {_names(section)}, got {_kind(first["input"])}'
+        case "union_tag_invalid":
+            kinds, tag = list(_kinds(field)) if field else [], str(first["ctx"]["tag"])
+            near = difflib.get_close_matches(tag, kinds, n=1)
+            hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(kinds)}"
+            return f'"{key}.kind" is "{tag}"; {hint}'
         case "value_error":
             reason = str(first["ctx"]["error"])
             return f'"{key}": {reason}' if key else reason

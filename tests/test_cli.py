@@ -47,6 +47,15 @@ def job(tmp_path: Path) -> Path:
     return path
 
 
+def test_a_drafter_that_is_not_there_is_refused_before_the_output_is_claimed(job: Path) -> None:
+    wrong = ("--set", "decode.draft={kind: kangaroo, path: nowhere}")
+    for command in ("plan", "run"):
+        found = cli(command, str(job), *wrong, cwd=job.parent)
+        assert found.returncode == 2
+        assert "nowhere has no kangaroo.json" in found.stderr
+    assert not (job.parent / "out").exists()
+
+
 def test_help_answers_in_under_a_second() -> None:
     def seconds() -> float:
         began = time.monotonic()

@@ -82,6 +82,8 @@ def test_overrides_are_yaml_and_the_last_one_wins(config: Path) -> None:
             "input.prompt=text",
             '"input": name one of prompt, messages, prompt_token_ids, template; got prompt',
         ),
+        ("decode.draft.kind=kangaro", '"decode.draft.kind" is "kangaro"; did you mean "kangaroo"?'),
+        ("decode.draft.kind=zzz", '"decode.draft.kind" is "zzz"; known: none, lookup, '),
         ("name=''", '"name" should be a text that is not empty'),
         ("model={}", 'missing key "model.path" (smollm2-135m-instruct, a local folder'),
     ],

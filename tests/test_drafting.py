@@ -6,7 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from copy import copy
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
+from rayskip.config import DecodeConfig, EngineConfig, KangarooDraft, ModelConfig, SamplingParams
 from rayskip.data.records import Generation, Prompt
 from rayskip.decode.batch import Chunk
 from rayskip.decode.draft import NEWEST, Draft
+from rayskip.decode.drafters import check_files
 from rayskip.decode.drafters.auto import AutoDrafter, Fortune, Rate, Rounds, round_pays
 from rayskip.decode.drafters.costs import StepCosts, worth_verifying
 from rayskip.decode.drafters.lookup import Copy, Index
@@ -31,11 +34,14 @@ from rayskip.engine import Engine
 from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import load, tensors_fingerprint
 from rayskip.model.forward import Decoder
-from rayskip.model.kangaroo import KangarooLabel
+from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.medusa import MedusaLabel
-from rayskip.model.ops import Ops
+from rayskip.model.ops import Group, Ops, TokenBatch
 from rayskip.model.trained import save_trained
+
+LISTED = 48
+"""Tokens that drafters choose from: whole vectors of the kernels."""
 
 LAYERS, VOCAB, EXIT = 4, 61, 2
 DRAFTERS = (
@@ -67,9 +73,9 @@ def folder(tiny_llama: Callable[..., Path]) -> Path:
     }
     root = tiny_llama("drafting", 3, num_hidden_layers=LAYERS, **config)
     _save_adapter(root, root / "adapter", tensors_fingerprint(root))
-    label = MedusaLabel("tiny", tensors_fingerprint(root), VOCAB - 5, 0, 0.0, heads=3)
+    label = MedusaLabel("tiny", tensors_fingerprint(root), LISTED, 0, 0.0, heads=3)
     heads = {"weights": torch.zeros(3, 64, 64), "biases": torch.zeros(3, 64)}
-    save_trained(root / "heads", label, {**heads, "token_ids": torch.arange(VOCAB - 5)})
+    save_trained(root / "heads", label, {**heads, "token_ids": torch.arange(LISTED)})
     model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.bfloat16)
     model.model.layers = model.model.layers[:3]
     model.config.num_hidden_layers = 3
@@ -86,9 +92,9 @@ def _save_adapter(model: Path, target: Path, fingerprint: str) -> None:
         "final_norm": weights.final_norm.weight,
         "qkv": layer.qkv.weight,
         "out": layer.out.weight,
-        "token_ids": torch.arange(VOCAB - 5),
+        "token_ids": torch.arange(LISTED),
     }
-    save_trained(target, KangarooLabel("tiny", fingerprint, VOCAB - 5, 0, 0.0, exit_layer=EXIT), tensors)
+    save_trained(target, KangarooLabel("tiny", fingerprint, LISTED, 0, 0.0, exit_layer=EXIT), tensors)
 
 
 def _draft(kind: str, folder: Path) -> dict[str, Any]:
@@ -348,11 +354,48 @@ def test_sampling_with_a_drafter_has_the_models_distribution(folder: Path) -> No
 
 def test_a_broken_label_and_too_many_branches_are_named(folder: Path, tmp_path: Path) -> None:
     _save_adapter(folder, tmp_path, tensors_fingerprint(folder))
-    with pytest.raises(ConfigError, match="branches: 57 is more than the 56"):
-        _engine(folder, {"kind": "kangaroo", "path": str(tmp_path), "branches": 57})
+    with pytest.raises(ConfigError, match="branches: 49 is more than the 48"):
+        _engine(folder, {"kind": "kangaroo", "path": str(tmp_path), "branches": 49})
     (tmp_path / "kangaroo.json").write_text('{"base": "tiny"}')
     with pytest.raises(ModelError, match=r"kangaroo\.json needs the keys base, .*exit_layer"):
         _engine(folder, {"kind": "kangaroo", "path": str(tmp_path)})
+
+
+def test_a_damaged_adapter_and_the_folder_above_one_are_named(folder: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "exit-2" / "kangaroo.safetensors"
+    _save_adapter(folder, weights.parent, tensors_fingerprint(folder))
+    with pytest.raises(ModelError, match=r"no kangaroo\.json; did you mean .*exit-2\?"):
+        check_files(KangarooDraft(kind="kangaroo", path=str(tmp_path)), folder)
+    check_files(KangarooDraft(kind="kangaroo", path=str(weights.parent)), folder)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"kangaroo\.safetensors is damaged"):
+        _engine(folder, {"kind": "kangaroo", "path": str(weights.parent)})
+
+
+def test_the_adapter_as_one_call_does_what_its_operations_do(folder: Path) -> None:
+    decoder = Decoder(*load(folder, torch.bfloat16, torch.device("cpu")), folder=folder)
+    whole = load_kangaroo(decoder, folder / "adapter")
+    if whole._fused is None:
+        pytest.skip("a library's products are used on this processor")
+    apart = copy(whole)
+    apart._fused = None
+    slots = torch.tensor([2, 0])
+    index = torch.arange(10)
+    batch = TokenBatch(
+        index, torch.arange(5).repeat(2), slots.repeat_interleave(5), [Group(0, 5, slots, 64)], index
+    )
+    x = torch.randn(10, decoder.spec.hidden, generator=torch.Generator().manual_seed(0)).to(decoder.dtype)
+    before, found = x.clone(), []
+    for one, threads in ((apart, 1), (whole, 1), (whole, 2)):
+        cache = decoder.new_cache(1)
+        cache.resize(3, 64)
+        with decoder.threads(threads), torch.inference_mode():
+            found.append((one.attend(x, batch, cache), cache.keys[-1], cache.values[-1]))
+        assert torch.equal(x, before)
+        assert not cache.keys[:-1].any()
+    for mine, own in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(mine, own, atol=0.03, rtol=0.03)
+    assert all(torch.equal(mine, own) for mine, own in zip(found[2], found[1], strict=True))
 
 
 def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -516,8 +559,9 @@ def test_the_slower_way_is_tried_less_often_each_time_that_it_is_slower_again() 
         taken.append(trial.choose())
         trial.count(taken[-1], 10, 2.0 if taken[-1] else 1.0)
     began = [step for step in range(1, 4000) if taken[step] and not taken[step - 1]]
-    pauses = [later - earlier for earlier, later in zip(began, began[1:], strict=False)]
+    pauses = [later - earlier for earlier, later in pairwise(began)]
     assert began[0] < 0.6 * pauses[0] < 0.4 * pauses[1]
+    assert pauses[2] == pytest.approx(pauses[1], rel=0.02)  # but not ever more seldom
 
 
 def test_steps_that_do_not_count_go_on_as_before_and_begin_without_drafts() -> None:
@@ -526,6 +570,15 @@ def test_steps_that_do_not_count_go_on_as_before_and_begin_without_drafts() -> N
     assert trial.choose()
     trial.count(True, 10, 1.0)
     assert trial.choose(counts=False)
+
+
+def test_a_lane_that_no_longer_counts_does_not_stay_in_the_slower_way() -> None:
+    trial = Trial(2)
+    assert trial.choose(0)
+    for _ in range(500):
+        drafting = trial.choose(1)
+        trial.count(drafting, 10, 2.0 if drafting else 1.0, 1)
+    assert not trial.choose(0, counts=False)
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 16])

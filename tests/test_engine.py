@@ -147,6 +147,14 @@ def test_rows_that_cannot_run_are_refused_by_kind(smollm2: Path) -> None:
     assert (full.finish_reason, full.completion_tokens) == ("length", 2)
 
 
+def test_steps_with_prompt_tokens_count_as_prefill(smollm2: Path) -> None:
+    engine = _engine(smollm2, "bfloat16", max_batch_rows=2)
+    engine.generate([[504, 905, 300]] * 2, SamplingParams(max_tokens=4, ignore_eos=True))
+    stats = engine.take_stats()
+    assert stats.seconds["prefill"] > 0
+    assert (stats.completion_tokens, stats.steady_tokens) == (8, 6)
+
+
 def test_prompts_can_be_added_one_by_one(smollm2: Path) -> None:
     engine = _engine(smollm2, "bfloat16", max_batch_rows=2)
     prompts = ["The sky is", [{"role": "user", "content": "Name a river."}], [504, 905]]

@@ -112,6 +112,34 @@ def test_gate(dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("width", "count"), [(16, 16), (48, 1), (4096, 3), (50, 5)])
+def test_likeliest(width: int, count: int, dtype: torch.dtype) -> None:
+    logits = (torch.randn(4, width, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
+    logits[1] = logits[1, 0]  # nothing but equals
+    fast, slow = _both(_spec(), dtype)
+    places, chances = fast.likeliest(logits, count)
+    _, expected = slow.likeliest(logits, count)
+    torch.testing.assert_close(chances, expected)
+    torch.testing.assert_close(torch.softmax(logits.float(), dim=-1).gather(1, places), expected)
+    assert all(len(set(row)) == count for row in places.tolist())
+    if width % 16 == 0:
+        assert places[1].tolist() == list(range(count))
+
+
+def test_a_broken_row_leaves_nothing_behind_when_the_cache_is_resized() -> None:
+    cache = KVCache(_spec(), 2, torch.bfloat16, CPU)
+    cache.resize(2, 256)
+    cache.keys[:, 0, :, :9] = 3.0
+    cache.keys[:, 1, :, :100] = torch.nan
+    cache.resize(4, 128, [1, 0])
+    assert (cache.keys[:, 1, :, :9] == 3.0).all()
+    cache.clear(0)
+    assert cache.keys.isfinite().all()
+    assert cache.keys.data_ptr() % 64 == cache.values.data_ptr() % 64 == 0
+
+
+@needs_kernels
 def test_a_value_that_is_not_finite_spreads() -> None:
     """A broken row must come out as such, not as zeros."""
     fast, _ = _both(_spec(), torch.bfloat16)

@@ -312,7 +312,8 @@ class Run:
             generate_s=generate_s,
             wall_s=time.monotonic() - self.began,
             first_token_s=None if self.first_token is None else self.first_token - self.began,
-            idle_share=ours.seconds["idle"] / replica_s if replica_s > 0 else 0.0,
+            # a replica waits from before the driver hears that it is ready
+            idle_share=min(1.0, ours.seconds["idle"] / replica_s) if replica_s > 0 else 0.0,
             driver_cpu_s_per_1000_rows=1000 * cpu_s / rows if rows else 0.0,
             completion_tok_s=tok_s,
             completion_tok_s_per_replica=tok_s / max(1, self.most_replicas),

@@ -39,15 +39,19 @@ class Plan:
 
 
 def make_plan(job: JobConfig) -> Plan:
-    """Look at the input and the model, and cut the input into shards; loads no weights.
+    """Look at the input, the model and what drafts for it, and cut the input into shards; loads no weights.
 
-    Raises InputError or ModelError.
+    Raises InputError, ModelError or ConfigError.
     """
     began = time.monotonic()
     source = discover(job.input)
     check_input(job.input, source.columns)
     check_output(job, source.columns)
     shards = list(plan_shards(source, job.output.shard_rows, job.input.max_rows))
+    if job.decode.draft.kind != "none":
+        from rayskip.decode.drafters import check_files  # imports torch, which takes its time
+
+        check_files(job.decode.draft, resolve(job.model.path, job.model.revision))
     parts = fingerprint_parts(job, source)
     record = JobRecord(
         name=job.name,

@@ -49,7 +49,7 @@ class StepPlan:
     @property
     def prefills(self) -> bool:
         """Whether prompt tokens are among the chunks."""
-        return any(chunk.sequence.prefilling for chunk in self.chunks)
+        return any(not chunk.generated for chunk in self.chunks)
 
 
 class Scheduler:

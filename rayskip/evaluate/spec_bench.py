@@ -66,6 +66,7 @@ def run_spec_bench(config: SpecBenchConfig, say: Callable[[str], None] = lambda 
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     questions = _questions(config)
+    say(f"loading {config.model.path}; what is done is told subtask by subtask")
     loaded = Engine.load(config.model, EngineConfig(max_batch_rows=1))
     scores: list[Score] = []
     expected: dict[str, list[list[int]]] = {}

@@ -51,11 +51,9 @@ class Decoder:
             name: Rope(rope.cos.to(self.device, self.dtype), rope.sin.to(self.device, self.dtype))
             for name, rope in weights.ropes.items()
         }
-        self._fused = self.fused(weights.layers, [layer.linears for layer in self.layers])
+        self._fused = self.fuse(weights.layers, [layer.linears for layer in self.layers])
 
-    def fused(
-        self, layers: Seq[Layer], linears: Seq[Seq[Linear]], stored_at: int = 0
-    ) -> NativeLayers | None:
+    def fuse(self, layers: Seq[Layer], linears: Seq[Seq[Linear]], stored_at: int = 0) -> NativeLayers | None:
         """Layers as one call, where the kernels have everything they do; see NativeLayers."""
         native = [[linear.native for linear in own if linear.native is not None] for own in linears]
         all_native = all(len(products) == len(own) for products, own in zip(native, linears, strict=True))

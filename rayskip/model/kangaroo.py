@@ -50,8 +50,9 @@ class Kangaroo:
         self._qkv, self._out = Linear(qkv), Linear(out)
         self._head = Linear(Dense(decoder.weights.head.weight[self.token_ids]))
         self._rope = like.rope
+        # the feed-forward that it does not have is only looked at: its kind is the decoder's
         layer = Layer(qkv, out, like.up, like.down, self._attn_norm, like.mlp_norm, rope=like.rope)
-        self._fused = decoder.fused([layer], [[self._qkv, self._out]], self._cache_layer)
+        self._fused = decoder.fuse([layer], [[self._qkv, self._out]], self._cache_layer)
 
     def attend(self, x: Tensor, batch: TokenBatch, cache: KVCache) -> Tensor:
         """Store the keys and values of tokens at states x [N, d] after the first layers; their states after the
@@ -89,6 +90,6 @@ def adapter_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
 
 def load_kangaroo(decoder: Decoder, folder: Path | None) -> Kangaroo:
     """Read an adapter; without a folder, the one that ships for this model. Raises ModelError as `load_trained`."""
-    label, tensors, found = load_trained(KangarooLabel, decoder, folder)
+    label, tensors, found = load_trained(KangarooLabel, decoder.folder, folder)
     check_shapes(tensors, {**adapter_shapes(decoder), "token_ids": (label.tokens,)}, found)
     return Kangaroo(decoder, label.exit_layer, tensors)

@@ -7,6 +7,8 @@ Shapes: L layers, S slots, T positions per slot, Hkv key-value heads, D head dim
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,8 +36,7 @@ class KVCache:
     """
 
     def __init__(self, spec: Spec, layers: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._memory = _zeros(0, dtype, device)
-        self.keys = self.values = self._memory.view(layers, 0, spec.kv_heads, 0, spec.head_dim)
+        self.keys = self.values = _zeros((layers, 0, spec.kv_heads, 0, spec.head_dim), dtype, device)
 
     @staticmethod
     def bytes_per_position(spec: Spec, layers: int, dtype: torch.dtype) -> int:
@@ -51,24 +52,18 @@ class KVCache:
         return self.keys.shape[3]
 
     def resize(self, slots: int, length: int, kept: list[int] | None = None) -> None:
-        """Make it `slots` rows of `length` positions. kept: old slots that live on as the first ones.
-
-        Memory is taken only when the old does not suffice, and never given back.
-        """
+        """Make it `slots` rows of `length` positions. kept: old slots that live on as the first ones."""
         kept = kept or []
         shared = min(length, self.length)
-        contents = [stored[:, kept, :, :shared] for stored in (self.keys, self.values)]
-        layers, _, heads, _, dim = self.keys.shape
-        size = layers * slots * heads * length * dim
-        if 2 * size > len(self._memory):
-            dtype, device = self._memory.dtype, self._memory.device
-            del self.keys, self.values, self._memory  # lets go of the old before the new is taken
-            self._memory = _zeros(2 * size, dtype, device)
-        self.keys, self.values = (
-            self._memory[start : start + size].view(layers, slots, heads, length, dim) for start in (0, size)
-        )
-        for stored, content in zip((self.keys, self.values), contents, strict=True):
-            stored[:, : len(kept), :, :shared] = content
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)
+            layers, _, heads, _, dim = old.shape
+            content = old[:, kept, :, :shared]
+            setattr(self, name, content)  # lets go of the old one before the new one is taken
+            del old
+            new = _zeros((layers, slots, heads, length, dim), content.dtype, content.device)
+            new[:, : len(kept), :, :shared] = content
+            setattr(self, name, new)
 
     def clear(self, slot: int, start: int = 0) -> None:
         """Forget a row's positions from `start` on, for numbers that are not finite: masked positions are read, and
@@ -103,14 +98,15 @@ class KVCache:
             stored[:, target, :, :length] = stored[:, source, :, :length]
 
 
-def _zeros(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`count` zeros that begin at a cache line.
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that begin at a cache line.
 
-    On CPU the system hands out a page when it is first written to, as rows reach it: touching all of them at once
-    costs as much time as many steps (measured on a virtual machine: 3 to 4 s a GB).
+    On CPU they are numpy's, which leaves fresh memory untouched and asks for huge pages: a page is taken when a row
+    reaches it, and a gigabyte costs a tenth of a second in place of one (measured on a virtual machine).
     """
     if device.type != "cpu":
-        return torch.zeros(count, dtype=dtype, device=device)
-    raw = np.zeros(count * dtype.itemsize + LINE, np.uint8)
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + LINE, np.uint8)
     start = -raw.ctypes.data % LINE
-    return torch.from_numpy(raw[start : start + count * dtype.itemsize]).view(dtype)
+    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)

@@ -56,7 +56,7 @@ class Medusa:
 
 def load_medusa(decoder: Decoder, folder: Path | None) -> Medusa:
     """Read heads; without a folder, those that ship for this model. Raises ModelError as `load_trained`."""
-    label, tensors, found = load_trained(MedusaLabel, decoder, folder)
+    label, tensors, found = load_trained(MedusaLabel, decoder.folder, folder)
     width = decoder.spec.hidden
     shapes = {"weights": (label.heads, width, width), "biases": (label.heads, width)}
     check_shapes(tensors, {**shapes, "token_ids": (label.tokens,)}, found)

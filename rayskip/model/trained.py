@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rayskip.errors import ModelError
 from rayskip.model.checkpoint import tensors_fingerprint
-from rayskip.model.forward import Decoder
 
 SHIPPED = Path(__file__).parent / "shipped"
 """What comes with the package, one folder a model."""
@@ -42,16 +41,12 @@ class Label:
 LabelT = TypeVar("LabelT", bound=Label)
 
 
-def load_trained(
-    kind: type[LabelT], decoder: Decoder, folder: Path | None
-) -> tuple[LabelT, dict[str, Tensor], Path]:
-    """The label, the tensors and where they lie; without a folder, what ships for the decoder's model.
+def find_trained(kind: type[LabelT], base: Path | None, folder: Path | None) -> tuple[LabelT, Path]:
+    """The label and where it lies; without a folder, what ships for the model in the folder `base`.
 
     Raises ModelError when there is none, or when it was made for another model.
     """
-    from safetensors.torch import load_file
-
-    fingerprint = tensors_fingerprint(decoder.folder) if decoder.folder else None
+    fingerprint = tensors_fingerprint(base) if base else None
     folder = folder or _shipped(kind, fingerprint)
     if folder is None:
         raise ModelError(
@@ -60,9 +55,9 @@ def load_trained(
         )
     names = (f"{kind.KIND}.json", f"{kind.KIND}.safetensors")
     if missing := [name for name in names if not (folder / name).is_file()]:
-        raise ModelError(
-            f"decode.draft.path: {folder} has no {missing[0]}; `rayskip train {kind.KIND}` makes one"
-        )
+        below = sorted(folder.glob(f"*/{missing[0]}"))
+        hint = f"did you mean {below[0].parent}?" if below else f"`rayskip train {kind.KIND}` makes one"
+        raise ModelError(f"decode.draft.path: {folder} has no {missing[0]}; {hint}")
     try:
         label = kind(**json.loads((folder / names[0]).read_text()))
     except (TypeError, ValueError) as error:
@@ -71,10 +66,23 @@ def load_trained(
             f"decode.draft.path: {folder / names[0]} needs the keys {wanted} ({error})"
         ) from error
     if fingerprint is not None and fingerprint != label.base_tensors:
-        raise ModelError(
-            f"decode.draft.path: {folder} was trained on {label.base}, {decoder.folder} is another model"
-        )
-    return label, load_file(folder / names[1]), folder
+        raise ModelError(f"decode.draft.path: {folder} was trained on {label.base}, {base} is another model")
+    return label, folder
+
+
+def load_trained(
+    kind: type[LabelT], base: Path | None, folder: Path | None
+) -> tuple[LabelT, dict[str, Tensor], Path]:
+    """What `find_trained` finds, with its tensors. Raises ModelError as that does, and for a damaged file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    label, folder = find_trained(kind, base, folder)
+    path = folder / f"{kind.KIND}.safetensors"
+    try:
+        return label, load_file(path), folder
+    except SafetensorError as error:
+        raise ModelError(f"decode.draft.path: {path} is damaged ({error})") from error
 
 
 def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -97,9 +105,9 @@ def save_trained(folder: Path, label: Label, tensors: Mapping[str, Tensor]) -> N
     (folder / f"{label.KIND}.json").write_text(json.dumps(asdict(label), indent=2) + "\n")
 
 
-def has_shipped(kind: type[Label], decoder: Decoder) -> bool:
-    """Whether such a drafter comes with the package for the decoder's model."""
-    return decoder.folder is not None and _shipped(kind, tensors_fingerprint(decoder.folder)) is not None
+def has_shipped(kind: type[Label], base: Path | None) -> bool:
+    """Whether such a drafter comes with the package for the model in the folder `base`."""
+    return base is not None and _shipped(kind, tensors_fingerprint(base)) is not None
 
 
 def _shipped(kind: type[Label], fingerprint: str | None) -> Path | None:

@@ -37,8 +37,8 @@ from rayskip.model.checkpoint import load, resolve
 from rayskip.model.forward import Decoder
 from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
 from rayskip.model.kv_cache import KVCache
-from rayskip.model.medusa import load_medusa
-from rayskip.model.trained import has_shipped
+from rayskip.model.medusa import MedusaLabel, load_medusa
+from rayskip.model.trained import find_trained, has_shipped
 from rayskip.skip import SkipPolicy
 
 KANGAROO_LAYERS = 1
@@ -96,7 +96,7 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
             )
         case AutoDraft():
             maker = None
-            if config.path is not None or has_shipped(KangarooLabel, decoder):
+            if config.path is not None or has_shipped(KangarooLabel, decoder.folder):
                 try:
                     maker = kangaroo_maker(config)
                 except ConfigError:  # the policy skips the adapter's layers: only one that was named must run
@@ -113,6 +113,24 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
                 lambda threads, rows: AutoDrafter(config, costs(threads, rows), maker and maker(), trials),
                 KANGAROO_LAYERS if maker else 0,
             )
+
+
+def check_files(config: DraftConfig, model: Path) -> None:
+    """Whether the files that the drafter needs are there and fit the model in the folder; loads no weights.
+
+    Raises ConfigError or ModelError.
+    """
+    match config:
+        case KangarooDraft():
+            find_trained(KangarooLabel, model, _folder(config.path))
+        case AutoDraft() if config.path is not None:
+            find_trained(KangarooLabel, model, _folder(config.path))
+        case MedusaDraft():
+            find_trained(MedusaLabel, model, _folder(config.path))
+        case DraftModelDraft():
+            resolve(config.model.path, config.model.revision)
+        case RetrievalDraft():
+            _corpus(config)
 
 
 def _check_branches(branches: int, tokens: int) -> None:
@@ -146,14 +164,19 @@ def _draft_model(config: DraftModelDraft, decoder: Decoder) -> Decoder:
     return model
 
 
+def _corpus(config: RetrievalDraft) -> Path | None:
+    path = _folder(config.corpus)
+    if path is not None and not path.is_file():
+        raise ConfigError(f"decode.draft.corpus: {path} is no file; a text file with a text a line is wanted")
+    return path
+
+
 def _store(config: RetrievalDraft, decoder: Decoder) -> Store:
     """With the corpus' lines."""
     store = Store(config.max_tokens)
-    if config.corpus is None:
+    path = _corpus(config)
+    if path is None:
         return store
-    path = Path(config.corpus).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"decode.draft.corpus: {path} is no file; a text file with a text a line is wanted")
     tokenizer = load_tokenizer(decoder.folder) if decoder.folder else None
     if tokenizer is None:
         raise ModelError("decode.draft.corpus: the model's folder has no tokenizer to read it with")

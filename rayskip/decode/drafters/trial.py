@@ -45,10 +45,13 @@ class Trial:
         self._settling: dict[int, int] = {}
 
     def choose(self, lane: int = 0, counts: bool = True) -> bool:
-        """Whether the lane's next step drafts. counts: whether `count` will hear of it; if not, the lane goes on as
-        it did, and without drafts until a step counts."""
+        """Whether the lane's next step drafts.
+
+        counts: whether `count` will hear of it; if not, the lane drafts only if it did before and that is not known
+        to be the slower way.
+        """
         if not counts:
-            return self._taken.get(lane, False)
+            return self._taken.get(lane, False) and self._faster
         drafting = self._choose()
         if drafting is not self._taken.get(lane):
             self._taken[lane], self._settling[lane] = drafting, SETTLE

@@ -115,8 +115,8 @@ int product(const Product *product, const element *x, element *out, int64_t rows
     return together((int)threads, work_on_product, &task);
 }
 
-/* One layer: see Layer in spec.py; without a feed-forward where `up` has no outputs. q_norm, k_norm [D]: NULL where it
- * has none. cosines, sines: see rotate_and_store. */
+/* One layer: see Layer in spec.py. `up` has no outputs where no layer of a call has a feed-forward. q_norm, k_norm [D]:
+ * NULL where it has none. cosines, sines: see rotate_and_store. */
 typedef struct {
     Product qkv, out, up, down;
     const element *attn_norm, *mlp_norm, *q_norm, *k_norm, *cosines, *sines;

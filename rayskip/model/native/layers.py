@@ -38,7 +38,7 @@ class NativeLayers:
         ropes: Mapping[str, Rope],
         stored_at: int,
     ) -> None:
-        """products: of each layer, qkv, out, up and down; of layers without a feed-forward the first two. stored_at:
+        """products: of each layer, qkv, out, up and down; if none has a feed-forward the first two. stored_at:
         the cache's layer for the first of them."""
         self._spec = spec
         self._stored_at = stored_at

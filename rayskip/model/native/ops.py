@@ -45,8 +45,8 @@ class NativeOps(Ops):
         if logits.dtype not in DEFINES or logits.shape[1] % LANES:
             return super().likeliest(logits, count)
         logits = logits.contiguous()
-        places = torch.zeros(len(logits), count, dtype=torch.long)
-        chances = torch.empty(len(logits), count)
+        places = logits.new_zeros(len(logits), count, dtype=torch.long)
+        chances = logits.new_empty(len(logits), count, dtype=torch.float32)
         self._library.likeliest(
             logits.data_ptr(), *logits.shape, count, places.data_ptr(), chances.data_ptr()
         )

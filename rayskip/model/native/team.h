@@ -12,7 +12,7 @@
 
 #include "vectors.h"
 
-/* Threads that work on one call: the caller and its helpers, which sleep between calls. */
+/* Threads that work on one call: the caller and its helpers, which fall asleep where no other call follows soon. */
 typedef struct Team {
     int count; /* the caller included; fewer than `asked` where the system gives no more threads */
     int asked;
@@ -27,8 +27,9 @@ typedef struct Team {
     pthread_t helpers[];
 } Team;
 
-#define AWAKE (SPINS + 3000)
-#define SPINS 2000 /* some 50 microseconds, longer than the gaps within a step */
+#define SPINS 2000           /* some 50 microseconds; who waits longer lets other threads run */
+#define AWAKE (SPINS + 3000) /* a helper's turns before it sleeps, 1 to 2 ms on an idle core: longer than between a step's
+                                calls, of which the short ones take no longer than waking up */
 
 INLINE void pause_briefly(int spins) {
     if (spins >= SPINS)
