@@ -127,9 +127,7 @@ def _explain(errors: Sequence[ErrorDetails], root: type[BaseModel]) -> str:
             return f'"{key}" is a section with keys such as {_names(section)}, got {_kind(first["input"])}'
         case "union_tag_invalid":
             kinds, tag = list(_kinds(field)) if field else [], str(first["ctx"]["tag"])
-            near = difflib.get_close_matches(tag, kinds, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(kinds)}"
-            return f'"{key}.kind" is "{tag}"; {hint}'
+            return f'"{key}.kind" is "{tag}"; {_nearest(tag, kinds) or _known(kinds)}'
         case "value_error":
             reason = str(first["ctx"]["error"])
             return f'"{key}": {reason}' if key else reason
@@ -192,9 +190,8 @@ def _kinds(field: FieldInfo) -> dict[str, type[BaseModel]]:
 def _suggest(loc: Sequence[int | str], root: type[BaseModel]) -> str:
     """The nearest name beside the unknown one, or the place in another section where that name exists."""
     section, unknown = _section(loc[:-1], root), str(loc[-1])
-    near = difflib.get_close_matches(unknown, section.model_fields, n=1)
-    if near:
-        return f'did you mean "{near[0]}"?'
+    if near := _nearest(unknown, section.model_fields):
+        return near
     elsewhere = [
         f"{outer}.{unknown}"
         for outer, field in root.model_fields.items()
@@ -202,7 +199,16 @@ def _suggest(loc: Sequence[int | str], root: type[BaseModel]) -> str:
     ]
     if elsewhere:
         return f'did you mean "{elsewhere[0]}"?'
-    return f"known: {', '.join(section.model_fields)}"
+    return _known(section.model_fields)
+
+
+def _nearest(unknown: str, known: Iterable[str]) -> str | None:
+    near = difflib.get_close_matches(unknown, list(known), n=1)
+    return f'did you mean "{near[0]}"?' if near else None
+
+
+def _known(names: Iterable[str]) -> str:
+    return f"known: {', '.join(names)}"
 
 
 def _names(section: type[BaseModel]) -> str:

@@ -121,9 +121,7 @@ def check_files(config: DraftConfig, model: Path) -> None:
     Raises ConfigError or ModelError.
     """
     match config:
-        case KangarooDraft():
-            find_trained(KangarooLabel, model, _folder(config.path))
-        case AutoDraft() if config.path is not None:
+        case KangarooDraft() | AutoDraft(path=str()):  # auto without a path goes without, where nothing ships
             find_trained(KangarooLabel, model, _folder(config.path))
         case MedusaDraft():
             find_trained(MedusaLabel, model, _folder(config.path))

@@ -186,9 +186,11 @@ class AutoDrafter(Drafter):
         copied: the chances of what rows copy. base: tokens that run anyway.
         """
         left = [row for row in rows if row.draft_room > 0 and (row not in copied or copied[row][0] < SURE)]
+        if self._kangaroo is None or not left:
+            return None
         others = len(rows) - len(left) + sum(map(sum, copied.values()))
         least = marginal_chance(len(left) + others, base, self._costs)
-        if self._kangaroo is None or not left or least > DEAR:
+        if least > DEAR:
             return None
         self._round = self._rounds.setdefault(len(left).bit_length(), Rounds())
         if not self._round.worth_trying(len(left), others, base, self._costs):

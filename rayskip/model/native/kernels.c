@@ -69,8 +69,9 @@ void likeliest(const element *logits, int64_t rows, int64_t width, int64_t count
         floats total = {0};
         for (int64_t i = 0; i < width; i += LANES)
             total += exponential(load(logits + i) - most);
+        const float whole = sum(total);
         for (int64_t rank = 0; rank < count; rank++)
-            chances[rank] = expf(chances[rank] - most) / sum(total);
+            chances[rank] = expf(chances[rank] - most) / whole;
     }
 }
 
