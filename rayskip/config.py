@@ -240,9 +240,9 @@ class AutoDraft(Section):
     tokens: int = Field(16, ge=1, description="tokens looked up at once, at most")
     copies: int = Field(3, ge=1, description="different continuations looked up, at most")
     gamma: int = Field(6, ge=1, description="tokens that Kangaroo drafts in a row, at most")
-    branches: int = Field(4, ge=1, description="likeliest tokens of Kangaroo at each place, at most")
+    branches: int = Field(2, ge=1, description="likeliest tokens of Kangaroo at each place, at most")
     eta: float = Field(
-        0.3, ge=0, le=1, description="Kangaroo's draft ends after a token less probable than this"
+        0.4, ge=0, le=1, description="Kangaroo's draft ends after a token less probable than this"
     )
 
 

@@ -204,7 +204,7 @@ class SpecBenchConfig(Section):
     model: ModelConfig
     questions: str = Field(description="Spec-Bench's question.jsonl")
     per_task: int | None = Field(
-        None, ge=1, description="questions of each of the six subtasks; null: all 80"
+        None, ge=1, description="questions of each of the six subtasks, evenly spread; null: all 80"
     )
     sampling: SamplingParams = SamplingParams(max_tokens=1024)
     engine: EngineConfig = EngineConfig()

@@ -599,6 +599,20 @@ def test_what_a_change_costs_at_first_does_not_count_against_a_way(lanes: int) -
     assert drafted > 0.9 * steps
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+def test_few_rows_whose_copies_come_in_bursts_are_drafted_for(rows: int) -> None:
+    """A draft costs a tenth; for 50 steps on end none holds, then for 50 each row gains three tokens a step."""
+    trials = Trials()
+    lane = trials.join()
+    drafted = 0
+    for step in range(4000):
+        drafting = trials.choose(rows, lane, True)
+        gained = 3 if drafting and step // 50 % 2 else 1
+        trials.count(rows, drafting, gained * rows, 1.1 if drafting else 1.0, lane)
+        drafted += drafting
+    assert drafted > 0.85 * 4000
+
+
 def test_free_tokens_are_drafted_and_dear_ones_are_not() -> None:
     free, dear = StepCosts((1, 64), (1.0, 1.01)), StepCosts((1, 64), (1.0, 64.0))
     assert worth_verifying([[0.5, 0.2, 0.1]], 1, free, 1) == [3]

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from threading import Lock
 
 FADE = 0.05
-"""Share of what earlier steps of a lane count that is forgotten at each new one."""
+"""Share of what earlier steps of a lane count that is forgotten at each new one, at most."""
+EVIDENCE = 256
+"""Rows' verifications that tell what drafting gains. It comes in bursts: few rows need more steps for it than many
+do, while a step without drafts gains a token a row, whatever comes."""
 CLEARLY = 1.05
-"""How many times faster drafting must be: a clock is noisy, and not drafting is what a user expects at worst."""
+"""How many times faster drafting must be for a start: a clock is noisy, and not drafting is what a user expects at
+worst. It goes on as long as it is no slower."""
 SETTLE = 2
 """Steps of a lane after a change that tell nothing, since they catch up on what the other way left undone."""
 PROBE = 8
-"""Steps of each lane that the slower way gets at a time."""
+"""Steps of each lane that the slower way gets at a time, at least."""
 AGAIN, SELDOM = 256, 1024
 """Steps of each lane from one time to the next: twice as many each time that it was slower again, up to SELDOM."""
 
@@ -29,16 +33,22 @@ class Way:
     def rate(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    def look_again(self) -> None:
+        """More steps are wanted; what earlier ones showed counts half: a machine changes, and a clock errs."""
+        self.steps, self.tokens, self.seconds = 0, self.tokens / 2, self.seconds / 2
+
 
 class Trial:
     """Two ways to take a step, with drafts (True) and without: the one that gains tokens faster is taken, and the
     other is tried now and then."""
 
-    def __init__(self, lanes: int = 1) -> None:
-        """lanes: whose steps are counted, told apart by their numbers."""
+    def __init__(self, lanes: int = 1, rows: int = EVIDENCE) -> None:
+        """lanes: whose steps are counted, told apart by their numbers. rows: that a step runs, about."""
         self._lanes = lanes
+        self._probe = {True: max(PROBE, EVIDENCE // rows), False: PROBE}
+        self._fade = {True: min(FADE, rows / EVIDENCE), False: FADE}
         self._ways = {True: Way(), False: Way()}
-        self._faster = True
+        self._faster: bool | None = None  # not known yet
         self._counted = 0
         self._pause, self._due = AGAIN, AGAIN * lanes
         self._taken: dict[int, bool] = {}
@@ -51,7 +61,7 @@ class Trial:
         to be the slower way.
         """
         if not counts:
-            return self._taken.get(lane, False) and self._faster
+            return self._taken.get(lane, False) and self._faster is not False
         drafting = self._choose()
         if drafting is not self._taken.get(lane):
             self._taken[lane], self._settling[lane] = drafting, SETTLE
@@ -59,14 +69,15 @@ class Trial:
 
     def _choose(self) -> bool:
         for drafting, way in self._ways.items():
-            if way.steps < PROBE * self._lanes:
+            if way.steps < self._probe[drafting] * self._lanes:
                 return drafting
-        before, self._faster = self._faster, self._ways[True].rate >= self._ways[False].rate * CLEARLY
+        before, least = self._faster, self._ways[False].rate * (1.0 if self._faster else CLEARLY)
+        self._faster = self._ways[True].rate >= least
         if self._faster is not before:
             self._pause = AGAIN
         elif self._counted >= self._due:
             self._pause = min(2 * self._pause, SELDOM)
-            self._ways[not self._faster] = Way()  # is looked at afresh
+            self._ways[not self._faster].look_again()
         else:
             return self._faster
         self._due = self._counted + self._pause * self._lanes
@@ -77,7 +88,7 @@ class Trial:
         if self._settling[lane]:
             self._settling[lane] -= 1
             return
-        way, fade = self._ways[drafting], 1 - FADE / self._lanes
+        way, fade = self._ways[drafting], 1 - self._fade[drafting] / self._lanes
         way.steps += 1
         way.tokens = way.tokens * fade + tokens
         way.seconds = way.seconds * fade + seconds
@@ -102,7 +113,9 @@ class Trials:
     def choose(self, rows: int, lane: int, counts: bool) -> bool:
         """See Trial.choose; rows: that the lane's step runs."""
         with self._lock:
-            return self._by_rows.setdefault(rows.bit_length(), Trial(self._lanes)).choose(lane, counts)
+            power = rows.bit_length()
+            trial = self._by_rows.setdefault(power, Trial(self._lanes, max(2**power // 2, 1)))
+            return trial.choose(lane, counts)
 
     def count(self, rows: int, drafting: bool, tokens: int, seconds: float, lane: int) -> None:
         """See Trial.count; rows: as in the call of `choose` before the step."""
