@@ -3,7 +3,7 @@
 Rows per job are whole jobs, as `rayskip run` runs them, with short prompts and short answers, so that what a job
 costs beside the model shows. Prompt and output lengths are the bare engine over token ids drawn at random. Beside
 each figure stands the arithmetic done in its seconds, products and attention: where that rate stays, time grows as
-the arithmetic does.
+the arithmetic does. The last line is all of it as JSON.
 
     python infra/measure_growth.py --rows 512 5000 50000 --prompts 32 512 4096 --outputs 32 256 1024
 """
@@ -34,9 +34,9 @@ ROW_OUTPUT = 8
 class Measured:
     """One measurement.
 
-    grows: what differs from the one before. prompt, output: tokens a row. tok_s: generated tokens a second; of a job,
-    from the first replica ready to the last commit. gflop_s: of products and attention. wall_s: the whole of it; of a
-    job with start, load and report. driver_cpu_s: a job's driver's, per 1,000 rows.
+    grows: what differs from the one before. prompt, output: tokens a row. tok_s: generated tokens a second; of a
+    job, from the first replica ready to the last commit. gflop_s: of products and attention. wall_s: the whole of
+    it; of a job with start, load and report. driver_cpu_s: a job's driver's, per 1,000 rows.
     """
 
     grows: str
@@ -121,7 +121,6 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="*", default=[32, 512], help="tokens a prompt")
     parser.add_argument("--outputs", type=int, nargs="*", default=[32, 256], help="tokens an answer")
     parser.add_argument("--batch-rows", type=int, default=16, help="rows that the bare engine runs at once")
-    parser.add_argument("--json", type=Path, help="file for all figures")
     measured = []
     arguments = parser.parse_args()
     print(LINE.format("grows", "rows", "prompt", "output", "tok/s", "GFLOP/s", "wall s", "driver CPU s"))
@@ -130,8 +129,7 @@ def main() -> None:
         driver = "" if one.driver_cpu_s is None else f"{one.driver_cpu_s:.2f}"
         rates = f"{one.tok_s:.0f}", f"{one.gflop_s:.0f}", f"{one.wall_s:.1f}"
         print(LINE.format(one.grows, one.rows, one.prompt, one.output, *rates, driver), flush=True)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(measured, indent=2) + "\n")
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

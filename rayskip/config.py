@@ -110,7 +110,12 @@ class EngineConfig(Section):
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt + completion; the model's own by default"
     )
-    kv_cache_gb: float | None = Field(None, gt=0, description="memory for the KV cache")
+    kv_cache_gb: float | None = Field(
+        None,
+        gt=0,
+        description="memory for the KV cache; null: memory_fraction of what is free after the load",
+    )
+    memory_fraction: float = Field(0.4, gt=0, le=1, description="see kv_cache_gb; of a GPU, 0.9 is usual")
 
 
 class NoSkip(Section):

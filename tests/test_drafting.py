@@ -474,6 +474,19 @@ def test_long_texts_are_caught_up_on_piece_by_piece(
     assert engine.take_stats().drafted_by[kind if kind == "draft_model" else "kangaroo"] > 0
 
 
+@pytest.mark.parametrize(("seconds_of_64", "asked"), [(1.01, True), (64.0, False)])
+def test_auto_asks_kangaroo_only_where_its_tokens_may_pay(
+    folder: Path, seconds_of_64: float, asked: bool
+) -> None:
+    engine = _engine(folder, _draft("auto", folder), rows=2)
+    for lane in engine._lanes:
+        assert isinstance(lane._drafter, AutoDrafter)
+        lane._drafter._costs = StepCosts((1, 64), (1.0, seconds_of_64))
+        lane._drafter._trials = _AlwaysDraft()
+    engine.generate([list(range(3, 12)), list(range(20, 30))], SamplingParams(max_tokens=20, ignore_eos=True))
+    assert ("kangaroo" in engine.take_stats().drafted_by) is asked
+
+
 def test_retrieval_copies_from_other_texts() -> None:
     store = Store(limit=100)
     store.add([7, 1, 2, 3, 4, 5])

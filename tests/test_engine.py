@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from rayskip.data.records import Generation, Prompt
 from rayskip.data.sources import discover, plan_shards, read_shard
 from rayskip.engine import Engine
 from rayskip.errors import RowError
+from rayskip.model.checkpoint import load
+from rayskip.model.forward import Decoder
+from rayskip.model.kv_cache import KVCache
 
 ROOT = Path(__file__).parent.parent
 GREEDY = SamplingParams(max_tokens=24)
@@ -165,3 +168,38 @@ def test_prompts_can_be_added_one_by_one(smollm2: Path) -> None:
     for single in prompts:
         with pytest.raises(TypeError, match="list of prompts"):
             engine.generate(single, GREEDY)  # type: ignore[arg-type]
+
+
+class _SmallCache(KVCache):
+    """A device with memory for so many slots."""
+
+    room = 0
+
+    def resize(self, slots: int, length: int, kept: list[int] | None = None) -> None:
+        if slots > self.room:
+            raise torch.OutOfMemoryError(f"no memory for {slots} slots")
+        super().resize(slots, length, kept)
+
+
+def _cramped(tiny_llama: Callable[..., Path], room: int) -> Engine:
+    decoder = Decoder(*load(tiny_llama("cramped", 0), torch.bfloat16, torch.device("cpu")))
+
+    class Cache(_SmallCache):
+        pass
+
+    Cache.room = room
+    decoder.new_cache = lambda extra=0: Cache(decoder.spec, 4 + extra, decoder.dtype, decoder.device)  # type: ignore[method-assign]
+    return Engine(decoder, None, EngineConfig(max_batch_rows=16))
+
+
+def test_where_memory_does_not_suffice_fewer_rows_run_and_none_is_lost(
+    tiny_llama: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = [list(range(3, 4 + length)) for length in range(40)]
+    params = SamplingParams(max_tokens=12, temperature=1)
+    expected = _tokens(_cramped(tiny_llama, 16).generate(prompts, params))
+    assert not caplog.text
+    assert _tokens(_cramped(tiny_llama, 3).generate(prompts, params)) == expected
+    assert "on with 2" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError, match="1 slots"):
+        _cramped(tiny_llama, 0).generate(prompts, params)

@@ -112,3 +112,19 @@ def test_the_simulated_driver_commits_every_row_and_overloads_no_replica() -> No
     jobs = json.loads(done.stdout.splitlines()[-1])["jobs"]
     assert [(job["replicas"], job["shards"], job["rows"]) for job in jobs] == [(1, 3, 12), (5, 15, 60)]
     assert all(1 <= job["most_held"] <= LOOK_AHEAD for job in jobs)
+
+
+def test_growth_is_measured_on_a_random_model_of_any_size(tmp_path: Path) -> None:
+    sizes = ["--layers", "2", "--hidden", "64", "--intermediate", "96", "--heads", "4"]
+    subprocess.run([sys.executable, "infra/random_llama.py", str(tmp_path), *sizes], cwd=ROOT, check=True)
+    command = [sys.executable, "infra/measure_growth.py", "--model", str(tmp_path), "--rows", "9"]
+    options = ["--prompts", "4", "40", "--outputs", "3", "--batch-rows", "2"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert [(one["grows"], one["rows"], one["prompt"], one["output"]) for one in found[:3]] == [
+        ("prompt", 2, 4, 32),
+        ("prompt", 2, 40, 32),
+        ("output", 2, 32, 3),
+    ]
+    assert (found[3]["grows"], found[3]["rows"], found[3]["output"]) == ("rows", 9, 8)
+    assert all(one["tok_s"] > 0 and one["gflop_s"] > 0 for one in found)

@@ -40,6 +40,10 @@ class Sequence:
     def __post_init__(self) -> None:
         self.prompt_array = np.asarray(self.prompt.token_ids, dtype=np.int64)
 
+    def anew(self) -> Sequence:
+        """The same sample before its first step."""
+        return Sequence(self.request_id, self.prompt, self.sample, self.limit, self.reserved, self.full_depth)
+
     @property
     def params(self) -> SamplingParams:
         return self.prompt.params

@@ -35,7 +35,6 @@ from rayskip.errors import RowError
 from rayskip.model.checkpoint import load, resolve, trained_policy
 from rayskip.model.forward import Decoder
 from rayskip.model.invariance import is_batch_invariant
-from rayskip.model.kv_cache import key_blocks
 from rayskip.skip import full_depth, skip_policy
 from rayskip.stats import Stats
 
@@ -183,17 +182,30 @@ class Engine:
         request_id, self._next_id = self._next_id, self._next_id + 1
         self._requests[request_id] = _Request(prompt)
         limit = min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len)
+        reserved = self.decoder.ops.slot_length(limit)
         for sample in range(prompt.params.n):
-            self._waiting.append(Sequence(request_id, prompt, sample, limit, key_blocks(limit), full_depth))
+            self._waiting.append(Sequence(request_id, prompt, sample, limit, reserved, full_depth))
         return request_id
 
     def step(self) -> list[Completion]:
-        """Keep every lane stepping and wait for one to finish its forward; returns the requests that ended."""
+        """Keep every lane stepping and wait for one to finish its forward; returns the requests that ended.
+
+        Where memory does not suffice, the lane goes on with half its rows.
+        """
         self._start_steps()
         finished, _ = wait(self._steps, return_when=FIRST_COMPLETED)
-        return [
-            done for future in finished for done in self._collect(*self._steps.pop(future), future.result())
-        ]
+        done: list[Completion] = []
+        for future in finished:
+            lane, plan = self._steps.pop(future)
+            try:
+                result = future.result()
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                if not lane.halve():
+                    raise
+                _log.warning("no memory for so many rows; on with %d (%s)", lane.scheduler.max_rows, error)
+            else:
+                done += self._collect(lane, plan, result)
+        return done
 
     def run(self) -> Iterator[Completion]:
         """Step until nothing is left."""

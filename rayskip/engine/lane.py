@@ -119,6 +119,15 @@ class Lane:
             (middle - start, time.perf_counter() - middle),
         )
 
+    def halve(self) -> bool:
+        """After a step that memory did not suffice for: see Scheduler.halve."""
+        if not self.scheduler.halve():
+            return False
+        self._cache.resize(0, 0)
+        if self._decoder.device.type == "cuda":
+            torch.cuda.empty_cache()  # what was free in pieces
+        return True
+
     def _run_without_drafts(
         self, rows: Seq[Sequence], verdicts: dict[Sequence, Verdict], hidden: torch.Tensor
     ) -> torch.Tensor:

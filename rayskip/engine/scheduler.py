@@ -79,6 +79,18 @@ class Scheduler:
         self.running = [row for row in self.running if row.slot not in finished]
         self._free += finished
 
+    def halve(self) -> bool:
+        """Allow half as many rows and tokens, and send what runs back to the queue, to begin anew in an empty cache:
+        its tokens will be the same, since nothing but the row decides them. False: one row was all."""
+        if self.max_rows == 1:
+            return False
+        self.max_rows //= 2
+        self.max_tokens = max(self.max_tokens // 2, self.max_rows)
+        self.waiting.extendleft(row.anew() for row in reversed(self.running))
+        self.running, self._free = [], []
+        self._slots = self._length = 0
+        return True
+
     def schedule(self, share: int) -> StepPlan:
         """The next step: every decoding row, then as much prefill as the token budget allows.
 

@@ -18,8 +18,6 @@ CANDIDATES = (32, 64, 128, 256)
 WORTH = 1.1
 """A batch twice as large must make this many times the tokens per second: past that it only adds memory and a
 longer tail."""
-MEMORY_SHARE = 0.4
-"""Share of the free memory that the KV cache may take when kv_cache_gb is not set."""
 LANE_ROWS = 8
 """Fewest rows worth a lane of their own."""
 COHORT = 0.25
@@ -53,7 +51,11 @@ def choose_sizes(decoder: Decoder, config: EngineConfig, policy: SkipPolicy, ext
     threads = torch.get_num_threads()
     lanes = _lanes(decoder.device, threads, config.max_batch_rows)
     per_position = KVCache.bytes_per_position(decoder.spec, len(decoder.layers) + extra_layers, decoder.dtype)
-    free = config.kv_cache_gb * 1e9 if config.kv_cache_gb else free_bytes(decoder.device) * MEMORY_SHARE
+    room = (
+        config.kv_cache_gb * 1e9
+        if config.kv_cache_gb
+        else config.memory_fraction * free_bytes(decoder.device)
+    )
     rows = (
         -(-config.max_batch_rows // lanes) if config.max_batch_rows else best_rows(decoder, threads // lanes)
     )
@@ -63,7 +65,7 @@ def choose_sizes(decoder: Decoder, config: EngineConfig, policy: SkipPolicy, ext
         threads_per_lane=threads // lanes,
         batch_rows=rows,
         batch_tokens=max(tokens // lanes, rows),
-        cache_positions=max(int(free / per_position / lanes), KEY_BLOCK),
+        cache_positions=max(int(room / per_position / lanes), KEY_BLOCK),
         cohort=max(1, round(cohort * rows)),
     )
 
@@ -89,7 +91,7 @@ def best_rows(decoder: Decoder, threads: int) -> int:
 def _step_seconds(decoder: Decoder, rows: int) -> float:
     """Fastest of three decode steps of `rows` rows at one key block."""
     cache = decoder.new_cache()
-    cache.resize(rows, KEY_BLOCK)
+    cache.resize(rows, decoder.ops.slot_length(KEY_BLOCK))
     index = torch.arange(rows, device=decoder.device)
     zeros = torch.zeros_like(index)
     batch = TokenBatch(zeros, zeros, index, [Group(0, 1, index, KEY_BLOCK)], index)

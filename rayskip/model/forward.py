@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rayskip.model.graphs import GraphedLayers, cuda_graphs
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.linear import Linear, row_rule
 from rayskip.model.native import kernels
@@ -24,6 +25,7 @@ from rayskip.model.native.layers import NativeLayers, are_usual
 from rayskip.model.native.ops import native_ops
 from rayskip.model.ops import Ops, TokenBatch, normalise, softcap
 from rayskip.model.spec import Layer, Rope, Spec, Weights
+from rayskip.model.varlen import varlen_ops
 
 
 class Decoder:
@@ -41,7 +43,8 @@ class Decoder:
         self.weights = weights
         self.dtype = weights.embed.dtype
         self.device = weights.embed.device
-        self.ops = ops or native_ops(spec, self.dtype, self.device)
+        fastest = varlen_ops if self.device.type == "cuda" else native_ops
+        self.ops = ops or fastest(spec, self.dtype, self.device)
         self.head = Linear(weights.head)
         self.layers = [_PackedLayer(layer) for layer in weights.layers]
         self.row_rule = row_rule(self._linears())
@@ -52,6 +55,11 @@ class Decoder:
             for name, rope in weights.ropes.items()
         }
         self._fused = self.fuse(weights.layers, [layer.linears for layer in self.layers])
+        self.graphs = (
+            GraphedLayers(self.run_each, cuda_graphs())
+            if self.device.type == "cuda" and self.ops.name == "varlen"
+            else None
+        )
 
     def fuse(self, layers: Seq[Layer], linears: Seq[Seq[Linear]], stored_at: int = 0) -> NativeLayers | None:
         """Layers as one call, where the kernels have everything they do; see NativeLayers."""
@@ -120,6 +128,12 @@ class Decoder:
         """
         if self._fused is not None and len(x):
             return self._fused.run(x, batch, cache, first, last)
+        if self.graphs is not None and (done := self.graphs.run(x, batch, cache, first, last)) is not None:
+            return done
+        return self.run_each(x, batch, cache, first, last)
+
+    def run_each(self, x: Tensor, batch: TokenBatch, cache: KVCache, first: int, last: int) -> Tensor:
+        """`run_layers`, operation by operation."""
         branch: Tensor | None = None  # what the last layer adds to x; the next norm adds it on its way
         for index in range(first, last):
             count = len(x) if batch.active is None else batch.active[index]

@@ -36,7 +36,7 @@ def _logits(decoder: Decoder, tokens: Tensor, width: int) -> Tensor:
     rows, length = tokens.shape
     device = tokens.device
     cache = decoder.new_cache()
-    cache.resize(rows, key_blocks(length))
+    cache.resize(rows, decoder.ops.slot_length(length))
     slots = torch.arange(rows, device=device)
     found = []
     for start in range(0, length, width):

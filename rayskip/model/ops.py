@@ -8,14 +8,18 @@ Shapes: N tokens, d hidden, Hq = Hkv * G query heads, D head dim, T key position
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.kv_cache import KVCache, key_blocks
 from rayskip.model.spec import Activation, Norm, Rope, Spec
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -76,22 +80,25 @@ class TokenBatch:
     outputs: Tensor
     active: list[int] | None = None
     paths: Paths | None = None
-    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _made: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def places(self) -> Tensor:
         """Where in its slot each token's keys and values lie, [N]."""
         return self.positions if self.paths is None else self.paths.places
 
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What `make` returns, made for `key` once a step, by the first layer that asks."""
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
     def mask(self, index: int, window: int | None, heads: int, dtype: torch.dtype) -> Tensor:
-        """0 where a query may look, -inf elsewhere: [rows, 1, width * heads, T]; made once per step."""
-        if (index, window) not in self._masks:
-            group = self.groups[index]
-            positions = self.positions[group.start : group.stop].view(group.rows, group.width)
-            self._masks[index, window] = causal_mask(
-                positions.repeat_interleave(heads, dim=1), group.keys, window, dtype
-            )
-        return self._masks[index, window]
+        """0 where a query may look, -inf elsewhere: [rows, 1, width * heads, T]."""
+        group = self.groups[index]
+        positions = self.positions[group.start : group.stop].view(group.rows, group.width)
+        return causal_mask(positions.repeat_interleave(heads, dim=1), group.keys, window, dtype)
 
 
 class Ops:
@@ -102,6 +109,10 @@ class Ops:
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
+
+    def slot_length(self, length: int) -> int:
+        """Positions that the cache must have for a row of `length`."""
+        return key_blocks(length)
 
     def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm) -> Tensor:
         """Add branch to x in place, and return that normalised; all [N, d]."""
@@ -137,18 +148,31 @@ class Ops:
         N: the layer's active tokens, the batch's first ones; they end with a group. May write into q and k.
         window: see `Layer`.
         """
-        slots, positions = batch.slots[: len(q)], batch.positions[: len(q)]
-        if rope is not None:
-            cos, sin = rope.cos[positions].unsqueeze(1), rope.sin[positions].unsqueeze(1)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        cache.write(layer, slots, batch.places[: len(q)], k, v)
-        q = q * self.spec.scale
+        q = self.turn_and_store(q, k, v, rope, layer, batch, cache) * self.spec.scale
         parts = [
             self._attend_group(q[group.start : group.stop], layer, window, batch, index, cache)
             for index, group in enumerate(batch.groups)
             if group.start < len(q)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def turn_and_store(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rope: Rope | None,
+        layer: int,
+        batch: TokenBatch,
+        cache: KVCache,
+    ) -> Tensor:
+        """Turn q and k, store k and v in the cache, return q; as in `attention`."""
+        slots, positions = batch.slots[: len(q)], batch.positions[: len(q)]
+        if rope is not None:
+            cos, sin = rope.cos[positions].unsqueeze(1), rope.sin[positions].unsqueeze(1)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        cache.write(layer, slots, batch.places[: len(q)], k, v)
+        return q
 
     def _attend_group(
         self, q: Tensor, layer: int, window: int | None, batch: TokenBatch, index: int, cache: KVCache
@@ -166,7 +190,7 @@ class Ops:
         per_head = spec.heads // spec.kv_heads
         q = q.view(group.rows, group.width, spec.kv_heads, per_head, spec.head_dim).transpose(1, 2)
         q = q.reshape(group.rows, spec.kv_heads, group.width * per_head, spec.head_dim)
-        mask = batch.mask(index, window, per_head, q.dtype)
+        mask = batch.once(("mask", index, window), lambda: batch.mask(index, window, per_head, q.dtype))
         out = attend(q, keys, values, mask, spec.attn_softcap)  # [rows, Hkv, width * G, D]
         out = out.view(group.rows, spec.kv_heads, group.width, per_head, spec.head_dim).transpose(1, 2)
         return out.reshape(group.rows * group.width, spec.heads * spec.head_dim)

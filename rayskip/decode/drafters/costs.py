@@ -53,7 +53,7 @@ def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepC
     with decoder.threads(threads):
         cache = decoder.new_cache()
         length = min(LENGTH, decoder.spec.max_positions)
-        cache.resize(rows, key_blocks(length))
+        cache.resize(rows, decoder.ops.slot_length(length))
         limit = CPU_MOST if decoder.device.type == "cpu" else GPU_MOST
         tokens = [2**power for power in range(13) if power < 2 or (2**power < 2 * most and 2**power <= limit)]
         seconds = [_seconds(decoder, cache, count, length) for count in tokens]

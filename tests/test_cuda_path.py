@@ -1,0 +1,131 @@
+"""What only CUDA runs, on CPU: FlashAttention's call with a slow function that does as torch documents it, and CUDA
+graphs with calls that are made again. A GPU's own kernels are not tested here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
+from rayskip.engine import Engine
+from rayskip.model.checkpoint import load
+from rayskip.model.forward import Decoder
+from rayskip.model.graphs import GraphedLayers
+from rayskip.model.ops import Ops
+from rayskip.model.varlen import PAGE, VarlenOps, varlen_ops
+
+CPU = torch.device("cpu")
+DECODE: list[dict[str, Any]] = [
+    {},
+    {"skip": {"kind": "skipdecode", "speedup": 2, "horizon": 12}},
+    {"draft": {"kind": "lookup"}},
+    {"draft": {"kind": "lookup"}, "skip": {"kind": "skipdecode", "speedup": 2, "horizon": 12}},
+]
+
+
+def documented_varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+    seqused_k: Tensor,
+    block_table: Tensor,
+    num_splits: int,
+) -> Tensor:
+    """Row by row and head by head; queries [Tq, Hq, D], pages [pages, positions, Hkv, D] -> [Tq, Hq, D]."""
+    assert cu_seq_k is None
+    assert num_splits == 1
+    assert key.shape[1] % PAGE == 0
+    assert {tensor.dtype for tensor in (cu_seq_q, seqused_k, block_table)} == {torch.int32}
+    assert enable_gqa or query.shape[1] == key.shape[2]
+    shared = query.shape[1] // key.shape[2]
+    out = torch.empty_like(query)
+    for row, (start, stop) in enumerate(zip(cu_seq_q.tolist(), cu_seq_q[1:].tolist(), strict=False)):
+        used = int(seqused_k[row])
+        assert stop - start <= max_q
+        assert used <= max_k
+        keys, values = (stored[block_table[row].long()].flatten(0, 1)[:used] for stored in (key, value))
+        for query_at in range(start, stop):
+            seen = used - (stop - query_at) + 1 + window_size[1]  # the last query sees the last key
+            first = 0 if window_size[0] < 0 else max(seen - 1 - window_size[0], 0)
+            for head in range(query.shape[1]):
+                scores = keys[first:seen, head // shared] @ query[query_at, head] * scale
+                out[query_at, head] = scores.softmax(0) @ values[first:seen, head // shared]
+    return out
+
+
+def recorded_again(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    out = work()
+
+    def again() -> None:
+        out.copy_(work())
+
+    return out, again
+
+
+def _generate(decoder: Decoder, decode: dict[str, Any]) -> list[list[int]]:
+    engine = Engine(
+        decoder,
+        None,
+        EngineConfig(max_batch_rows=3, max_batch_tokens=16),
+        DecodeConfig.model_validate(decode),
+    )
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 190, (length,), generator=generator).tolist() for length in (5, 21, 1, 40, 9)]
+    params = [SamplingParams(max_tokens=count, temperature=0) for count in (17, 6, 12, 9, 20)]
+    return [samples[0].token_ids or [] for samples in engine.generate(prompts, params)]
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("decode", DECODE)
+@pytest.mark.parametrize("window", [None, 13])
+def test_tokens_are_those_of_torchs_attention(
+    window: int | None, decode: dict[str, Any], graphs: bool, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=199,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=window,
+        initializer_range=0.3,
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    spec, weights = load(tmp_path, torch.float32, CPU)
+    plain = Decoder(spec, weights, Ops(spec))
+    fast = Decoder(spec, weights, VarlenOps(spec, documented_varlen_attn))
+    recorded = []
+
+    def record(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        recorded.append(work)
+        return recorded_again(work)
+
+    fast.graphs = GraphedLayers(fast.run_each, record) if graphs else None
+    assert _generate(fast, decode) == _generate(plain, decode)
+    assert bool(recorded) is graphs
+
+
+def test_where_flash_attention_cannot_run_torchs_attention_serves(
+    tiny_llama: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    spec, _ = load(tiny_llama("cuda", 0), torch.bfloat16, CPU)
+    assert varlen_ops(spec, torch.bfloat16, CPU).name == "torch"
+    assert "does not serve here" in caplog.text
+    assert varlen_ops(spec, torch.float32, CPU).name == "torch"
