@@ -17,7 +17,7 @@ from rayskip.model.kv_cache import KVCache
 from rayskip.model.native import kernels as native
 from rayskip.model.native.ops import native_ops
 from rayskip.model.native.product import native_product
-from rayskip.model.ops import Group, Ops, TokenBatch
+from rayskip.model.ops import Group, Ops, Paths, TokenBatch
 from rayskip.model.spec import Dense, Norm, Rope, Spec
 
 CPU = torch.device("cpu")
@@ -85,6 +85,65 @@ def test_attention(
 
     for found, expected in zip(*results, strict=True):
         _assert_close(found, expected)
+
+
+TREE = Paths(
+    torch.arange(100, 106),
+    torch.full((6,), 100),
+    torch.tensor(
+        [[100, 0, 0], [100, 101, 0], [100, 102, 0], [100, 101, 103], [100, 102, 104], [100, 101, 105]],
+    ),
+)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "cap", "window"), [*SHAPES, (9, 3, 64, 20.0, 77), (14, 2, 64, None, None)]
+)
+@pytest.mark.parametrize(
+    ("slots", "positions", "paths"),
+    [
+        ([1] * 150, list(range(150)), None),
+        ([1] * 6 + [2] * 3 + [0], [100, 101, 102, 103, 104, 105, 7, 8, 9, 30], None),
+        ([1] * 6, [100, 101, 101, 102, 102, 102], TREE),
+    ],
+)
+def test_tokens_of_a_row_attend_to_the_same_bits_together_and_one_by_one(
+    slots: list[int],
+    positions: list[int],
+    paths: Paths | None,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    cap: float | None,
+    window: int | None,
+    dtype: torch.dtype,
+) -> None:
+    ops, _ = _both(_spec(heads, kv_heads, dim, cap), dtype)
+    packed = torch.randn(
+        len(slots), heads + 2 * kv_heads, dim, generator=torch.Generator().manual_seed(0)
+    ).to(dtype)
+    cache = KVCache(ops.spec, 1, dtype, CPU)
+    cache.resize(3, 192)
+    cache.keys[0, :, :, :100], cache.values[0, :, :, :100] = torch.randn(
+        2, 3, kv_heads, 100, dim, generator=torch.Generator().manual_seed(1)
+    ).to(dtype)
+    place, row = torch.tensor(positions), torch.tensor(slots)
+
+    def attend(first: int, last: int) -> torch.Tensor:
+        own = (
+            None
+            if paths is None
+            else Paths(*(part[first:last] for part in (paths.places, paths.starts, paths.after)))
+        )
+        batch = TokenBatch(place[first:last], place[first:last], row[first:last], [], row[:0], None, own)
+        q, k, v = torch.split(packed[first:last].clone(), [heads, kv_heads, kv_heads], dim=1)
+        return ops.attention(q, k, v, None, 0, window, batch, cache)
+
+    together = attend(0, len(slots))
+    assert together.isfinite().all()
+    assert torch.equal(together, torch.cat([attend(at, at + 1) for at in range(len(slots))]))
 
 
 @needs_kernels

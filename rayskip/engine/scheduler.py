@@ -80,8 +80,8 @@ class Scheduler:
         self._free += finished
 
     def halve(self) -> bool:
-        """Allow half as many rows and tokens, and send what runs back to the queue, to begin anew in an empty cache:
-        its tokens will be the same, since nothing but the row decides them. False: one row was all."""
+        """Allow half as many rows and tokens, and send what runs back to the queue, to begin anew in an empty
+        cache: its tokens will be the same, since nothing but the row decides them. False: one row was all."""
         if self.max_rows == 1:
             return False
         self.max_rows //= 2

@@ -4,6 +4,13 @@
 
 #include "vectors.h"
 
+#ifdef PAIRS
+#define TILE 8 /* tokens of one slot whose keys are read together, at most */
+#else
+#define TILE 1
+#endif
+#define MOST_PARTS 8 /* vectors of a head's dims in a tile */
+
 typedef struct {
     int64_t heads, kv_heads, dim; /* H, K, D */
     int64_t length;               /* T */
@@ -101,9 +108,11 @@ INLINE float weigh(float *scores, int64_t first, int64_t visible, int64_t last, 
         memcpy(&x, scores + i, sizeof x);
         if (softcap > 0)
             x = softcap - 2.0f * softcap / (exponential(2.0f / softcap * x) + 1.0f);
-        ints hidden = (lane + (int32_t)i >= (int32_t)size) | (lane + (int32_t)i < (int32_t)(visible - first));
-        x = pick(hidden, splat(-INFINITY), x);
-        best = pick(x > best, x, best);
+        if (i + LANES > size || i < visible - first) {
+            ints hidden = (lane + (int32_t)i >= (int32_t)size) | (lane + (int32_t)i < (int32_t)(visible - first));
+            x = pick(hidden, splat(-INFINITY), x);
+        }
+        best = larger(x, best);
         memcpy(scores + i, &x, sizeof x);
     }
     float most = maximum(best);
@@ -147,16 +156,20 @@ INLINE void mix_pair(floats mixed[4][4], const float *weights, int64_t room, int
     }
 }
 
-/* out [count, dim] = weights [count, room] over values [first, last), divided by totals; the weights are used up. */
-INLINE void mix(float *weights, int64_t room, const element *values, int64_t first, int64_t last, const Path *path,
-                const element *soon, const float *totals, element *out, const int count, const int64_t dim) {
+/* out [count, dim] = weights [count, room] of keys from `first` on over values [begin, last), added to `begun`
+ * [count, dim] (NULL: zeros; dims as in mix_pair) and divided by totals. */
+INLINE void mix(const float *weights, int64_t room, const element *values, int64_t first, int64_t begin, int64_t last,
+                const Path *path, const element *soon, floats (*begun)[MOST_PARTS], const float *totals, element *out,
+                const int count, const int64_t dim) {
     const int64_t straight = path->start < last ? path->start : last;
-    narrow(weights, room, last - first, count);
     for (int64_t part = 0; part < dim; part += 4 * LANES) {
         const int64_t width = dim - part < 4 * LANES ? dim - part : 4 * LANES;
         const element *from = values + part;
         floats mixed[4][4] = {0};
-        int64_t key = first;
+        if (begun)
+            for (int head = 0; head < count; head++)
+                memcpy(mixed[head], begun[head] + part / LANES, sizeof mixed[head]);
+        int64_t key = begin;
         for (; key + 1 < straight; key += 2) {
             for (int64_t i = 0; i < width; i += LINE) {
                 __builtin_prefetch(soon + key * dim + part + i);
@@ -207,6 +220,134 @@ INLINE void mix(float *weights, int64_t room, const element *values, int64_t fir
 }
 #endif
 
+#ifdef PAIRS
+/* Two neighbouring dims of 16 keys side by side in each of out [dim / 2]: keys [16, dim]. */
+INLINE void transpose(const element *keys, __m512i *out, const int64_t dim) {
+    for (int64_t part = 0; part < dim; part += 2 * LANES, out += LANES) {
+        __m512i x[LANES], y[LANES];
+        for (int i = 0; i < LANES; i++)
+            x[i] = _mm512_loadu_si512(keys + i * dim + part);
+        for (int i = 0; i < LANES; i += 2) {
+            y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+            y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+        }
+        for (int i = 0; i < LANES; i += 4) {
+            x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+            x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+            x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+            x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+        }
+        for (int i = 0; i < 4; i++) {
+            __m512i even = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), odd = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+            __m512i even_later = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+            __m512i odd_later = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+            out[i] = _mm512_shuffle_i32x4(even, even_later, 0x88);
+            out[i + 4] = _mm512_shuffle_i32x4(odd, odd_later, 0x88);
+            out[i + 8] = _mm512_shuffle_i32x4(even, even_later, 0xdd);
+            out[i + 12] = _mm512_shuffle_i32x4(odd, odd_later, 0xdd);
+        }
+    }
+}
+
+INLINE __m512bh spread_pair(const element *from) {
+    int32_t both;
+    memcpy(&both, from, sizeof both);
+    return (__m512bh)_mm512_set1_epi32(both);
+}
+
+/* What `score` gives for 16 keys, bit by bit, from the keys transposed. q [count, dim]; scores [count, room]. */
+INLINE void score_transposed(const element *q, const __m512i *keys, float *scores, int64_t room, const int count,
+                             const int64_t dim, float scale) {
+    for (int head = 0; head < count; head++) {
+        floats sums[LANES];
+        for (int lane = 0; lane < LANES; lane++)
+            sums[lane] = (floats){0};
+        for (int64_t part = 0; part < dim / 2; part += LANES)
+            for (int lane = 0; lane < LANES; lane++)
+                sums[lane] = (floats)_mm512_dpbf16_ps(
+                    (__m512)sums[lane], spread_pair(q + head * dim + 2 * (part + lane)), (__m512bh)keys[part + lane]);
+        for (int width = LANES; width > 1; width /= 2)
+            for (int i = 0; i < width / 2; i++)
+                sums[i] = sums[2 * i] + sums[2 * i + 1];
+        floats total = sums[0] * scale;
+        memcpy(scores + head * room, &total, sizeof total);
+    }
+}
+
+/* Values of two neighbouring keys side by side, as mix_pair takes them: values [16, dim] -> out [8, dim / 16]. */
+INLINE void interleave(const element *values, __m512i *out, const int64_t dim) {
+    for (int key = 0; key < LANES; key += 2)
+        for (int64_t part = 0; part < dim; part += 2 * LANES) {
+            __m512i even = _mm512_loadu_si512(values + key * dim + part);
+            __m512i odd = _mm512_loadu_si512(values + (key + 1) * dim + part);
+            *out++ = _mm512_unpacklo_epi16(even, odd);
+            *out++ = _mm512_unpackhi_epi16(even, odd);
+        }
+}
+
+/* mixed [count, dim / 16] += weights [count, room] of 16 keys, narrowed, the first of them `at` after the first key of
+ * all, times their values interleaved. */
+INLINE void mix_interleaved(floats (*mixed)[MOST_PARTS], const float *weights, int64_t room, int64_t at,
+                            const __m512i *values, const int count, const int64_t dim) {
+    for (int64_t part = 0; part < dim / LANES; part += 4) {
+        floats sums[4][4];
+        for (int head = 0; head < count; head++)
+            memcpy(sums[head], mixed[head] + part, sizeof sums[head]);
+        for (int key = 0; key < LANES; key += 2)
+            for (int head = 0; head < count; head++) {
+                __m512bh weight = spread_pair((const element *)(weights + head * room) + at + key);
+                for (int i = 0; i < 4; i++)
+                    sums[head][i] = (floats)_mm512_dpbf16_ps(
+                        (__m512)sums[head][i], (__m512bh)values[key / 2 * (dim / LANES) + part + i], weight);
+            }
+        for (int head = 0; head < count; head++)
+            memcpy(mixed[head] + part, sums[head], sizeof sums[head]);
+    }
+}
+
+/* What attend_heads gives for each of some tokens of one slot, bit by bit: keys and values that all of them see are
+ * loaded and rearranged once. q, out: of the first token; paths [tokens]; scores: room for [TILE, 4, T]. */
+INLINE void attend_tile(const Shape *shape, const element *q, int64_t stride, const element *keys,
+                        const element *values, const Path *paths, int64_t tokens, float *scores, element *out,
+                        const int count, const int64_t dim) {
+    const int64_t room = shape->length, width = shape->heads * dim;
+    int64_t common = paths[0].last;
+    for (int64_t token = 0; token < tokens; token++) {
+        common = paths[token].last < common ? paths[token].last : common;
+        common = paths[token].start < common ? paths[token].start : common;
+    }
+    common = common / LANES * LANES;
+    __m512i shared[MOST_PARTS * LANES / 2];
+    for (int64_t block = 0; block < common; block += LANES) {
+        transpose(keys + block * dim, shared, dim);
+        for (int64_t token = 0; token < tokens; token++)
+            score_transposed(q + token * stride, shared, scores + token * 4 * room + block, room, count, dim,
+                             shape->scale);
+    }
+    float totals[TILE][4];
+    for (int64_t token = 0; token < tokens; token++) {
+        const Path *path = paths + token;
+        float *own = scores + token * 4 * room;
+        const int64_t straight = path->start < path->last ? path->start / LANES * LANES : path->last;
+        score(q + token * stride, keys, own, room, 0, common, straight, NULL, values, count, dim, shape->scale);
+        score(q + token * stride, keys, own, room, 0, straight, path->last, path, values, count, dim, shape->scale);
+        for (int head = 0; head < count; head++)
+            totals[token][head] = weigh(own + head * room, 0, 0, path->last, shape->softcap);
+        narrow(own, room, path->last, count);
+    }
+    floats mixed[TILE][4][MOST_PARTS];
+    memset(mixed, 0, sizeof mixed);
+    for (int64_t block = 0; block < common; block += LANES) {
+        interleave(values + block * dim, shared, dim);
+        for (int64_t token = 0; token < tokens; token++)
+            mix_interleaved(mixed[token], scores + token * 4 * room, room, block, shared, count, dim);
+    }
+    for (int64_t token = 0; token < tokens; token++)
+        mix(scores + token * 4 * room, room, values, 0, common, paths[token].last, paths + token, keys, mixed[token],
+            totals[token], out + token * width, count, dim);
+}
+#endif
+
 INLINE void attend_heads(const Shape *shape, const element *q, const element *keys, const element *values,
                          const Path *path, const element *soon, float *scores, element *out, const int count,
                          const int64_t dim) {
@@ -220,7 +361,12 @@ INLINE void attend_heads(const Shape *shape, const element *q, const element *ke
     score(q, keys, scores, room, first, straight, last, path, values, count, dim, shape->scale);
     for (int head = 0; head < count; head++)
         totals[head] = weigh(scores + head * room, first, visible, last, shape->softcap);
+#ifdef PAIRS
+    narrow(scores, room, last - first, count);
+    mix(scores, room, values, first, first, last, path, soon, NULL, totals, out, count, dim);
+#else
     mix(scores, room, values, first, last, path, soon, totals, out, count, dim);
+#endif
 }
 
 /* The number of heads and, where it is a usual one, the dim are known to the compiler. */
@@ -261,22 +407,73 @@ INLINE int64_t place_of_item(const Shape *shape, const Step *step, int64_t item)
     return (step->slots[token] * shape->kv_heads + kv_head) * shape->length * shape->dim;
 }
 
+INLINE Path path_of(const Step *step, int64_t token) {
+    const int64_t last = step->positions[token] + 1;
+    return (Path){step->starts ? step->starts[token] : last, last,
+                  step->starts ? step->after + token * step->branch : NULL};
+}
+
+/* How many tokens from `token` on attend as one: those of its slot, in tiles of like size, enough for all workers. */
+INLINE int64_t tile_of(const Shape *shape, const Step *step, int64_t token, int64_t tokens, int64_t workers) {
+    int64_t run = 0;
+    if (TILE == 1 || (shape->dim != 64 && shape->dim != 128))
+        return 1;
+    while (run < 4 * TILE && token + run < tokens && step->slots[token + run] == step->slots[token] &&
+           !(shape->window && step->positions[token + run] >= shape->window))
+        run++;
+    int64_t tiles = (run + TILE - 1) / TILE;
+    if (tiles < workers)
+        tiles = workers < run ? workers : run;
+    return run > 1 ? (run + tiles - 1) / tiles : 1;
+}
+
+/* `attend_shared` for several tokens of one slot; as attend_tile. */
+static void attend_together(const Shape *shape, const Step *step, int64_t token, int64_t tokens, const element *q,
+                            int64_t stride, const element *keys, const element *values, float *scores, element *out) {
+#ifdef PAIRS
+    const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
+    Path paths[TILE];
+    for (int64_t i = 0; i < tokens; i++)
+        paths[i] = path_of(step, token + i);
+    for (int64_t head = 0; head < shared; head += 4, q += 4 * dim, out += 4 * dim) {
+        const int64_t count = shared - head < 4 ? shared - head : 4;
+#define OF(heads, width) \
+    else if (count == heads && dim == width) \
+        attend_tile(shape, q, stride, keys, values, paths, tokens, scores, out, heads, width);
+        if (0)
+            ;
+        OF(1, 64) OF(2, 64) OF(3, 64) OF(4, 64) OF(1, 128) OF(2, 128) OF(3, 128) OF(4, 128)
+#undef OF
+    }
+#endif
+}
+
 /* Causal attention of tokens over their own slots' keys up to their own positions: q [N, H, D] with `stride` elements
- * between tokens, keys and values [slots, K, T, D] of one layer -> out [N, H, D]. D and T: multiples of LANES. Of all
- * (token, key-value head), those numbered `item`, `item + every`, and so on; scores: room for [4, T]. */
+ * between tokens, keys and values [slots, K, T, D] of one layer -> out [N, H, D]. D and T: multiples of LANES. Tiles
+ * (see tile_of) and key-value heads are numbered; of all, those numbered `item`, `item + every`, and so on. scores:
+ * room for [TILE, 4, T]. */
 static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
                          const element *values, float *scores, element *out, int64_t tokens, int64_t item,
                          int64_t every) {
-    const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
-    for (; item < tokens * shape->kv_heads; item += every) {
-        const int64_t token = item / shape->kv_heads, kv_head = item % shape->kv_heads;
-        const int64_t last = step->positions[token] + 1;
-        const Path path = {step->starts ? step->starts[token] : last, last,
-                           step->starts ? step->after + token * step->branch : NULL};
-        const int64_t next = item + every < tokens * shape->kv_heads ? item + every : item;
-        const int64_t place = place_of_item(shape, step, item), soon = place_of_item(shape, step, next);
-        attend_shared(shape, q + token * stride + kv_head * shared * dim, keys + place, values + place, &path,
-                      keys + soon, scores, out + (token * shape->heads + kv_head * shared) * dim);
+    const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads, whole = tokens * shape->kv_heads;
+    int64_t number = 0;
+    for (int64_t token = 0, tile; token < tokens; token += tile) {
+        tile = tile_of(shape, step, token, tokens, every);
+        for (int64_t kv_head = 0; kv_head < shape->kv_heads; kv_head++) {
+            if (number++ % every != item)
+                continue;
+            const int64_t own = token * shape->kv_heads + kv_head, place = place_of_item(shape, step, own);
+            const element *from = q + token * stride + kv_head * shared * dim;
+            element *to = out + (token * shape->heads + kv_head * shared) * dim;
+            if (tile > 1) {
+                attend_together(shape, step, token, tile, from, stride, keys + place, values + place, scores, to);
+                continue;
+            }
+            const int64_t next = own + every < whole ? own + every : own;
+            const Path path = path_of(step, token);
+            attend_shared(shape, from, keys + place, values + place, &path, keys + place_of_item(shape, step, next),
+                          scores, to);
+        }
     }
 }
 

@@ -78,7 +78,7 @@ void likeliest(const element *logits, int64_t rows, int64_t width, int64_t count
 /* Attention of all heads of all tokens, see attend_items. Returns 0, or 1 when memory is out. */
 int attend(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
            const element *values, element *out, int64_t tokens) {
-    float *scores = aligned_alloc(64, 4 * shape->length * sizeof *scores);
+    float *scores = aligned_alloc(64, TILE * 4 * shape->length * sizeof *scores);
     if (!scores)
         return 1;
     attend_items(shape, step, q, stride, keys, values, scores, out, tokens, 0, 1);
@@ -140,7 +140,7 @@ typedef struct {
     int64_t threads;
     /* what a token is on its way through a layer: */
     element *normed, *qkv, *attended, *up, *gated, *branch;
-    float *scores; /* [threads, 4, T] */
+    float *scores; /* [threads, TILE, 4, T] */
 } LayersTask;
 
 static void normalise_heads(const Shape *shape, const Layer *layer, element *qkv, int64_t stride, int64_t first,
@@ -167,7 +167,7 @@ static void work_on_layers(void *argument, Team *team, int worker) {
     const int64_t width = task->layers->qkv.in, inner = task->layers->up.out, packed = task->layers->qkv.out;
     const int64_t heads = task->shape.heads * task->shape.dim, kv_heads = task->shape.kv_heads * task->shape.dim;
     const int64_t stride[3] = {packed, packed, packed};
-    float *scores = task->scores + worker * 4 * task->shape.length;
+    float *scores = task->scores + worker * TILE * 4 * task->shape.length;
     int64_t pending = 0; /* tokens to which the last layer's branch is still to be added */
     for (int64_t index = task->first; index < task->last; index++) {
         const Layer *layer = task->layers + index;
@@ -221,7 +221,7 @@ int run_layers(LayersTask *task) {
     element **parts[] = {&task->normed, &task->qkv, &task->attended, &task->up, &task->gated, &task->branch};
     const int64_t widths[] = {layer->qkv.in, layer->qkv.out, layer->out.in, layer->up.out, layer->down.in,
                               layer->out.out};
-    const int64_t scores = task->threads * 4 * task->shape.length * (int64_t)sizeof(float);
+    const int64_t scores = task->threads * TILE * 4 * task->shape.length * (int64_t)sizeof(float);
     int64_t size = scores;
     for (int i = 0; i < 6; i++)
         size += room(task->tokens * widths[i]);

@@ -90,6 +90,23 @@ INLINE floats pick(ints where, floats yes, floats no) {
     return (floats)((where & (ints)yes) | (~where & (ints)no));
 }
 
+/* a where it is larger (smaller), else b. */
+INLINE floats larger(floats a, floats b) {
+#ifdef __AVX512F__
+    return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return pick(a > b, a, b);
+#endif
+}
+
+INLINE floats smaller(floats a, floats b) {
+#ifdef __AVX512F__
+    return (floats)_mm512_min_ps((__m512)a, (__m512)b);
+#else
+    return pick(a < b, a, b);
+#endif
+}
+
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -146,7 +163,7 @@ INLINE floats add_dot(floats to, const element *a, const element *b, const int64
 /* e^x for |x| up to 87, beyond it e^87 or e^-87; relative error below 3e-7 (Cephes' polynomial). */
 INLINE floats exponential(floats x) {
     const floats magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    x = pick(x < -87.0f, splat(-87.0f), pick(x > 87.0f, splat(87.0f), x));
+    x = larger(splat(-87.0f), smaller(splat(87.0f), x));
     floats shifted = multiply_add(x, splat(1.44269504f), magic);
     floats power = shifted - magic;
     floats r = multiply_add(power, splat(2.12194440e-4f), multiply_add(power, splat(-0.693359375f), x));
