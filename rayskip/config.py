@@ -115,7 +115,7 @@ class EngineConfig(Section):
         gt=0,
         description="memory for the KV cache; null: memory_fraction of what is free after the load",
     )
-    memory_fraction: float = Field(0.4, gt=0, le=1, description="see kv_cache_gb; of a GPU, 0.9 is usual")
+    memory_fraction: float = Field(0.4, gt=0, le=1, description="see kv_cache_gb")
 
 
 class NoSkip(Section):

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
 from rayskip.engine import Engine
-from rayskip.model.checkpoint import load
+from rayskip.model.checkpoint import load, tensors_fingerprint
 from rayskip.model.forward import Decoder
 from rayskip.model.graphs import GraphedLayers
+from rayskip.model.medusa import MedusaLabel
 from rayskip.model.ops import Ops
+from rayskip.model.trained import save_trained
 from rayskip.model.varlen import PAGE, VarlenOps, varlen_ops
 
 CPU = torch.device("cpu")
@@ -25,6 +27,7 @@ DECODE: list[dict[str, Any]] = [
     {"skip": {"kind": "skipdecode", "speedup": 2, "horizon": 12}},
     {"draft": {"kind": "lookup"}},
     {"draft": {"kind": "lookup"}, "skip": {"kind": "skipdecode", "speedup": 2, "horizon": 12}},
+    {"draft": {"kind": "medusa", "branches": 3}},
 ]
 
 
@@ -108,18 +111,24 @@ def test_tokens_are_those_of_torchs_attention(
         initializer_range=0.3,
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
+    label = MedusaLabel("tiny", tensors_fingerprint(tmp_path), 199, 0, 0.0, heads=3)
+    heads = {"weights": torch.zeros(3, 64, 64), "biases": torch.zeros(3, 64), "token_ids": torch.arange(199)}
+    save_trained(tmp_path / "heads", label, heads)
+    if decode.get("draft", {}).get("kind") == "medusa":
+        decode = {"draft": {**decode["draft"], "path": str(tmp_path / "heads")}}
     spec, weights = load(tmp_path, torch.float32, CPU)
-    plain = Decoder(spec, weights, Ops(spec))
-    fast = Decoder(spec, weights, VarlenOps(spec, documented_varlen_attn))
+    plain = Decoder(spec, weights, Ops(spec), tmp_path)
+    fast = Decoder(spec, weights, VarlenOps(spec, documented_varlen_attn), tmp_path)
     recorded = []
 
     def record(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         recorded.append(work)
         return recorded_again(work)
 
-    fast.graphs = GraphedLayers(fast.run_each, record) if graphs else None
+    fast.graphs = GraphedLayers(record) if graphs else None
     assert _generate(fast, decode) == _generate(plain, decode)
-    assert bool(recorded) is graphs
+    branches = "branches" in decode.get("draft", {})
+    assert bool(recorded) is (graphs and not branches)
 
 
 def test_where_flash_attention_cannot_run_torchs_attention_serves(

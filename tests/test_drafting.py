@@ -626,6 +626,18 @@ def test_few_rows_whose_copies_come_in_bursts_are_drafted_for(rows: int) -> None
     assert drafted > 0.85 * 4000
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_few_rows_for_which_drafting_is_slower_are_seldom_drafted_for(rows: int) -> None:
+    trials = Trials()
+    lane = trials.join()
+    drafted = 0
+    for _ in range(8000):
+        drafting = trials.choose(rows, lane, True)
+        trials.count(rows, drafting, rows, 1.1 if drafting else 1.0, lane)
+        drafted += drafting
+    assert 0 < drafted < 0.13 * 8000
+
+
 def test_free_tokens_are_drafted_and_dear_ones_are_not() -> None:
     free, dear = StepCosts((1, 64), (1.0, 1.01)), StepCosts((1, 64), (1.0, 64.0))
     assert worth_verifying([[0.5, 0.2, 0.1]], 1, free, 1) == [3]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rayskip.config import EngineConfig, ModelConfig, SamplingParams
+from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.config_file import load_config
 from rayskip.data.prompts import PromptBuilder, row_key
 from rayskip.data.records import Generation, Prompt
@@ -20,6 +20,7 @@ from rayskip.errors import RowError
 from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
+from rayskip.model.ops import TokenBatch
 
 ROOT = Path(__file__).parent.parent
 GREEDY = SamplingParams(max_tokens=24)
@@ -170,36 +171,46 @@ def test_prompts_can_be_added_one_by_one(smollm2: Path) -> None:
             engine.generate(single, GREEDY)  # type: ignore[arg-type]
 
 
-class _SmallCache(KVCache):
-    """A device with memory for so many slots."""
+class _Cramped(Decoder):
+    """Has memory for so many rows, which shows only after some steps."""
 
-    room = 0
+    room, after, steps = 0, 0, 0
 
-    def resize(self, slots: int, length: int, kept: list[int] | None = None) -> None:
-        if slots > self.room:
-            raise torch.OutOfMemoryError(f"no memory for {slots} slots")
-        super().resize(slots, length, kept)
-
-
-def _cramped(tiny_llama: Callable[..., Path], room: int) -> Engine:
-    decoder = Decoder(*load(tiny_llama("cramped", 0), torch.bfloat16, torch.device("cpu")))
-
-    class Cache(_SmallCache):
-        pass
-
-    Cache.room = room
-    decoder.new_cache = lambda extra=0: Cache(decoder.spec, 4 + extra, decoder.dtype, decoder.device)  # type: ignore[method-assign]
-    return Engine(decoder, None, EngineConfig(max_batch_rows=16))
+    def run_layers(
+        self, x: torch.Tensor, batch: TokenBatch, cache: KVCache, first: int, last: int
+    ) -> torch.Tensor:
+        self.steps += 1
+        if self.steps > self.after and len(batch.slots.unique()) > self.room:
+            raise torch.OutOfMemoryError("no memory for so many rows")
+        return super().run_layers(x, batch, cache, first, last)
 
 
+def _cramped(tiny_llama: Callable[..., Path], room: int, after: int, decode: dict[str, Any]) -> Engine:
+    decoder = _Cramped(*load(tiny_llama("cramped", 0), torch.bfloat16, torch.device("cpu")))
+    engine = Engine(decoder, None, EngineConfig(max_batch_rows=16), DecodeConfig.model_validate(decode))
+    decoder.room, decoder.after, decoder.steps = room, after, 0
+    return engine
+
+
+@pytest.mark.parametrize("after", [0, 12])
+@pytest.mark.parametrize(
+    "decode",
+    [
+        {},
+        {"draft": {"kind": "retrieval"}},
+        {"draft": {"kind": "lookup"}, "skip": {"kind": "skipdecode", "speedup": 2, "horizon": 8}},
+    ],
+)
 def test_where_memory_does_not_suffice_fewer_rows_run_and_none_is_lost(
-    tiny_llama: Callable[..., Path], caplog: pytest.LogCaptureFixture
+    tiny_llama: Callable[..., Path], caplog: pytest.LogCaptureFixture, decode: dict[str, Any], after: int
 ) -> None:
-    prompts = [list(range(3, 4 + length)) for length in range(40)]
-    params = SamplingParams(max_tokens=12, temperature=1)
-    expected = _tokens(_cramped(tiny_llama, 16).generate(prompts, params))
+    prompts = [[3, 4] * 3 + list(range(3, 4 + length)) for length in range(40)]
+    params = SamplingParams(max_tokens=12, temperature=0.3, ignore_eos=True)
+    expected = _tokens(_cramped(tiny_llama, 16, after, decode).generate(prompts, params))
     assert not caplog.text
-    assert _tokens(_cramped(tiny_llama, 3).generate(prompts, params)) == expected
+    engine = _cramped(tiny_llama, 3, after, decode)
+    assert _tokens(engine.generate(prompts, params)) == expected
+    assert engine.take_stats().completion_tokens == 40 * 12
     assert "on with 2" in caplog.text
-    with pytest.raises(torch.OutOfMemoryError, match="1 slots"):
-        _cramped(tiny_llama, 0).generate(prompts, params)
+    with pytest.raises(torch.OutOfMemoryError):
+        _cramped(tiny_llama, 0, after, decode).generate(prompts, params)

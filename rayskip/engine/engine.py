@@ -200,8 +200,9 @@ class Engine:
             try:
                 result = future.result()
             except (torch.OutOfMemoryError, MemoryError) as error:
-                if not lane.halve():
+                if (given_up := lane.halve()) is None:
                     raise
+                self._stats.completion_tokens -= sum(len(row.generated) for row in given_up)
                 _log.warning("no memory for so many rows; on with %d (%s)", lane.scheduler.max_rows, error)
             else:
                 done += self._collect(lane, plan, result)

@@ -119,14 +119,14 @@ class Lane:
             (middle - start, time.perf_counter() - middle),
         )
 
-    def halve(self) -> bool:
+    def halve(self) -> list[Sequence] | None:
         """After a step that memory did not suffice for: see Scheduler.halve."""
-        if not self.scheduler.halve():
-            return False
-        self._cache.resize(0, 0)
-        if self._decoder.device.type == "cuda":
-            torch.cuda.empty_cache()  # what was free in pieces
-        return True
+        given_up = self.scheduler.halve()
+        if given_up is not None:
+            self._cache.resize(0, 0)
+            if self._decoder.device.type == "cuda":
+                torch.cuda.empty_cache()  # what was free in pieces
+        return given_up
 
     def _run_without_drafts(
         self, rows: Seq[Sequence], verdicts: dict[Sequence, Verdict], hidden: torch.Tensor
@@ -160,7 +160,7 @@ class Lane:
 
     def _fit(self, plan: StepPlan, rows: Seq[Sequence]) -> None:
         """Cut drafts, all rows' alike, to what a forward may hold beside the plan's own tokens."""
-        room = self._sizes.batch_tokens - sum(chunk.stop - chunk.start for chunk in plan.chunks)
+        room = self.scheduler.max_tokens - sum(chunk.stop - chunk.start for chunk in plan.chunks)
         if sum(len(row.draft) for row in rows) > room:
             for row in rows:
                 row.draft.cut(max(room, 0) // len(rows))
@@ -193,7 +193,7 @@ class Lane:
         return Stats(
             steps=1,
             step_rows=len(plan.chunks),
-            step_slots=self._sizes.batch_rows,
+            step_slots=self.scheduler.max_rows,
             prefix_tokens=plan.reused,
             verify_rows=len(result.decoded),
             drafted=drafted_by.total(),

@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 
 from rayskip.decode.batch import Chunk
 from rayskip.decode.sequence import Sequence
+from rayskip.model.kv_cache import KEY_BLOCK
 
+FEWEST_TOKENS = 64
+"""Tokens in a forward that are not halved any more where memory does not suffice."""
 SHARED_PREFIX = 16
 """Shortest prefix worth copying from another row instead of computing it."""
 
@@ -79,17 +82,23 @@ class Scheduler:
         self.running = [row for row in self.running if row.slot not in finished]
         self._free += finished
 
-    def halve(self) -> bool:
-        """Allow half as many rows and tokens, and send what runs back to the queue, to begin anew in an empty
-        cache: its tokens will be the same, since nothing but the row decides them. False: one row was all."""
-        if self.max_rows == 1:
-            return False
-        self.max_rows //= 2
+    def halve(self) -> list[Sequence] | None:
+        """Allow half as many rows, positions and tokens, and send what runs back to the queue, to begin anew in an
+        empty cache: its tokens will be the same, since nothing but the row decides them. Returns what ran; None:
+        there is no less."""
+        if self.max_rows == 1 and self.max_tokens <= FEWEST_TOKENS:
+            return None
+        given_up = self.running
+        rows = min(self.max_rows, self._slots or self.max_rows)
+        self.cohort = max(1, self.cohort * (rows // 2) // self.max_rows)
+        self.max_rows = max(rows // 2, 1)
+        held = self._slots * self._length or self.cache_positions
+        self.cache_positions = max(min(self.cache_positions, held) // 2, KEY_BLOCK)
         self.max_tokens = max(self.max_tokens // 2, self.max_rows)
-        self.waiting.extendleft(row.anew() for row in reversed(self.running))
+        self.waiting.extendleft(row.anew() for row in reversed(given_up))
         self.running, self._free = [], []
         self._slots = self._length = 0
-        return True
+        return given_up
 
     def schedule(self, share: int) -> StepPlan:
         """The next step: every decoding row, then as much prefill as the token budget allows.

@@ -38,8 +38,8 @@ class Score:
 
     tok_s: mean over questions and rounds, or over rounds where questions run together. speedup: over the first
     drafter's, None where that does not run. identical: share of the answers, token by token, that are the first
-    drafter's at the first batch size. prompt_share: of the time, what steps with prompt tokens took, which no
-    drafter makes faster.
+    drafter's at the first batch size. prompt_share: of the time, what steps with prompt tokens took; at
+    one row no drafter makes them faster.
     """
 
     drafter: str
@@ -200,7 +200,9 @@ def _score(
     pairs = [
         (mine, wanted)
         for at, tally in own.items()
-        for mine, wanted in zip(tally.answers, expected[at], strict=False)  # of the rounds so far
+        for mine, wanted in zip(
+            tally.answers, expected[at], strict=False
+        )  # which may have more rounds by now
     ]
     return Score(
         drafter=name,

@@ -56,9 +56,7 @@ class Decoder:
         }
         self._fused = self.fuse(weights.layers, [layer.linears for layer in self.layers])
         self.graphs = (
-            GraphedLayers(self.run_each, cuda_graphs())
-            if self.device.type == "cuda" and self.ops.name == "varlen"
-            else None
+            GraphedLayers(cuda_graphs()) if self.device.type == "cuda" and self.ops.name == "varlen" else None
         )
 
     def fuse(self, layers: Seq[Layer], linears: Seq[Seq[Linear]], stored_at: int = 0) -> NativeLayers | None:
@@ -128,7 +126,10 @@ class Decoder:
         """
         if self._fused is not None and len(x):
             return self._fused.run(x, batch, cache, first, last)
-        if self.graphs is not None and (done := self.graphs.run(x, batch, cache, first, last)) is not None:
+        if (
+            self.graphs is not None
+            and (done := self.graphs.run(self.run_each, x, batch, cache, first, last)) is not None
+        ):
             return done
         return self.run_each(x, batch, cache, first, last)
 

@@ -23,8 +23,11 @@ keep a GPU busy for longer than their launches take."""
 WARMUPS = 2
 """Runs before a graph is recorded: libraries choose kernels and take memory at first."""
 
+MOST = 64
+"""Graphs of a cache: a step of another kind then runs without one."""
+
 Layers = Callable[[Tensor, TokenBatch, KVCache, int, int], Tensor]
-"""Decoder.run_layers."""
+"""Decoder.run_each."""
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 """Runs something once and returns where its result lies, and what runs the same again, into the same place."""
 
@@ -48,86 +51,79 @@ def cuda_graphs() -> Record:
     return record
 
 
+Kind = tuple[int, int, int, tuple[bool, ...]]
+"""Of a step: tokens, first and last layer, and which of the layers in between run."""
+
+
 @dataclass(frozen=True)
-class _Graph:
-    """x [N, d] and tokens [3, N] (ids, positions, slots) are its inputs, out [N, d] its result after `replay`."""
+class _Inputs:
+    """x [N, d]: states; tokens [2, N]: positions and slots."""
 
     x: Tensor
     tokens: Tensor
-    out: Tensor
-    replay: Callable[[], None]
+
+    def fill(self, x: Tensor, batch: TokenBatch) -> None:
+        """The step's tokens; in the places left over the last one again, which writes what it wrote already."""
+        for own, given in ((self.x, x), (self.tokens[0], batch.positions), (self.tokens[1], batch.slots)):
+            own[: len(x)] = given
+            own[len(x) :] = given[-1:]
 
 
 @dataclass
 class _OfCache:
-    """Graphs over a cache's tensors where they lie now, by tokens, layers and which of those run."""
+    """Steps over a cache's tensors where they lie now: kinds seen, and graphs of those seen twice."""
 
-    at: tuple[int, torch.Size]
-    graphs: dict[tuple[int, int, int, tuple[bool, ...]], _Graph] = field(default_factory=dict)
+    at: tuple[int, int, torch.Size]
+    seen: set[Kind] = field(default_factory=set)
+    graphs: dict[Kind, tuple[_Inputs, Tensor, Callable[[], None]]] = field(default_factory=dict)
 
 
 class GraphedLayers:
     """Layers [first, last) of steps that have a graph."""
 
-    def __init__(self, layers: Layers, record: Record) -> None:
-        self._layers = layers
+    def __init__(self, record: Record) -> None:
         self._record = record
         self._by_cache: WeakKeyDictionary[KVCache, _OfCache] = WeakKeyDictionary()
 
-    def run(self, x: Tensor, batch: TokenBatch, cache: KVCache, first: int, last: int) -> Tensor | None:
-        """The tokens' states [N, d] after the layers; None where the step has no graph.
+    def run(
+        self, layers: Layers, x: Tensor, batch: TokenBatch, cache: KVCache, first: int, last: int
+    ) -> Tensor | None:
+        """The tokens' states [N, d] after the layers, in place; None where the step has no graph.
 
-        That is where rows bring several tokens or drafts have branches, where there are too many tokens, or where a
-        layer runs some of them and not the others.
+        That is where rows bring several tokens or drafts have branches, where there are too many tokens, where a
+        layer runs some of them and not the others, or at the first step of a kind.
         """
         count, active = len(x), None if batch.active is None else batch.active[first:last]
         one_each = all(group.width == 1 for group in batch.groups) and batch.paths is None
         if not 0 < count <= SIZES[-1] or not one_each or not set(active or ()) <= {0, count}:
             return None
-        runs = tuple(bool(own) for own in active) if active is not None else (True,) * (last - first)
-        at = cache.keys.data_ptr(), cache.keys.shape
+        at = cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape
         own = self._by_cache.get(cache)
         if own is None or own.at != at:
             own = self._by_cache[cache] = _OfCache(at)
-        size = SIZES[bisect_left(SIZES, count)]
-        key = size, first, last, runs
-        if key not in own.graphs:
-            own.graphs[key] = self._new(size, x, batch, cache, first, last, runs)
-        graph = own.graphs[key]
-        _fill(graph, x, batch)
-        graph.replay()
-        x.copy_(graph.out[:count])
-        return x
+        runs = tuple(bool(tokens) for tokens in active) if active is not None else (True,) * (last - first)
+        kind = SIZES[bisect_left(SIZES, count)], first, last, runs
+        if kind not in own.graphs:
+            if kind not in own.seen or len(own.graphs) == MOST:
+                own.seen.add(kind)
+                return None
+            own.graphs[kind] = self._new(kind, layers, x, batch, cache)
+        inputs, out, replay = own.graphs[kind]
+        inputs.fill(x, batch)
+        replay()
+        return x.copy_(out[:count])
 
     def _new(
-        self,
-        size: int,
-        x: Tensor,
-        batch: TokenBatch,
-        cache: KVCache,
-        first: int,
-        last: int,
-        runs: tuple[bool, ...],
-    ) -> _Graph:
-        inputs, tokens = x.new_empty(size, x.shape[1]), batch.slots.new_empty(3, size)
-        ids, positions, slots = tokens
-        active = [0] * first + [size * own for own in runs]
-        group = Group(0, 1, slots, cache.length)
-        graph = _Graph(inputs, tokens, inputs, lambda: None)
-        _fill(graph, x, batch)  # what is recorded runs, too, and writes to the cache
+        self, kind: Kind, layers: Layers, x: Tensor, batch: TokenBatch, cache: KVCache
+    ) -> tuple[_Inputs, Tensor, Callable[[], None]]:
+        size, first, last, runs = kind
+        inputs = _Inputs(x.new_empty(size, x.shape[1]), batch.slots.new_empty(2, size))
+        positions, slots = inputs.tokens
+        active = None if all(runs) else [0] * first + [size * own for own in runs]
+        inputs.fill(x, batch)  # recording runs the layers a few times, and they write to the cache
 
         def work() -> Tensor:
-            step = TokenBatch(ids, positions, slots, [group], slots, None if all(runs) else active)
-            return self._layers(inputs.clone(), step, cache, first, last)
+            step = TokenBatch(slots[:0], positions, slots, [Group(0, 1, slots, cache.length)], slots, active)
+            return layers(inputs.x.clone(), step, cache, first, last)
 
-        return _Graph(inputs, tokens, *self._record(work))
-
-
-def _fill(graph: _Graph, x: Tensor, batch: TokenBatch) -> None:
-    """The step's tokens; the last one again in the places left over, which writes to the cache what it wrote."""
-    count = len(x)
-    graph.x[:count] = x
-    graph.x[count:] = x[-1:]
-    for own, given in zip(graph.tokens, (batch.token_ids, batch.positions, batch.slots), strict=True):
-        own[:count] = given
-        own[count:] = given[-1:]
+        return inputs, *self._record(work)

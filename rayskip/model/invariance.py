@@ -16,8 +16,8 @@ from rayskip.model.ops import Group, TokenBatch
 LENGTH = 131
 POSITIONS = (0, 5, 31, 32, 77, 130)
 """Positions whose logits are compared."""
-VARIANTS = ((1, 33), (3, 1), (3, LENGTH), (8, 7))
-"""(rows, tokens of a row in one forward), each against one row, token by token."""
+VARIANTS = ((1, 33, 0), (3, 1, 1), (3, LENGTH, LENGTH), (8, 7, 7), (4, 1, 60))
+"""(rows, tokens of the row in one forward, tokens of each other row), each against one row, token by token."""
 
 
 def is_batch_invariant(decoder: Decoder) -> bool:
@@ -25,29 +25,36 @@ def is_batch_invariant(decoder: Decoder) -> bool:
     shallow = decoder.first_layers(1)
     length = min(LENGTH, decoder.spec.max_positions)
     generator = torch.Generator().manual_seed(0)
-    rows = max(rows for rows, _ in VARIANTS)
+    rows = max(rows for rows, *_ in VARIANTS)
     tokens = torch.randint(decoder.spec.vocab, (rows, length), generator=generator).to(decoder.device)
-    alone = _logits(shallow, tokens[:1], 1)
-    return all(torch.equal(_logits(shallow, tokens[:rows], width), alone) for rows, width in VARIANTS)
+    alone = _logits(shallow, tokens[:1], 1, 0)
+    return all(
+        torch.equal(_logits(shallow, tokens[:rows], width, others), alone) for rows, width, others in VARIANTS
+    )
 
 
-def _logits(decoder: Decoder, tokens: Tensor, width: int) -> Tensor:
-    """Logits of row 0 at POSITIONS when the rows [R, T] run in chunks of `width` tokens."""
+def _logits(decoder: Decoder, tokens: Tensor, width: int, others: int) -> Tensor:
+    """Logits of row 0 at POSITIONS when it runs in chunks of `width` tokens, beside the first `others` tokens of
+    each other row, again and again; tokens [R, T]. A slot has room for `others` positions more."""
     rows, length = tokens.shape
     device = tokens.device
     cache = decoder.new_cache()
-    cache.resize(rows, decoder.ops.slot_length(length))
+    cache.resize(rows, decoder.ops.slot_length(length + others))
     slots = torch.arange(rows, device=device)
+    beside = torch.arange(min(others, length), device=device)
     found = []
     for start in range(0, length, width):
-        chunk = tokens[:, start : start + width]
-        size = chunk.shape[1]
+        positions = torch.arange(start, min(start + width, length), device=device)
+        size, mates = len(positions), rows - 1
+        groups = [Group(0, size, slots[:1], key_blocks(start + size))]
+        if mates:
+            groups.append(Group(size, len(beside), slots[1:], key_blocks(len(beside))))
         wanted = [position - start for position in POSITIONS if start <= position < start + size]
         batch = TokenBatch(
-            token_ids=chunk.flatten(),
-            positions=torch.arange(start, start + size, device=device).repeat(rows),
-            slots=slots.repeat_interleave(size),
-            groups=[Group(0, size, slots, key_blocks(start + size))],
+            token_ids=torch.cat([tokens[0, positions], tokens[1:, : len(beside)].flatten()]),
+            positions=torch.cat([positions, beside.repeat(mates)]),
+            slots=torch.cat([slots[:1].repeat(size), slots[1:].repeat_interleave(len(beside))]),
+            groups=groups,
             outputs=torch.tensor(wanted, dtype=torch.long, device=device),
         )
         found.append(decoder.forward(batch, cache))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,22 +42,23 @@ class Spans:
     widest: int
 
 
-def spans_of(batch: TokenBatch, count: int) -> Spans:
-    """Those of the batch's first `count` tokens, which end with a group."""
-    groups = [group for group in batch.groups if group.start < count]
+def spans_of(batch: TokenBatch, groups: Seq[Group]) -> Spans:
+    """Those of some of the batch's groups that lie side by side."""
+    first, stop = groups[0].start, groups[-1].stop
     device, widest = batch.slots.device, max(group.width for group in groups)
+    positions, slots = batch.positions[first:stop], batch.slots[first:stop]
     if widest == 1:
-        starts = torch.arange(count + 1, device=device, dtype=torch.int32)
-        newest, slots = batch.positions[:count], batch.slots[:count]
+        starts = torch.arange(stop - first + 1, device=device, dtype=torch.int32)
     else:
-        begins = [start for group in groups for start in range(group.start, group.stop, group.width)]
-        starts = torch.tensor([*begins, count], device=device, dtype=torch.int32)
-        newest, slots = batch.positions[starts[1:] - 1], batch.slots[starts[:-1]]
-    return Spans(starts, (newest + 1).int(), slots.int().unsqueeze(1), widest)
+        begins = [start - first for group in groups for start in range(group.start, group.stop, group.width)]
+        starts = torch.tensor([*begins, stop - first], device=device, dtype=torch.int32)
+        positions, slots = positions[starts[1:] - 1], slots[starts[:-1]]
+    return Spans(starts, (positions + 1).int(), slots.int().unsqueeze(1), widest)
 
 
 class VarlenOps(Ops):
-    """Where drafts have branches, torch's attention serves: a token's keys then lie in no straight line."""
+    """Every step takes the same kernel, so that a row's sums do not change when another row's draft has branches:
+    keys of tokens in branches are first brought together, in their order."""
 
     name = "varlen"
 
@@ -79,19 +81,36 @@ class VarlenOps(Ops):
         batch: TokenBatch,
         cache: KVCache,
     ) -> Tensor:
-        if batch.paths is not None:
-            return super().attention(q, k, v, rope, layer, window, batch, cache)
         q = self.turn_and_store(q, k, v, rope, layer, batch, cache)
-        spans = batch.once(("spans", len(q)), lambda: spans_of(batch, len(q)))
-        keys, values = (stored[layer].transpose(1, 2) for stored in (cache.keys, cache.values))
+        groups = [group for group in batch.groups if group.start < len(q)]
+        if batch.paths is None:
+            spans = batch.once(("spans", len(q)), lambda: spans_of(batch, groups))
+            return self._attend_pages(q, cache.keys[layer], cache.values[layer], spans, window)
+        parts = []
+        for group in groups:
+            own, spans = q[group.start : group.stop], spans_of(batch, [group])
+            keys, values = cache.keys[layer], cache.values[layer]
+            if group.width == 1:  # drafted tokens come one by one
+                places = batch.paths.keys(
+                    batch.positions, group.start, group.stop, self.slot_length(group.keys)
+                )
+                keys, values = cache.read_places(layer, group.slots, places.clamp(max=cache.length - 1))
+                spans = replace(spans, pages=torch.arange(group.rows, device=q.device).int().unsqueeze(1))
+            parts.append(self._attend_pages(own, keys, values, spans, window))
+        return torch.cat(parts)
+
+    def _attend_pages(
+        self, q: Tensor, keys: Tensor, values: Tensor, spans: Spans, window: int | None
+    ) -> Tensor:
+        """q [N, Hq, D], keys and values [pages, Hkv, T, D] -> [N, Hq * D]."""
         out: Tensor = self._attend(
             q,
-            keys,  # [slots, T, Hkv, D]
-            values,
+            keys.transpose(1, 2),
+            values.transpose(1, 2),
             spans.starts,
             None,
             spans.widest,
-            cache.length,
+            keys.shape[2],
             scale=self.spec.scale,
             window_size=(-1 if window is None else window - 1, 0),
             enable_gqa=self.spec.heads != self.spec.kv_heads,
@@ -113,7 +132,7 @@ def varlen_ops(spec: Spec, dtype: torch.dtype, device: torch.device) -> Ops:
     fast = VarlenOps(spec)
     try:
         expected, found = (_probe(ops, dtype, device) for ops in (plain, fast))
-    except (RuntimeError, NotImplementedError) as error:  # no kernel for this processor, or another interface
+    except (RuntimeError, TypeError) as error:  # no kernel for this processor, or another interface
         _log.warning("torch's varlen_attn does not serve here (%s); attention is torch's, and slower", error)
         return plain
     if torch.allclose(found, expected, atol=TOLERANCE):

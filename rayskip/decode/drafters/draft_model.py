@@ -34,8 +34,9 @@ class DraftModelDrafter(Drafter):
         """Of each row: its slot, and how many of its tokens lie there."""
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
-        if (self._cache.slots, self._cache.length) != (cache.slots, cache.length):
-            self._cache.resize(cache.slots, cache.length)
+        length = self._model.ops.slot_length(cache.length)
+        if (self._cache.slots, self._cache.length) != (cache.slots, length):
+            self._cache.resize(cache.slots, length)
             self._stored.clear()
         longest, room = self._model.spec.max_positions - self._config.tokens, MISSED + len(rows)
         running = []

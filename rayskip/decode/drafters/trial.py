@@ -18,7 +18,10 @@ SETTLE = 2
 PROBE = 8
 """Steps of each lane that the slower way gets at a time, at least."""
 AGAIN, SELDOM = 256, 1024
-"""Steps of each lane from one time to the next: twice as many each time that it was slower again, up to SELDOM."""
+"""Steps of each lane from one time to the next: twice as many each time that it was slower again, up to SELDOM.
+Longer where a probe of drafting is: that way may be the slower one."""
+PATIENCE = 4
+"""Probes of drafting that would fit into the shortest pause."""
 
 
 @dataclass
@@ -50,7 +53,8 @@ class Trial:
         self._ways = {True: Way(), False: Way()}
         self._faster: bool | None = None  # not known yet
         self._counted = 0
-        self._pause, self._due = AGAIN, AGAIN * lanes
+        self._again = max(AGAIN, PATIENCE * self._probe[True])
+        self._pause, self._due = self._again, self._again * lanes
         self._taken: dict[int, bool] = {}
         self._settling: dict[int, int] = {}
 
@@ -74,9 +78,9 @@ class Trial:
         before, least = self._faster, self._ways[False].rate * (1.0 if self._faster else CLEARLY)
         self._faster = self._ways[True].rate >= least
         if self._faster is not before:
-            self._pause = AGAIN
+            self._pause = self._again
         elif self._counted >= self._due:
-            self._pause = min(2 * self._pause, SELDOM)
+            self._pause = min(2 * self._pause, SELDOM // AGAIN * self._again)
             self._ways[not self._faster].look_again()
         else:
             return self._faster

@@ -438,11 +438,12 @@ static void attend_together(const Shape *shape, const Step *step, int64_t token,
     for (int64_t head = 0; head < shared; head += 4, q += 4 * dim, out += 4 * dim) {
         const int64_t count = shared - head < 4 ? shared - head : 4;
 #define OF(heads, width) \
-    else if (count == heads && dim == width) \
-        attend_tile(shape, q, stride, keys, values, paths, tokens, scores, out, heads, width);
-        if (0)
-            ;
-        OF(1, 64) OF(2, 64) OF(3, 64) OF(4, 64) OF(1, 128) OF(2, 128) OF(3, 128) OF(4, 128)
+    case heads * 1000 + width: \
+        attend_tile(shape, q, stride, keys, values, paths, tokens, scores, out, heads, width); \
+        break;
+        switch (count * 1000 + dim) {
+            OF(1, 64) OF(2, 64) OF(3, 64) OF(4, 64) OF(1, 128) OF(2, 128) OF(3, 128) OF(4, 128)
+        }
 #undef OF
     }
 #endif
