@@ -7,12 +7,11 @@ from threading import Lock
 
 FADE = 0.05
 """Share of what earlier steps of a lane count that is forgotten at each new one, at most."""
-EVIDENCE = 256
-"""Rows' verifications that tell what drafting gains. It comes in bursts: few rows need more steps for it than many
-do, while a step without drafts gains a token a row, whatever comes."""
 CLEARLY = 1.05
-"""How many times faster drafting must be for a start: a clock is noisy, and not drafting is what a user expects at
-worst. It goes on as long as it is no slower."""
+"""How many times faster drafting must be: a clock is noisy, and not drafting is what a user expects at worst."""
+FEW, EVIDENCE = 4, 256
+"""Fewer rows than this need so many verifications of rows to tell what drafting gains: it comes in bursts, while a
+step without drafts gains a token a row, whatever comes. Once begun it goes on for them as long as it is no slower."""
 SETTLE = 2
 """Steps of a lane after a change that tell nothing, since they catch up on what the other way left undone."""
 PROBE = 8
@@ -48,8 +47,10 @@ class Trial:
     def __init__(self, lanes: int = 1, rows: int = EVIDENCE) -> None:
         """lanes: whose steps are counted, told apart by their numbers. rows: that a step runs, about."""
         self._lanes = lanes
-        self._probe = {True: max(PROBE, EVIDENCE // rows), False: PROBE}
-        self._fade = {True: min(FADE, rows / EVIDENCE), False: FADE}
+        few = rows < FEW
+        self._probe = {True: EVIDENCE // rows if few else PROBE, False: PROBE}
+        self._fade = {True: rows / EVIDENCE if few else FADE, False: FADE}
+        self._stay = 1.0 if few else CLEARLY
         self._ways = {True: Way(), False: Way()}
         self._faster: bool | None = None  # not known yet
         self._counted = 0
@@ -75,7 +76,7 @@ class Trial:
         for drafting, way in self._ways.items():
             if way.steps < self._probe[drafting] * self._lanes:
                 return drafting
-        before, least = self._faster, self._ways[False].rate * (1.0 if self._faster else CLEARLY)
+        before, least = self._faster, self._ways[False].rate * (self._stay if self._faster else CLEARLY)
         self._faster = self._ways[True].rate >= least
         if self._faster is not before:
             self._pause = self._again
