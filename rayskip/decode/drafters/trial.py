@@ -11,7 +11,7 @@ CLEARLY = 1.05
 """How many times faster drafting must be: a clock is noisy, and not drafting is what a user expects at worst."""
 FEW, EVIDENCE = 4, 256
 """Fewer rows than this need so many verifications of rows to tell what drafting gains: it comes in bursts, while a
-step without drafts gains a token a row, whatever comes. Once begun it goes on for them as long as it is no slower."""
+step without drafts gains a token a row, whatever comes. Once begun it goes on for them while it is no slower."""
 SETTLE = 2
 """Steps of a lane after a change that tell nothing, since they catch up on what the other way left undone."""
 PROBE = 8
