@@ -147,12 +147,8 @@ def _run_rounds(
 def allowed_speedup(engine: Engine, mean_layers: float) -> float:
     """How much faster a generated token's products are when `mean_layers` of the layers run and the head always
     does: their work is proportional to their parameters."""
-    layers = sum(
-        linear.in_features * linear.out_features
-        for layer in engine.decoder.layers
-        for linear in layer.linears
-    )
-    head = engine.decoder.head.in_features * engine.decoder.head.out_features
+    layers = sum(linear.weights for layer in engine.decoder.layers for linear in layer.linears)
+    head = engine.decoder.head.weights
     return (layers + head) / (layers * mean_layers / len(engine.decoder.layers) + head)
 
 

@@ -22,7 +22,6 @@ SIZES = (1, 2, 4, 8, *range(16, 128, 16), *range(128, 513, 32))
 keep a GPU busy for longer than their launches take."""
 WARMUPS = 2
 """Runs before a graph is recorded: libraries choose kernels and take memory at first."""
-
 MOST = 64
 """Graphs of a cache: a step of another kind then runs without one."""
 

@@ -56,6 +56,11 @@ class Linear:
         if self.native is None:
             self._weight = _pack(dense.weight) if self._packed else dense.weight
 
+    @property
+    def weights(self) -> int:
+        """How many: a token takes a multiplication and an addition for each."""
+        return self.in_features * self.out_features
+
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, in] -> [N, out]."""
         rows = x.shape[0]

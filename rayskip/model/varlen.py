@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,13 +83,14 @@ class VarlenOps(Ops):
         cache: KVCache,
     ) -> Tensor:
         q = self.turn_and_store(q, k, v, rope, layer, batch, cache)
-        groups = [group for group in batch.groups if group.start < len(q)]
+        ran = [group for group in batch.groups if group.start < len(q)]
         if batch.paths is None:
-            spans = batch.once(("spans", len(q)), lambda: spans_of(batch, groups))
+            spans = batch.once(("spans", len(ran)), partial(spans_of, batch, ran))
             return self._attend_pages(q, cache.keys[layer], cache.values[layer], spans, window)
         parts = []
-        for group in groups:
-            own, spans = q[group.start : group.stop], spans_of(batch, [group])
+        for index, group in enumerate(ran):
+            own = q[group.start : group.stop]
+            spans = batch.once(("span", index), partial(spans_of, batch, [group]))
             keys, values = cache.keys[layer], cache.values[layer]
             if group.width == 1:  # drafted tokens come one by one
                 places = batch.paths.keys(
