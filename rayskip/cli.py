@@ -216,10 +216,7 @@ def bench(config: Config, overrides: Overrides = None) -> None:
     from rayskip.evaluate.bench import run_bench
     from rayskip.evaluate.timing import format_timings
 
-    def show(run: str, tok_s: float) -> None:
-        print(f"{run}: {tok_s:.0f} tok/s", file=sys.stderr)
-
-    print(format_timings(run_bench(job, show)))
+    print(format_timings(run_bench(job, lambda line: print(line, file=sys.stderr))))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -188,10 +188,15 @@ def _kinds(field: FieldInfo) -> dict[str, type[BaseModel]]:
 
 
 def _suggest(loc: Sequence[int | str], root: type[BaseModel]) -> str:
-    """The nearest name beside the unknown one, or the place in another section where that name exists."""
+    """The nearest name beside the unknown one, or the kinds of this section or another section that have it."""
     section, unknown = _section(loc[:-1], root), str(loc[-1])
     if near := _nearest(unknown, section.model_fields):
         return near
+    field = _locate(loc[:-1], root)[1]
+    if kinds := [
+        tag for tag, kind in (_kinds(field) if field else {}).items() if unknown in kind.model_fields
+    ]:
+        return f"kinds that have it: {', '.join(kinds)}; {_known(section.model_fields)}"
     elsewhere = [
         f"{outer}.{unknown}"
         for outer, field in root.model_fields.items()

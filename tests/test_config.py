@@ -66,6 +66,10 @@ def test_overrides_are_yaml_and_the_last_one_wins(config: Path) -> None:
         ("samplin.max_tokens=3", 'unknown key "samplin"; did you mean "sampling"?'),
         ("max_tokens=3", 'unknown key "max_tokens"; did you mean "sampling.max_tokens"?'),
         ("zzz=1", 'unknown key "zzz"; known: name, model, input'),
+        (
+            "decode.draft={kind: lookup, path: x}",
+            'unknown key "decode.draft.path"; kinds that have it: kangaroo, medusa, auto; known: kind',
+        ),
         ("sampling.max_tokens=many", "\"sampling.max_tokens\" should be an integer, got 'many'"),
         ("sampling.max_tokens=0", '"sampling.max_tokens" should be greater than or equal to 1, got 0'),
         ("sampling=3", '"sampling" is a section with keys such as max_tokens'),

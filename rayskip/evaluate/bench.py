@@ -74,11 +74,9 @@ class _Rounds:
     load_s: dict[str, float] = field(default_factory=dict)
 
 
-def run_bench(
-    config: BenchConfig, on_run: Callable[[str, float], None] = lambda run, tok_s: None
-) -> list[Timing]:
-    """Time every mode and peer at every batch size; writes bench.json and bench.png. `on_run` is given each run's
-    tok/s. Raises ConfigError when a peer cannot run."""
+def run_bench(config: BenchConfig, say: Callable[[str], None] = lambda line: None) -> list[Timing]:
+    """Time every mode and peer at every batch size; writes bench.json and bench.png. `say` is told what loads and
+    each run's tok/s. Raises ConfigError when a peer cannot run."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     loaded: dict[ModelConfig, Engine] = {}
@@ -89,7 +87,7 @@ def run_bench(
         sized = _engine(config, config.modes[0], batch_rows, loaded)
         places = sized.sizes.batch_rows * sized.sizes.lanes
         prompts = _prompts(config, sized, places)
-        rounds = _run_rounds(config, batch_rows, places, prompts, sized.max_model_len, loaded, on_run)
+        rounds = _run_rounds(config, batch_rows, places, prompts, sized.max_model_len, loaded, say)
         first = rounds.modes[config.modes[0].name]
         for mode, own in zip(config.modes, rounds.modes.values(), strict=True):
             wanted = expected.setdefault((mode.model or config.model, own[0].skip), own[0].tokens)
@@ -112,7 +110,7 @@ def _run_rounds(
     prompts: Sequence[Prompt],
     max_model_len: int,
     loaded: dict[ModelConfig, Engine],
-    on_run: Callable[[str, float], None],
+    say: Callable[[str], None],
 ) -> _Rounds:
     """Modes and peers in turns. A peer loads once, before the first round, and ends after the last one."""
     rounds = _Rounds({mode.name: [] for mode in config.modes})
@@ -127,6 +125,7 @@ def _run_rounds(
         for peer in config.peers:
             if peer.batch_rows is None or batch_rows in peer.batch_rows:
                 folder = str(resolve(config.model.path, config.model.revision))
+                say(f"loading {peer.name}")
                 job = PeerArguments(folder, config.model.dtype, places, config.sampling.max_tokens, longest)
                 peers[peer.name] = running.enter_context(running_peer(peer, job))
                 rounds.load_s[peer.name] = peers[peer.name].load_s
@@ -136,11 +135,11 @@ def _run_rounds(
             for mode in config.modes:  # a new engine each time: drafters learn from what they have seen
                 run = _time(_engine(config, mode, places, loaded), prompts)
                 rounds.modes[mode.name].append(run)
-                on_run(f"{mode.name}, {at}", run.tok_s)
+                say(f"{mode.name}, {at}: {run.tok_s:.0f} tok/s")
             for name, process in peers.items():
                 theirs = _Run(*process.generate([prompt.token_ids for prompt in prompts]))
                 rounds.peers[name].append(theirs)
-                on_run(f"{name}, {at}", theirs.tok_s)
+                say(f"{name}, {at}: {theirs.tok_s:.0f} tok/s")
     return rounds
 
 

@@ -63,7 +63,8 @@ class _Tally:
 
 
 def run_spec_bench(config: SpecBenchConfig, say: Callable[[str], None] = lambda line: None) -> list[Score]:
-    """Run everything; writes spec_bench.json, spec_bench.html and its two plots. `say` is told what is done."""
+    """Run everything; writes spec_bench.json, after every subtask, then spec_bench.html and its two plots. `say` is
+    told what is done."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     questions = _questions(config)
@@ -89,13 +90,10 @@ def run_spec_bench(config: SpecBenchConfig, say: Callable[[str], None] = lambda 
                 say(f"batch {rows}, round {round_index + 1} of {config.rounds}: {task}")
                 ran = {at: tally for at, tally in tallies.items() if tally.rates}
                 answers = expected or {at: ran[name, at].answers for name, at in ran if name == first}
-                scores = done + [
-                    _score(rows, drafter.name, first, at, ran, answers)
-                    for drafter in drafters
-                    for at in (*(task for task in questions if (drafter.name, task) in ran), "overall")
-                ]
-                _write(config, scores, output)  # hours of work are not lost when the rest is stopped
+                scores = done + _scores(rows, first, ran, answers)
+                _save(scores, output)  # hours of work are not lost when the rest is stopped
         done, expected = scores, answers
+    _write_page(config, done, output)
     return done
 
 
@@ -179,6 +177,21 @@ def _run(config: SpecBenchConfig, engine: Engine, questions: Sequence[list[str]]
     tally.stats += engine.take_stats()
 
 
+def _scores(
+    rows: int,
+    first: str,
+    tallies: Mapping[tuple[str, str], _Tally],
+    expected: Mapping[str, list[list[int]]],
+) -> list[Score]:
+    """Of every drafter, its subtasks and all of them together; tallies: of those that ran."""
+    names = dict.fromkeys(name for name, _ in tallies)
+    return [
+        _score(rows, name, first, task, tallies, expected)
+        for name in names
+        for task in (*(at for own, at in tallies if own == name), "overall")
+    ]
+
+
 def _score(
     rows: int,
     name: str,
@@ -219,9 +232,12 @@ def _score(
     )
 
 
-def _write(config: SpecBenchConfig, scores: Sequence[Score], output: Path) -> None:
-    described = [asdict(score) for score in scores]
-    (output / "spec_bench.json").write_text(json.dumps(described, indent=2) + "\n")
+def _save(scores: Sequence[Score], output: Path) -> None:
+    described = json.dumps([asdict(score) for score in scores], indent=2)
+    (output / "spec_bench.json").write_text(described + "\n")
+
+
+def _write_page(config: SpecBenchConfig, scores: Sequence[Score], output: Path) -> None:
     first = [score for score in scores if score.batch_rows == config.batch_rows[0]]
     _plot_acceptance(first, output / "acceptance.png")
     _plot_speedups(first, output / "speedup.png")
