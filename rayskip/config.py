@@ -226,7 +226,11 @@ class RetrievalDraft(Section):
     kind: Literal["retrieval"]
     corpus: str | None = Field(None, description="text file to begin with, a text a line")
     tokens: int = Field(10, ge=1, description="tokens proposed at once")
-    max_tokens: int = Field(1_000_000, ge=1, description="tokens remembered; full, the store starts anew")
+    max_tokens: int = Field(
+        1_000_000,
+        ge=1,
+        description="tokens of generations remembered, half a kilobyte each; full, they are forgotten",
+    )
 
 
 class LookaheadDraft(Section):

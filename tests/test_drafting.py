@@ -8,28 +8,28 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from copy import copy
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, MistralConfig
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
 from rayskip.config import DecodeConfig, EngineConfig, KangarooDraft, ModelConfig, SamplingParams
+from rayskip.config_file import load_config
 from rayskip.data.records import Generation, Prompt
 from rayskip.decode.batch import Chunk
 from rayskip.decode.draft import NEWEST, Draft
 from rayskip.decode.drafters import check_files
-from rayskip.decode.drafters.auto import AutoDrafter, Fortune, Rate, Rounds, round_pays
-from rayskip.decode.drafters.costs import StepCosts, worth_verifying
+from rayskip.decode.drafters.auto import AutoDrafter, Rounds
+from rayskip.decode.drafters.costs import StepCosts
 from rayskip.decode.drafters.lookup import Copy, Index
 from rayskip.decode.drafters.none import NoDrafter
 from rayskip.decode.drafters.retrieval import Store
-from rayskip.decode.drafters.trial import Trial, Trials
+from rayskip.decode.drafters.trial import Trials
 from rayskip.decode.sequence import Sequence
+from rayskip.driver.plan import make_plan
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import load, tensors_fingerprint
@@ -39,7 +39,9 @@ from rayskip.model.kv_cache import KVCache
 from rayskip.model.medusa import MedusaLabel
 from rayskip.model.ops import Group, Ops, TokenBatch
 from rayskip.model.trained import save_trained
+from rayskip.skip import full_depth, skip_policy
 
+ROOT = Path(__file__).parent.parent
 LISTED = 48
 """Tokens that drafters choose from: whole vectors of the kernels."""
 
@@ -236,10 +238,10 @@ def test_rows_at_full_depth_and_at_the_contexts_end_and_on_two_lanes(folder: Pat
     def outcome(draft: dict[str, Any]) -> dict[int, list[tuple[Any, ...]]]:
         decode = DecodeConfig.model_validate({"draft": draft, "skip": POLICIES["skip"]})
         engine = Engine.load(
-            ModelConfig(path=str(folder)), EngineConfig(max_batch_rows=16, max_model_len=75), decode
+            ModelConfig(path=str(folder)), EngineConfig(max_batch_rows=16, max_model_len=64), decode
         )
-        params = SamplingParams(max_tokens=60, ignore_eos=True)
-        for index, prompt in enumerate(_prompts() * 2):
+        params = SamplingParams(max_tokens=62, ignore_eos=True)
+        for index, prompt in enumerate(prompt for prompt in _prompts() * 2 if len(prompt) < 64):
             engine.add(prompt, params, full_depth=index % 3 == 0)
         return {done.request_id: _outcomes([done.generations]) for done in engine.run()}
 
@@ -259,18 +261,43 @@ def test_branches_hold_where_the_chain_does_not(folder: Path, kind: str) -> None
     assert gained[1] > gained[0] + 0.05
 
 
-def test_a_stop_string_inside_a_draft_ends_the_row() -> None:
-    chat = [
-        {"role": "user", "content": "Repeat: one two three. one two three. one two three. one two three."}
-    ]
-    params = SamplingParams(max_tokens=40, stop=["three"])
+class _Foresight(NoDrafter):
+    """Proposes the five tokens that do come next, past what may end the row."""
+
+    def __init__(self, text: list[int]) -> None:
+        self._text = text
+
+    def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
+        for row in rows:
+            at = len(row.generated)
+            row.draft.add_chain(self._text[at : at + min(5, row.draft_room)], "foresight")
+
+
+@pytest.mark.parametrize("way", ["stop token", "stop string", "max_tokens"])
+def test_a_row_ends_inside_a_draft(way: str) -> None:
+    """The first token needs no draft; then come six, and the row ends amid the next six."""
+    chat = [{"role": "user", "content": "Count from one to twenty in words."}]
     sizes = EngineConfig(max_batch_rows=1)
     plain = Engine.load("smollm2-135m-instruct", sizes)
-    lookup = DecodeConfig.model_validate({"draft": {"kind": "lookup"}})
-    drafting = Engine(plain.decoder, plain.tokenizer, sizes, lookup)
+    ((whole,),) = plain.generate([chat], SamplingParams(max_tokens=20, ignore_eos=True))
+    ids, tokenizer = whole.token_ids, plain.tokenizer
+    assert ids is not None
+    assert tokenizer is not None
+    at = next(at for at in range(8, 12) if tokenizer.decode(ids[at]) not in tokenizer.decode(ids[:at]))
+    params = {
+        "stop token": SamplingParams(max_tokens=20, stop_token_ids=(ids[at],)),
+        "stop string": SamplingParams(max_tokens=20, stop=(str(tokenizer.decode(ids[at])),)),
+        "max_tokens": SamplingParams(max_tokens=at + 1),
+    }[way]
+    drafting = Engine(plain.decoder, plain.tokenizer, sizes)
+    for lane in drafting._lanes:
+        lane._drafter = _Foresight(ids)
     found = [engine.generate([chat], params)[0][0] for engine in (plain, drafting)]
-    assert found[0].finish_reason == "stop"
-    assert (found[0].text, found[0].token_ids) == (found[1].text, found[1].token_ids)
+    assert (found[0].text, found[0].finish_reason) == (found[1].text, found[1].finish_reason)
+    assert found[0].token_ids == found[1].token_ids == ids[: at + 1]
+    stats = drafting.take_stats()
+    assert stats.accepted_lengths == {"5": 1, str(at - 7): 1}
+    assert stats.drafted == 5 + (at - 7 if way == "max_tokens" else 5)
 
 
 def test_a_draft_is_a_tree() -> None:
@@ -319,7 +346,7 @@ def test_drafts_fit_the_forward(folder: Path) -> None:
     params = SamplingParams(max_tokens=40, ignore_eos=True)
     found = engine.generate([[4, 5] * 6] * 8, params)
     stats = engine.take_stats()
-    assert stats.drafted <= 16 * stats.steps
+    assert 0 < stats.accepted <= stats.drafted <= 16 * stats.steps
     plain = _engine(folder, {"kind": "none"}).generate([[4, 5] * 6] * 8, params)
     assert _outcomes(found) == _outcomes(plain)
 
@@ -365,8 +392,8 @@ def test_a_damaged_adapter_and_the_folder_above_one_are_named(folder: Path, tmp_
     weights = tmp_path / "exit-2" / "kangaroo.safetensors"
     _save_adapter(folder, weights.parent, tensors_fingerprint(folder))
     with pytest.raises(ModelError, match=r"no kangaroo\.json; did you mean .*exit-2\?"):
-        check_files(KangarooDraft(kind="kangaroo", path=str(tmp_path)), folder)
-    check_files(KangarooDraft(kind="kangaroo", path=str(weights.parent)), folder)
+        check_files(KangarooDraft(kind="kangaroo", path=str(tmp_path)), folder, full_depth(LAYERS))
+    check_files(KangarooDraft(kind="kangaroo", path=str(weights.parent)), folder, full_depth(LAYERS))
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match=r"kangaroo\.safetensors is damaged"):
         _engine(folder, {"kind": "kangaroo", "path": str(weights.parent)})
@@ -409,6 +436,26 @@ def test_a_model_without_a_shipped_adapter_says_so(folder: Path) -> None:
         _engine(folder, {"kind": "kangaroo"})
 
 
+def test_a_draft_model_may_lack_the_padding_of_a_larger_ones_embeddings(folder: Path, tmp_path: Path) -> None:
+    words = {f"w{index}": index for index in range(VOCAB)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, "w0")))
+    model = AutoModelForCausalLM.from_pretrained(folder / "small", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "small")
+    model.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
+    model.save_pretrained(tmp_path / "padded")
+    for name in ("small", "padded"):
+        tokenizer.save_pretrained(tmp_path / name)
+    prompts, params = [*_prompts(), [4, VOCAB + 1, 5]], SamplingParams(max_tokens=30, ignore_eos=True)
+    plain, drafting = (
+        _engine(tmp_path / "padded", draft)
+        for draft in ({"kind": "none"}, {"kind": "draft_model", "model": {"path": str(tmp_path / "small")}})
+    )
+    assert _outcomes(drafting.generate(prompts, params)) == _outcomes(plain.generate(prompts, params))
+    assert (drafting.take_stats().mean_accepted or 0) > 2
+    drafting.generate(prompts[-1:], params)
+    assert drafting.take_stats().drafted == 0
+
+
 def test_a_draft_model_with_other_tokens_is_refused(folder: Path, tiny_llama: Callable[..., Path]) -> None:
     other = tiny_llama("other", 1, vocab_size=VOCAB + 3, max_position_embeddings=64)
     with pytest.raises(ModelError, match="same tokenizer"):
@@ -421,6 +468,21 @@ def test_skipping_a_layer_that_drafts_is_refused(folder: Path) -> None:
     )
     with pytest.raises(ConfigError, match="keeps the bottom 2"):
         Engine.load(ModelConfig(path=str(folder)), None, decode)
+    with pytest.raises(ConfigError, match="keeps the bottom 2"):
+        check_files(decode.draft, folder, skip_policy(decode.skip, LAYERS))
+
+
+def test_a_job_may_go_on_with_another_drafter() -> None:
+    def parts(*overrides: str) -> dict[str, str]:
+        job = load_config(
+            ROOT / "configs/quickstart.yaml", [f"input.path={ROOT}/configs/data/quickstart.jsonl", *overrides]
+        )
+        return make_plan(job).record.parts
+
+    plain = parts()
+    assert parts("decode.draft={kind: lookup}") == parts("decode.draft={kind: auto, branches: 3}") == plain
+    skipping = parts("decode.skip={kind: unified, speedup: 2}")
+    assert [name for name in plain if plain[name] != skipping[name]] == ["decode.skip"]
 
 
 def _row(prompt: list[int], generated: list[int]) -> Sequence:
@@ -500,6 +562,24 @@ def test_retrieval_copies_from_other_texts() -> None:
     assert store.propose([7, 1], 1) == []
 
 
+def test_retrieval_keeps_its_corpus(tmp_path: Path) -> None:
+    """However many completions it has learnt and forgotten since."""
+    sizes = EngineConfig(max_batch_rows=1)
+    plain = Engine.load("smollm2-135m-instruct", sizes)
+    params = SamplingParams(max_tokens=24, ignore_eos=True)
+    prompt = "one, two, three, four, five, six, seven,"
+    ((told,),) = plain.generate([prompt], params)
+    (tmp_path / "corpus.txt").write_text(f"{prompt}{told.text}".replace("\n", " "))
+    draft = {"kind": "retrieval", "corpus": str(tmp_path / "corpus.txt"), "max_tokens": 30}
+    engine = Engine(plain.decoder, plain.tokenizer, sizes, DecodeConfig.model_validate({"draft": draft}))
+    accepted = []
+    for other in ("The sea is", "Once upon a time", "Dear sir,"):
+        engine.generate([prompt], params)
+        accepted.append(engine.take_stats().accepted)
+        engine.generate([other], params)
+    assert min(accepted) > 5
+
+
 def test_retrieval_learns_from_completions_that_ended(folder: Path) -> None:
     engine = _engine(folder, {"kind": "retrieval"}, rows=1)
     params = SamplingParams(max_tokens=8, ignore_eos=True)
@@ -507,175 +587,3 @@ def test_retrieval_learns_from_completions_that_ended(folder: Path) -> None:
     assert engine.take_stats().drafted == 0
     engine.generate([[5, 6, 7, 8]], params)
     assert engine.take_stats().accepted == 6  # all but the first and the last token
-
-
-COSTS = st.lists(st.floats(0.001, 10), min_size=4, max_size=4).map(
-    lambda steps: StepCosts((1, 4, 16, 64), tuple(sum(steps[: at + 1]) for at in range(4)))
-)
-CHANCES = st.lists(
-    st.lists(st.floats(0.01, 1), max_size=4).map(lambda own: sorted(own, reverse=True)),
-    min_size=1,
-    max_size=4,
-)
-
-
-@given(CHANCES, COSTS, st.integers(0, 20))
-def test_the_budget_beats_every_other(chances: list[list[float]], costs: StepCosts, prompt: int) -> None:
-    base = len(chances) + prompt
-
-    def rate(lengths: list[int]) -> float:
-        gained = sum(sum(own[:length]) for own, length in zip(chances, lengths, strict=True))
-        return (len(chances) + gained) / costs(base + sum(lengths))
-
-    chosen = worth_verifying(chances, len(chances), costs, base)
-    for row, own in enumerate(chances):
-        for length in range(len(own) + 1):
-            other = [*chosen[:row], length, *chosen[row + 1 :]]
-            # another length in one row may only win by cutting or adding tokens that the cost curve's kinks favour
-            assert rate(chosen) >= rate([0] * len(chances)) - 1e-9
-            if sum(other) == sum(chosen):
-                assert rate(chosen) >= rate(other) - 1e-9
-
-
-def test_costs_are_linear_in_between_and_beyond() -> None:
-    costs = StepCosts((1, 2, 4), (1.0, 1.5, 2.5))
-    assert [costs(tokens) for tokens in (1, 2, 3, 4, 6)] == [1.0, 1.5, 2.0, 2.5, 3.5]
-
-
-def test_costs_follow_what_forwards_take() -> None:
-    costs = StepCosts((1, 4, 16), (1.0, 2.0, 4.0))
-    for _ in range(300):
-        costs = costs.learn(4, 6.0)
-    assert costs.seconds == pytest.approx((3, 6, 12), rel=0.01)
-    assert costs.learn(4, 1e9)(4) < 7  # one hiccup moves little
-
-
-@pytest.mark.parametrize("drafting_gains", [1.3, 0.7])
-def test_the_faster_way_is_taken_and_the_other_tried_now_and_then(drafting_gains: float) -> None:
-    trial = Trial()
-
-    def take(steps: int, gains: float) -> list[bool]:
-        taken = []
-        for _ in range(steps):
-            taken.append(trial.choose())
-            trial.count(taken[-1], 10, 1 / gains if taken[-1] else 1.0)
-        return taken
-
-    faster = drafting_gains > 1
-    assert 950 < take(1000, drafting_gains).count(faster) < 990
-    assert take(3000, 1 / drafting_gains).count(faster) < 1200  # the machine has changed
-
-
-def test_the_slower_way_is_tried_less_often_each_time_that_it_is_slower_again() -> None:
-    trial, taken = Trial(), []
-    for _ in range(4000):
-        taken.append(trial.choose())
-        trial.count(taken[-1], 10, 2.0 if taken[-1] else 1.0)
-    began = [step for step in range(1, 4000) if taken[step] and not taken[step - 1]]
-    pauses = [later - earlier for earlier, later in pairwise(began)]
-    assert began[0] < 0.6 * pauses[0] < 0.4 * pauses[1]
-    assert pauses[2] == pytest.approx(pauses[1], rel=0.02)  # but not ever more seldom
-
-
-def test_steps_that_do_not_count_go_on_as_before_and_begin_without_drafts() -> None:
-    trial = Trial()
-    assert not trial.choose(counts=False)
-    assert trial.choose()
-    trial.count(True, 10, 1.0)
-    assert trial.choose(counts=False)
-
-
-def test_a_lane_that_no_longer_counts_does_not_stay_in_the_slower_way() -> None:
-    trial = Trial(2)
-    assert trial.choose(0)
-    for _ in range(500):
-        drafting = trial.choose(1)
-        trial.count(drafting, 10, 2.0 if drafting else 1.0, 1)
-    assert not trial.choose(0, counts=False)
-
-
-@pytest.mark.parametrize("lanes", [1, 2, 16])
-def test_what_a_change_costs_at_first_does_not_count_against_a_way(lanes: int) -> None:
-    """Drafting gains 1.25 times as fast once a lane has caught up, on which its first step spends as much again."""
-    trials = Trials()
-    own = [trials.join() for _ in range(lanes)]
-    before = dict.fromkeys(own, False)
-    drafted = steps = 0
-    for _ in range(1500):
-        for lane in own:
-            drafting = trials.choose(4, lane, True)
-            catching_up = drafting and not before[lane]
-            seconds = (1.2 if drafting else 1.0) + catching_up
-            trials.count(4, drafting, 3 if drafting else 2, seconds, lane)
-            before[lane] = drafting
-            drafted, steps = drafted + drafting, steps + 1
-    assert drafted > 0.9 * steps
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_few_rows_whose_copies_come_in_bursts_are_drafted_for(rows: int) -> None:
-    """A draft costs a tenth; for 50 steps on end none holds, then for 50 each row gains three tokens a step."""
-    trials = Trials()
-    lane = trials.join()
-    drafted = 0
-    for step in range(4000):
-        drafting = trials.choose(rows, lane, True)
-        gained = 3 if drafting and step // 50 % 2 else 1
-        trials.count(rows, drafting, gained * rows, 1.1 if drafting else 1.0, lane)
-        drafted += drafting
-    assert drafted > 0.85 * 4000
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4])
-def test_few_rows_for_which_drafting_is_slower_are_seldom_drafted_for(rows: int) -> None:
-    trials = Trials()
-    lane = trials.join()
-    drafted = 0
-    for _ in range(8000):
-        drafting = trials.choose(rows, lane, True)
-        trials.count(rows, drafting, rows, 1.1 if drafting else 1.0, lane)
-        drafted += drafting
-    assert 0 < drafted < 0.13 * 8000
-
-
-def test_free_tokens_are_drafted_and_dear_ones_are_not() -> None:
-    free, dear = StepCosts((1, 64), (1.0, 1.01)), StepCosts((1, 64), (1.0, 64.0))
-    assert worth_verifying([[0.5, 0.2, 0.1]], 1, free, 1) == [3]
-    assert worth_verifying([[0.5, 0.2, 0.1]], 1, dear, 1) == [0]
-    assert worth_verifying([[0.9, 0.8], [0.3]], 2, StepCosts((1, 64), (1.0, 30.0)), 2) == [2, 0]
-
-
-def test_a_round_pays_when_it_gains_more_than_it_costs() -> None:
-    costs = StepCosts((1, 64), (1.0, 1.5))
-    assert round_pays(1, 0, 1, accepted=0.8, drafted=2, seconds=0.3, costs=costs)
-    assert not round_pays(1, 0, 1, accepted=0.2, drafted=2, seconds=0.3, costs=costs)
-    assert not round_pays(1, 63, 64, accepted=0.8, drafted=2, seconds=0.3, costs=costs)  # others wait for it
-
-
-def test_what_does_not_pay_is_tried_again_now_and_then() -> None:
-    rounds, costs = Rounds(), StepCosts((1, 64), (1.0, 1.5))
-    tried = []
-    for _ in range(400):
-        tried.append(rounds.worth_trying(1, 0, 1, costs))
-        if tried[-1]:
-            rounds.count(1, drafted=3, seconds=5.0)
-    assert all(tried[:4])
-    assert 5 <= sum(tried) <= 12
-
-
-def test_a_rows_fortune_bends_what_is_expected_of_it() -> None:
-    lucky, unlucky = Fortune(), Fortune()
-    assert lucky.factor == 1
-    for _ in range(50):
-        lucky.count(True, 0.5)
-        unlucky.count(False, 0.5)
-    assert lucky.factor > 1.5
-    assert unlucky.factor < 0.4
-
-
-def test_counts_move_a_rate_from_its_prior() -> None:
-    rate = Rate()
-    assert rate.given(0.3) == pytest.approx(0.3)
-    for _ in range(200):
-        rate.count(True)
-    assert rate.given(0.3) > 0.9

@@ -214,3 +214,49 @@ def test_where_memory_does_not_suffice_fewer_rows_run_and_none_is_lost(
     assert "on with 2" in caplog.text
     with pytest.raises(torch.OutOfMemoryError):
         _cramped(tiny_llama, 0, after, decode).generate(prompts, params)
+
+
+def test_generate_leaves_other_requests_alone(tiny_llama: Callable[..., Path]) -> None:
+    engine = _engine(tiny_llama("beside", 0), "bfloat16", max_batch_rows=4)
+    params = [SamplingParams(max_tokens=count, ignore_eos=True) for count in (3, 20)]
+    expected = [engine.generate([[5, 6, 7]], own)[0][0].token_ids for own in params]
+    added = [engine.add([5, 6, 7], own) for own in params]
+    ((beside,),) = engine.generate([[5, 6, 7]], params[0])
+    assert beside.token_ids == expected[0]
+    found = {done.request_id: done.generations[0].token_ids for done in engine.run()}
+    assert [found[request_id] for request_id in added] == expected
+    assert not engine.has_work
+
+
+def test_aborted_requests_end_without_a_completion(tiny_llama: Callable[..., Path]) -> None:
+    engine = _engine(tiny_llama("aborted", 0), "bfloat16", max_batch_rows=2)
+    params = SamplingParams(max_tokens=200, ignore_eos=True)
+    added = [engine.add([5, 6, index], params) for index in range(5)]
+    for _ in range(10):
+        assert not engine.step()
+    engine.abort(added[:4])
+    (last,) = engine.run()
+    assert last.request_id == added[4]
+    alone = engine.generate([[5, 6, 4]], params)
+    assert _tokens([last.generations]) == _tokens(alone)
+    assert engine.take_stats().completion_tokens < 3 * 200
+
+
+def test_an_interrupted_generate_leaves_nothing_behind(tiny_llama: Callable[..., Path]) -> None:
+    engine = _engine(tiny_llama("interrupted", 0), "bfloat16", max_batch_rows=2)
+    step, calls = engine.step, 0
+
+    def interrupted() -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+        return step()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([[5, 6, 7]] * 6, SamplingParams(max_tokens=60, ignore_eos=True))
+    assert list(engine.run()) == []
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    assert len(engine.generate([[8, 9]], params)[0][0].token_ids or []) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.engine import Engine
-from rayskip.errors import InputError, ModelError
+from rayskip.errors import ConfigError, InputError, ModelError
 from rayskip.model.checkpoint import trained_policy
 from rayskip.tool_config import TrainSkipConfig
 from rayskip.train.examples import Example, batches, collate, split
@@ -109,6 +110,17 @@ def test_a_stopped_training_resumes_to_the_same_curve(folder: Path, tmp_path: Pa
     train_skip(_config(folder, tmp_path / "parts"), rest.append)
     assert [point.step for point in rest] == list(range(21, 41))
     assert [point.loss for point in rest] == pytest.approx([point.loss for point in whole[20:]], rel=1e-3)
+    curve = [json.loads(line) for line in (tmp_path / "parts/curve.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in curve] == list(range(1, 41))
+    assert [state.name for state in (tmp_path / "parts/state").glob("step-*")] == ["step-40"]
+
+
+def test_a_training_does_not_go_on_from_another(folder: Path, tmp_path: Path) -> None:
+    train_skip(_config(folder, tmp_path / "out", steps=4))
+    with pytest.raises(ConfigError, match="holds a training with another steps and learning_rate; delete it"):
+        train_skip(_config(folder, tmp_path / "out", steps=2, learning_rate=1e-3))
+    assert json.loads((tmp_path / "out/model/rayskip.json").read_text())["steps"] == 4
+    train_skip(_config(folder, tmp_path / "out", steps=4, evaluate_every=1))
 
 
 @pytest.mark.parametrize("changes", [{"lora": {"rank": 4}}, {"distill": {"weight": 0.5}}])
@@ -154,6 +166,14 @@ def test_a_group_stays_on_one_side_of_the_split() -> None:
     assert {x.group for x in training}.isdisjoint(x.group for x in held_out)
     assert len(training) + len(held_out) == 500
     assert 40 <= len(held_out) <= 160
+
+
+def test_the_first_held_out_examples_are_of_all_files() -> None:
+    files = ("a", "b", "c")
+    examples = [Example([1], [2], f"{file}:{row}") for file in files for row in range(400)]
+    _, held_out = split(examples, 0.25)
+    count = Counter(example.group[0] for example in held_out[:90])
+    assert all(count[file] > 15 for file in files)
 
 
 def test_batches_are_the_same_for_a_seed_and_cover_a_pass() -> None:

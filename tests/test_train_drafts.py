@@ -26,7 +26,7 @@ from rayskip.model.checkpoint import tensors_fingerprint
 from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
 from rayskip.model.medusa import MedusaLabel
 from rayskip.model.trained import save_trained
-from rayskip.tool_config import DataConfig, TrainKangarooConfig, TrainMedusaConfig
+from rayskip.tool_config import DataConfig, TrainingConfig, TrainKangarooConfig, TrainMedusaConfig
 from rayskip.train import kangaroo, medusa
 from rayskip.train.drafts import (
     Targets,
@@ -39,7 +39,7 @@ from rayskip.train.drafts import (
 )
 from rayskip.train.examples import Example, collate
 from rayskip.train.kangaroo import CONFIDENCE, Adapters
-from rayskip.train.loop import Point, Schedule, train
+from rayskip.train.loop import Point, train
 from rayskip.train.medusa import Heads
 from rayskip.train.prepare import frozen, prepare
 from rayskip.train.run_drafts import format_draft_quality, train_kangaroo, train_medusa
@@ -95,9 +95,20 @@ def _fit(
         return soft_loss(model(targets), targets)
 
     points: list[Point] = []
-    schedule = Schedule(60, 16, 1, 3e-3, 5, 0, 30, 1000, None)
+    config = TrainingConfig.model_validate(
+        {
+            "name": "drafts",
+            "model": {"path": "in the test"},
+            "data": {"input": {"path": "in the test"}, "answer": "in the test"},
+            "steps": 60,
+            "learning_rate": 3e-3,
+            "warmup_steps": 5,
+            "evaluate_every": 30,
+            "output": str(out),
+        }
+    )
     training, held_out = examples[:128], examples[128:]
-    fitted = train(model, loss, training, held_out, schedule, out, lambda model, step: None, points.append)
+    fitted = train(model, loss, training, held_out, config, lambda model, step: None, points.append)
     assert points[-1].loss < points[0].loss
     fitted.eval()
     return fitted

@@ -41,7 +41,8 @@ class Chunk:
 
 
 def token_batch(chunks: Seq[Chunk], policy: SkipPolicy, device: torch.device) -> TokenBatch:
-    """Chunks as packed tensors. Those of one depth and width that read equally many key blocks attend as one group.
+    """Chunks as packed tensors. Those of one width, and of one position where depth depends on it, that read
+    equally many key blocks attend as one group.
 
     chunks: in the order of their groups, see `group_key`.
     """
@@ -88,7 +89,7 @@ def _paths(positions: Seq[int], branches: Mapping[int, Chunk], device: torch.dev
 
 
 def group_key(chunk: Chunk) -> tuple[int, int, int]:
-    """(generated position, tokens, key positions read): depends on nothing but the row itself.
+    """(generated position, -1 at full depth; tokens; key positions read): depends on nothing but the row itself.
 
     A chunk is either prompt or one generated token, so its tokens share a depth. Sorted, the deepest come first.
     """
@@ -96,6 +97,13 @@ def group_key(chunk: Chunk) -> tuple[int, int, int]:
     return chunk.sequence.skip_position(first), width, key_blocks(first + width)
 
 
-def draft_chunks(row: Sequence) -> list[Chunk]:
-    """The row's draft, token by token: each has its own depth, and attends as it would without a drafter."""
-    return [Chunk(row, at, at + 1) for at in range(row.length, row.length + len(row.draft))]
+def with_drafts(chunks: Seq[Chunk]) -> list[Chunk]:
+    """Chunks, and behind each that decodes its row's draft, token by token: each has its own depth, and attends as
+    it would without a drafter. A row's tokens stand side by side: its keys can be read once for all."""
+    found = []
+    for chunk in chunks:
+        found.append(chunk)
+        if chunk.generated:
+            row = chunk.sequence
+            found += [Chunk(row, at, at + 1) for at in range(row.length, row.length + len(row.draft))]
+    return found

@@ -18,7 +18,7 @@ class Sequence:
 
     computed: tokens whose keys and values are in the cache, at slot `slot`.
     limit: tokens it may come to have, prompt and completion together. reserved: positions kept for them.
-    full_depth: every layer runs, whatever the engine's skip policy.
+    full_depth: every layer runs, whatever its position.
     draft: tokens proposed to follow, during a step; they lie in the cache behind the known ones, node by node.
     draft_cached: tokens whose keys and values a drafter's own cache layers hold, with those before them.
     """

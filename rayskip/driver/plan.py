@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rayskip.config import JobConfig
+from rayskip.config import DecodeConfig, JobConfig
 from rayskip.data.output import check_output
 from rayskip.data.prompts import check_input
 from rayskip.data.records import Shard
 from rayskip.data.sources import Source, discover, plan_shards
 from rayskip.driver.records import JobRecord
-from rayskip.model.checkpoint import resolve, weights_fingerprint
+from rayskip.model.checkpoint import read_layer_count, resolve, weights_fingerprint
+from rayskip.skip import skip_policy
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,11 @@ def make_plan(job: JobConfig) -> Plan:
     check_input(job.input, source.columns)
     check_output(job, source.columns)
     shards = list(plan_shards(source, job.output.shard_rows, job.input.max_rows))
-    if job.decode.draft.kind != "none":
+    if job.decode != DecodeConfig():
         from rayskip.decode.drafters import check_files  # imports torch, which takes its time
 
-        check_files(job.decode.draft, resolve(job.model.path, job.model.revision))
+        folder = resolve(job.model.path, job.model.revision)
+        check_files(job.decode.draft, folder, skip_policy(job.decode.skip, read_layer_count(folder)))
     parts = fingerprint_parts(job, source)
     record = JobRecord(
         name=job.name,
@@ -74,7 +76,7 @@ def fingerprint_parts(job: JobConfig, source: Source) -> dict[str, str]:
         "input": digest(job.input.model_dump(mode="json", exclude={"path"})),
         "model": digest([weights, adapter, job.model.dtype]),
         "sampling": digest(job.sampling.model_dump(mode="json")),
-        "decode": digest(job.decode.model_dump(mode="json")),
+        "decode.skip": digest(job.decode.skip.model_dump(mode="json")),
         "quality": digest(job.quality.model_dump(mode="json") if falls_back else None),
         "engine.max_model_len": digest(job.engine.max_model_len),
         "output": digest(job.output.model_dump(mode="json", exclude={"path"})),

@@ -10,7 +10,7 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -65,7 +65,8 @@ class _Request:
 class Engine:
     """Generates for many prompts at once, by continuous batching.
 
-    Use `generate` for a list of prompts, or `add` and `step` (or `run`) to feed rows while others generate.
+    Use `generate` for a list of prompts, or `add` and `step` (or `run`) to feed rows while others generate, and
+    `abort` to give some up.
     A row's tokens do not depend on what else runs, where `info["batch_invariant"]` says so.
     """
 
@@ -108,6 +109,8 @@ class Engine:
         self._steps: dict[Future[StepResult], tuple[Lane, StepPlan]] = {}
         self._stopper = Stopper(tokenizer, decoder.spec.eos_token_ids)
         self._requests: dict[int, _Request] = {}
+        self._kept: list[Completion] = []
+        """Of other callers' requests, that ended during a `generate`."""
         self._next_id = 0
         self._stats = Stats()
 
@@ -161,7 +164,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._steps or any(lane.scheduler.running for lane in self._lanes))
+        running = any(lane.scheduler.running for lane in self._lanes)
+        return bool(self._kept or self._waiting or self._steps or running)
 
     def take_stats(self) -> Stats:
         """Counters since the last call."""
@@ -184,17 +188,30 @@ class Engine:
         limit = min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len)
         reserved = self.decoder.ops.slot_length(limit)
         for sample in range(prompt.params.n):
-            self._waiting.append(Sequence(request_id, prompt, sample, limit, reserved, full_depth))
+            self._waiting.append(
+                Sequence(request_id, prompt, sample, limit, reserved, full_depth or self.policy.is_full)
+            )
         return request_id
+
+    def abort(self, request_ids: Collection[int]) -> None:
+        """Give requests up: they yield no completion. Rows that run leave the batch at their next token."""
+        for request_id in request_ids:
+            self._requests.pop(request_id, None)
+        kept = [row for row in self._waiting if row.request_id in self._requests]
+        self._waiting.clear()
+        self._waiting.extend(kept)
 
     def step(self) -> list[Completion]:
         """Keep every lane stepping and wait for one to finish its forward; returns the requests that ended.
 
         Where memory does not suffice, the lane goes on with half its rows.
         """
+        if self._kept:
+            done, self._kept = self._kept, []
+            return done
         self._start_steps()
         finished, _ = wait(self._steps, return_when=FIRST_COMPLETED)
-        done: list[Completion] = []
+        done = []
         for future in finished:
             lane, plan = self._steps.pop(future)
             try:
@@ -220,7 +237,8 @@ class Engine:
     ) -> list[list[Generation]]:
         """Generations of each prompt (text, token ids or chat messages), one per sample, in prompt order.
 
-        A prompt that cannot run yields one generation with finish_reason "error".
+        A prompt that cannot run yields one generation with finish_reason "error". Requests that were added before
+        run beside them; what ends of those, the next `step` returns.
         """
         if isinstance(prompts, str) or any(isinstance(prompt, int | dict) for prompt in prompts):
             raise TypeError("give a list of prompts: texts, lists of token ids or lists of messages")
@@ -236,8 +254,17 @@ class Engine:
                 results[index] = [
                     Generation(index, 0, "error", error_type=error.kind, error_message=str(error))
                 ]
-        for done in self.run():
-            results[places[done.request_id]] = done.generations
+        others = []
+        try:
+            while len(results) < len(prompts):
+                for done in self.step():
+                    if (place := places.get(done.request_id)) is None:
+                        others.append(done)
+                    else:
+                        results[place] = done.generations
+        finally:  # nobody waits for the rest of a call that was interrupted
+            self.abort(places)
+            self._kept += others
         return [results[index] for index in range(len(prompts))]
 
     def _check(self, token_ids: Seq[int], params: SamplingParams) -> None:
@@ -299,6 +326,8 @@ class Engine:
 
     def _advance(self, row: Sequence, choices: Seq[Choice]) -> tuple[int, bool]:
         """Append the chosen tokens, up to one that ends the row; how many it got, and whether it ended."""
+        if row.request_id not in self._requests:
+            return 0, True
         for count, choice in enumerate(choices):
             if choice.token_id is None:
                 self._finish(row, "error", ("non_finite_logits", "the model's logits are not finite"))
@@ -333,9 +362,9 @@ class Engine:
         )
 
     def _complete(self, request_id: int) -> Completion | None:
-        """The request's completion once its last sample has ended."""
-        request = self._requests[request_id]
-        if len(request.samples) < request.prompt.params.n:
+        """The request's completion once its last sample has ended; none of one that was given up."""
+        request = self._requests.get(request_id)
+        if request is None or len(request.samples) < request.prompt.params.n:
             return None
         del self._requests[request_id]
         return Completion(request_id, [request.samples[sample] for sample in sorted(request.samples)])

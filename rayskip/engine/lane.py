@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from rayskip.decode.batch import Chunk, draft_chunks, group_key, token_batch
+from rayskip.decode.batch import Chunk, group_key, token_batch, with_drafts
 from rayskip.decode.draft import NEWEST, Draft
 from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.sampling import Choice
@@ -86,10 +86,10 @@ class Lane:
         for copy in plan.copies:
             self._cache.copy(copy.source, copy.target, copy.length)
         decoding = [chunk.sequence for chunk in plan.chunks if chunk.generated]
-        states = self._drafter.draft(plan.chunks, decoding, self._cache)
-        self._fit(plan, decoding)
-        drafts = [chunk for row in decoding for chunk in draft_chunks(row)]
-        chunks = sorted([*plan.chunks, *drafts], key=group_key)
+        room = self.scheduler.max_tokens - sum(chunk.stop - chunk.start for chunk in plan.chunks)
+        states = self._drafter.draft(plan.chunks, decoding if room else [], self._cache)
+        self._fit(decoding, room)
+        chunks = sorted(with_drafts(plan.chunks), key=group_key)
         batch = token_batch(chunks, self._policy, self._decoder.device)
         hidden = self._hidden(chunks, batch, states)
         logits = self._decoder.logits(hidden)
@@ -123,6 +123,7 @@ class Lane:
         """After a step that memory did not suffice for: see Scheduler.halve."""
         given_up = self.scheduler.halve()
         if given_up is not None:
+            self._drafter.release()
             self._cache.resize(0, 0)
             if self._decoder.device.type == "cuda":
                 torch.cuda.empty_cache()  # what was free in pieces
@@ -158,12 +159,18 @@ class Lane:
             x, first = states.x[at], states.layer
         return decoder.run_layers(x, batch, self._cache, first, len(decoder.layers))[batch.outputs]
 
-    def _fit(self, plan: StepPlan, rows: Seq[Sequence]) -> None:
-        """Cut drafts, all rows' alike, to what a forward may hold beside the plan's own tokens."""
-        room = self.scheduler.max_tokens - sum(chunk.stop - chunk.start for chunk in plan.chunks)
-        if sum(len(row.draft) for row in rows) > room:
-            for row in rows:
-                row.draft.cut(max(room, 0) // len(rows))
+    def _fit(self, rows: Seq[Sequence], room: int) -> None:
+        """Cut the longest drafts, to the tokens that a forward may hold beside the plan's own."""
+        lengths = [len(row.draft) for row in rows]
+        most = max(lengths, default=0)
+        while sum(min(length, most) for length in lengths) > room:
+            most -= 1
+        for row in rows:
+            if len(row.draft) > most:
+                row.draft.cut(most)
+                self._cache.clear(
+                    row.slot, row.length + most
+                )  # where the drafter ran them, they may not be finite
 
     def count(self, plan: StepPlan, result: StepResult, gained: Mapping[Sequence, int]) -> Stats:
         """What a step ran and what came of it. gained: tokens that each row got; where one ended inside its draft,

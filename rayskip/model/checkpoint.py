@@ -92,6 +92,11 @@ def read_spec(folder: Path) -> Spec:
     return _config_and_spec(folder)[1]
 
 
+def read_layer_count(folder: Path) -> int:
+    """How many layers that decoder has."""
+    return int(_config_and_spec(folder)[0].num_hidden_layers)
+
+
 def _config_and_spec(folder: Path) -> tuple[Any, Spec]:
     from dataclasses import replace
 

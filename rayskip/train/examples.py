@@ -123,15 +123,18 @@ def _with_logprobs(prompt: list[int], row: dict[str, Any], group: str, where: st
 
 
 def split(examples: Sequence[Example], held_out: float) -> tuple[list[Example], list[Example]]:
-    """(training, held-out) examples; a group is in one of them as a whole, by the hash of its name."""
+    """(training, held-out) examples; a group is in one of them as a whole, by the hash of its name.
 
-    def is_held_out(example: Example) -> bool:
+    The held-out ones come in order of their hash, so that the first few are of all files.
+    """
+
+    def place(example: Example) -> float:
         digest = hashlib.blake2b(example.group.encode(), digest_size=8).digest()
-        return int.from_bytes(digest) < held_out * 2**64
+        return int.from_bytes(digest) / 2**64
 
     return (
-        [example for example in examples if not is_held_out(example)],
-        [example for example in examples if is_held_out(example)],
+        [example for example in examples if place(example) >= held_out],
+        sorted((example for example in examples if place(example) < held_out), key=place),
     )
 
 

@@ -28,7 +28,7 @@ from rayskip.train.drafts import (
     tokens_per_round,
 )
 from rayskip.train.examples import Batch, Example, collate
-from rayskip.train.loop import Point, Schedule, train
+from rayskip.train.loop import Point, train
 from rayskip.train.prepare import Prepared, frozen, prepare
 
 OnPoint = Callable[[Point], None]
@@ -144,7 +144,6 @@ def _train(
 
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    schedule = Schedule(**{name: getattr(config, name) for name in Schedule.__dataclass_fields__})
     module = task.module(target, token_ids)
     if task.exit_layers and all(
         example.top_ids is not None for example in (*ready.training, *ready.held_out)
@@ -171,7 +170,7 @@ def _train(
     def keep(model: nn.Module, step: int) -> None:
         save(model, output / f"step-{step}", step)
 
-    model = train(module, loss, ready.training, looked_at, schedule, output, keep, on_point)
+    model = train(module, loss, ready.training, looked_at, config, keep, on_point)
     return save(model, output, config.steps)
 
 

@@ -14,7 +14,7 @@ from rayskip.model.checkpoint import LABEL, resolve, tensors_fingerprint
 from rayskip.skip import full_depth, skip_policy
 from rayskip.tool_config import TrainSkipConfig
 from rayskip.train.examples import Example, collate
-from rayskip.train.loop import Point, Schedule, train
+from rayskip.train.loop import Point, train
 from rayskip.train.prepare import frozen, prepare
 from rayskip.train.skip import answer_logits, answer_loss, distillation_loss
 
@@ -50,7 +50,6 @@ def train_skip(config: TrainSkipConfig, on_point: Callable[[Point], None] = lamb
 
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
-    schedule = Schedule(**{name: getattr(config, name) for name in Schedule.__dataclass_fields__})
 
     def save(model: Any, target: Path, steps: int) -> None:
         """The whole checkpoint, or the adapter alone while there is one."""
@@ -70,7 +69,7 @@ def train_skip(config: TrainSkipConfig, on_point: Callable[[Point], None] = lamb
         ready.tokenizer.save_pretrained(output / f"step-{step}")
 
     looked_at = ready.held_out[: config.held_out_examples]
-    model = train(model, loss, training, looked_at, schedule, output, keep, on_point).to(torch.bfloat16)
+    model = train(model, loss, training, looked_at, config, keep, on_point).to(torch.bfloat16)
     if config.lora is not None:
         save(model, output / "adapter", config.steps)
         model = model.merge_and_unload()

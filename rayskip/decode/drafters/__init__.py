@@ -25,7 +25,7 @@ from rayskip.decode.drafters.auto import AutoDrafter
 from rayskip.decode.drafters.costs import StepCosts, measure_costs
 from rayskip.decode.drafters.draft_model import DraftModelDrafter
 from rayskip.decode.drafters.drafter import Drafter
-from rayskip.decode.drafters.kangaroo import KangarooDrafter, check_policy
+from rayskip.decode.drafters.kangaroo import KangarooDrafter, LayerSkipped, check_policy
 from rayskip.decode.drafters.lookahead import LookaheadDrafter
 from rayskip.decode.drafters.lookup import LookupDrafter
 from rayskip.decode.drafters.medusa import MedusaDrafter
@@ -63,7 +63,7 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
 
     def kangaroo_maker(config: KangarooDraft | AutoDraft) -> Callable[[], KangarooDrafter]:
         kangaroo = load_kangaroo(decoder, _folder(config.path))
-        check_policy(kangaroo, policy)
+        check_policy(kangaroo.exit_layer, policy)
         _check_branches(config.branches, len(kangaroo.token_ids))
         return lambda: KangarooDrafter(config.gamma, config.eta, config.branches, kangaroo, decoder)
 
@@ -75,8 +75,8 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
         case LookaheadDraft():
             return Drafters(lambda threads, rows: LookaheadDrafter(config))
         case RetrievalDraft():
-            store = _store(config, decoder)
-            return Drafters(lambda threads, rows: RetrievalDrafter(config, store))
+            completions, corpus = Store(config.max_tokens), _read_corpus(config, decoder)
+            return Drafters(lambda threads, rows: RetrievalDrafter(config, completions, corpus))
         case KangarooDraft():
             make = kangaroo_maker(config)
             return Drafters(lambda threads, rows: make(), KANGAROO_LAYERS)
@@ -99,7 +99,7 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
             if config.path is not None or has_shipped(KangarooLabel, decoder.folder):
                 try:
                     maker = kangaroo_maker(config)
-                except ConfigError:  # the policy skips the adapter's layers: only one that was named must run
+                except LayerSkipped:  # only an adapter that was named must run
                     if config.path is not None:
                         raise
 
@@ -115,16 +115,20 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
             )
 
 
-def check_files(config: DraftConfig, model: Path) -> None:
-    """Whether the files that the drafter needs are there and fit the model in the folder; loads no weights.
+def check_files(config: DraftConfig, model: Path, policy: SkipPolicy) -> None:
+    """Whether the files that the drafter needs are there and fit the model in the folder and the policy; loads no
+    weights.
 
     Raises ConfigError or ModelError.
     """
     match config:
         case KangarooDraft() | AutoDraft(path=str()):  # auto without a path goes without, where nothing ships
-            find_trained(KangarooLabel, model, _folder(config.path))
+            adapter, _ = find_trained(KangarooLabel, model, _folder(config.path))
+            check_policy(adapter.exit_layer, policy)
+            _check_branches(config.branches, adapter.tokens)
         case MedusaDraft():
-            find_trained(MedusaLabel, model, _folder(config.path))
+            heads, _ = find_trained(MedusaLabel, model, _folder(config.path))
+            _check_branches(config.branches, heads.tokens)
         case DraftModelDraft():
             resolve(config.model.path, config.model.revision)
         case RetrievalDraft():
@@ -154,7 +158,7 @@ def _draft_model(config: DraftModelDraft, decoder: Decoder) -> Decoder:
         same = model.spec.vocab == decoder.spec.vocab
     else:
         same = own.get_vocab() == target.get_vocab()
-    if not same or model.spec.vocab < decoder.spec.vocab:
+    if not same:
         raise ModelError(
             f"decode.draft.model: {folder} has other tokens than {decoder.folder or 'the model'}; a model with the "
             "same tokenizer is wanted"
@@ -169,9 +173,8 @@ def _corpus(config: RetrievalDraft) -> Path | None:
     return path
 
 
-def _store(config: RetrievalDraft, decoder: Decoder) -> Store:
-    """With the corpus' lines."""
-    store = Store(config.max_tokens)
+def _read_corpus(config: RetrievalDraft, decoder: Decoder) -> Store:
+    store = Store()
     path = _corpus(config)
     if path is None:
         return store
@@ -179,11 +182,6 @@ def _store(config: RetrievalDraft, decoder: Decoder) -> Store:
     if tokenizer is None:
         raise ModelError("decode.draft.corpus: the model's folder has no tokenizer to read it with")
     encoder = Encoder(tokenizer)
-    texts = [encoder.data(line) for line in path.read_text().splitlines()]
-    if (size := sum(map(len, texts))) > config.max_tokens:
-        raise ConfigError(
-            f"decode.draft.max_tokens: the corpus has {size} tokens, {config.max_tokens} are kept"
-        )
-    for text in texts:
-        store.add(text)
+    for line in path.read_text().splitlines():
+        store.add(encoder.data(line))
     return store

@@ -24,7 +24,8 @@ DRAFT_MODEL = "draft_model"
 
 class DraftModelDrafter(Drafter):
     def __init__(self, config: DraftModelDraft, model: Decoder, vocab: int) -> None:
-        """vocab: tokens of the model that verifies; embeddings past them are padding."""
+        """vocab: tokens of the model that verifies; embeddings past them are padding, as may be its own past the
+        drafting model's."""
         self._config = config
         self._model = model
         self._vocab = vocab
@@ -44,11 +45,16 @@ class DraftModelDrafter(Drafter):
             if room > 0 and row.draft_room > 0 and row.length <= longest:
                 start = self._start(row)
                 chunk = Chunk(row, start, min(row.length, start + room))
+                if max(row.tokens(chunk.start, chunk.stop)) >= self._model.spec.vocab:
+                    continue  # padding of the larger model's embeddings
                 room -= chunk.stop - chunk.start
                 running.append(chunk)
                 self._stored[row] = row.slot, chunk.stop
         while running:
             running = self._propose(running)
+
+    def release(self) -> None:
+        self._cache.resize(0, 0)
 
     def _start(self, row: Sequence) -> int:
         """The first of the row's tokens to run: its newest one at the latest."""

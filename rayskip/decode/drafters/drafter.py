@@ -42,8 +42,8 @@ class Drafter(ABC):
         """Fill the `draft` of those of `rows` that get a proposal: no path longer than their draft_room, no more
         tokens than their draft_places.
 
-        chunks: the step's tokens without drafts; rows: those of them that decode. Returns what verification need
-        not compute again, if anything.
+        chunks: the step's tokens without drafts; rows: those of them that decode, none where the step has no room
+        for drafts. Returns what verification need not compute again, if anything.
         """
 
     def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: Tensor) -> None:
@@ -51,4 +51,8 @@ class Drafter(ABC):
 
         verdicts: of all rows that got tokens. hidden [R, d]: states after the last layer, by `Verdict.place`.
         """
+        return None
+
+    def release(self) -> None:
+        """Give back what memory it can: the lane's did not suffice, and its rows begin anew."""
         return None

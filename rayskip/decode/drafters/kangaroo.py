@@ -12,7 +12,7 @@ from collections.abc import Sequence as Seq
 
 import torch
 
-from rayskip.decode.batch import Chunk, draft_chunks, group_key, token_batch
+from rayskip.decode.batch import Chunk, group_key, token_batch, with_drafts
 from rayskip.decode.draft import NEWEST
 from rayskip.decode.drafters.drafter import MISSED, Drafter, States
 from rayskip.decode.sequence import Sequence
@@ -50,9 +50,8 @@ class KangarooDrafter(Drafter):
             if stop := min(row.computed, row.draft_cached + room) - row.draft_cached:
                 missed.append(Chunk(row, row.draft_cached, row.draft_cached + stop))
                 room -= stop
-        drafts = [chunk for own in chunks if own.generated for chunk in draft_chunks(own.sequence)]
         ran = _Ran(self._kangaroo, self._decoder, self._full, cache)
-        ran.run([*missed, *chunks, *drafts])
+        ran.run([*missed, *with_drafts(chunks)])
         for chunk in (*missed, *chunks):
             if chunk.start <= chunk.sequence.draft_cached:
                 chunk.sequence.draft_cached = chunk.stop
@@ -121,10 +120,14 @@ class _Ran:
         return self._kangaroo.propose(self._adapted[at], count)
 
 
-def check_policy(kangaroo: Kangaroo, policy: SkipPolicy) -> None:
-    """Raises ConfigError when the policy skips one of the adapter's layers: verification could not share them."""
-    if skipped := [layer for layer in range(kangaroo.exit_layer) if policy.until[layer] != FOREVER]:
-        raise ConfigError(
-            f"decode.draft: the adapter follows {kangaroo.exit_layer} layers, and {policy.name} skips layer "
-            f"{skipped[0]}; a policy that keeps the bottom {kangaroo.exit_layer} is wanted (skipdecode: warmup)"
+class LayerSkipped(ConfigError):
+    """The policy skips a layer that the adapter follows: verification could not share it."""
+
+
+def check_policy(exit_layer: int, policy: SkipPolicy) -> None:
+    """Raises LayerSkipped when the policy skips one of the first `exit_layer` layers."""
+    if skipped := [layer for layer in range(exit_layer) if policy.until[layer] != FOREVER]:
+        raise LayerSkipped(
+            f"decode.draft: the adapter follows {exit_layer} layers, and {policy.name} skips layer "
+            f"{skipped[0]}; a policy that keeps the bottom {exit_layer} is wanted (skipdecode: warmup)"
         )

@@ -22,8 +22,8 @@ SIZES = (4, 3, 2)
 class Store:
     """Whole texts, and where each n-gram was last followed by something. Lanes share it."""
 
-    def __init__(self, limit: int) -> None:
-        """limit: tokens kept; a text that does not fit any more replaces all before it."""
+    def __init__(self, limit: int | None = None) -> None:
+        """limit: tokens kept; a text that does not fit any more replaces all before it. None: all are."""
         self._limit = limit
         self._lock = Lock()
         self._size = 0
@@ -32,7 +32,7 @@ class Store:
     def add(self, text: Seq[int]) -> None:
         """Learn what follows what in a text."""
         with self._lock:
-            if self._size + len(text) > self._limit:
+            if self._limit is not None and self._size + len(text) > self._limit:
                 self._next, self._size = {}, 0
             self._size += len(text)
             for at in range(min(SIZES), len(text)):
@@ -50,17 +50,22 @@ class Store:
 
 
 class RetrievalDrafter(Drafter):
-    def __init__(self, config: RetrievalDraft, store: Store) -> None:
+    def __init__(self, config: RetrievalDraft, completions: Store, corpus: Store) -> None:
         self._config = config
-        self._store = store
+        self._completions = completions
+        self._corpus = corpus
         self._running: set[Sequence] = set()
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
-        for ended in self._running.difference(rows):  # a row decodes in every step until it ends
+        decoding = {chunk.sequence for chunk in chunks if chunk.generated}
+        for ended in (
+            self._running - decoding
+        ):  # or waits for its cohort, or begins anew: then it is learnt twice
             prompt = ended.prompt.token_ids
-            self._store.add([*prompt[-SIZES[0] :], *ended.generated])
-        self._running = set(rows)
+            self._completions.add([*prompt[-SIZES[0] :], *ended.generated])
+        self._running = decoding
         for row in rows:
             suffix = row.tokens(max(row.length - SIZES[0], 0), row.length)
-            tokens = self._store.propose(suffix, min(self._config.tokens, row.draft_room))
+            count = min(self._config.tokens, row.draft_room)
+            tokens = self._completions.propose(suffix, count) or self._corpus.propose(suffix, count)
             row.draft.add_chain(tokens, "retrieval")

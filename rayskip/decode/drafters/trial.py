@@ -25,9 +25,9 @@ PATIENCE = 4
 
 @dataclass
 class Way:
-    """Fading sums over the steps taken so."""
+    """Fading sums over the steps taken so. steps: of each lane, on average."""
 
-    steps: int = 0
+    steps: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
 
@@ -37,30 +37,29 @@ class Way:
 
     def look_again(self) -> None:
         """More steps are wanted; what earlier ones showed counts half: a machine changes, and a clock errs."""
-        self.steps, self.tokens, self.seconds = 0, self.tokens / 2, self.seconds / 2
+        self.steps, self.tokens, self.seconds = 0.0, self.tokens / 2, self.seconds / 2
 
 
 class Trial:
     """Two ways to take a step, with drafts (True) and without: the one that gains tokens faster is taken, and the
     other is tried now and then."""
 
-    def __init__(self, lanes: int = 1, rows: int = EVIDENCE) -> None:
-        """lanes: whose steps are counted, told apart by their numbers. rows: that a step runs, about."""
-        self._lanes = lanes
+    def __init__(self, rows: int = EVIDENCE) -> None:
+        """rows: that a step runs, about."""
         few = rows < FEW
         self._probe = {True: EVIDENCE // rows if few else PROBE, False: PROBE}
         self._fade = {True: rows / EVIDENCE if few else FADE, False: FADE}
         self._stay = 1.0 if few else CLEARLY
         self._ways = {True: Way(), False: Way()}
         self._faster: bool | None = None  # not known yet
-        self._counted = 0
+        self._counted = 0.0
         self._again = max(AGAIN, PATIENCE * self._probe[True])
-        self._pause, self._due = self._again, self._again * lanes
+        self._pause, self._due = self._again, float(self._again)
         self._taken: dict[int, bool] = {}
         self._settling: dict[int, int] = {}
 
     def choose(self, lane: int = 0, counts: bool = True) -> bool:
-        """Whether the lane's next step drafts.
+        """Whether the next step of the lane with this number drafts.
 
         counts: whether `count` will hear of it; if not, the lane drafts only if it did before and that is not known
         to be the slower way.
@@ -74,7 +73,7 @@ class Trial:
 
     def _choose(self) -> bool:
         for drafting, way in self._ways.items():
-            if way.steps < self._probe[drafting] * self._lanes:
+            if way.steps < self._probe[drafting]:
                 return drafting
         before, least = self._faster, self._ways[False].rate * (self._stay if self._faster else CLEARLY)
         self._faster = self._ways[True].rate >= least
@@ -85,7 +84,7 @@ class Trial:
             self._ways[not self._faster].look_again()
         else:
             return self._faster
-        self._due = self._counted + self._pause * self._lanes
+        self._due = self._counted + self._pause
         return self._choose()
 
     def count(self, drafting: bool, tokens: int, seconds: float, lane: int = 0) -> None:
@@ -93,11 +92,12 @@ class Trial:
         if self._settling[lane]:
             self._settling[lane] -= 1
             return
-        way, fade = self._ways[drafting], 1 - self._fade[drafting] / self._lanes
-        way.steps += 1
+        share = 1 / len(self._taken)  # lanes that have no such step are not waited for
+        way, fade = self._ways[drafting], 1 - self._fade[drafting] * share
+        way.steps += share
         way.tokens = way.tokens * fade + tokens
         way.seconds = way.seconds * fade + seconds
-        self._counted += 1
+        self._counted += share
 
 
 class Trials:
@@ -119,7 +119,7 @@ class Trials:
         """See Trial.choose; rows: that the lane's step runs."""
         with self._lock:
             power = rows.bit_length()
-            trial = self._by_rows.setdefault(power, Trial(self._lanes, max(2**power // 2, 1)))
+            trial = self._by_rows.setdefault(power, Trial(max(2**power // 2, 1)))
             return trial.choose(lane, counts)
 
     def count(self, rows: int, drafting: bool, tokens: int, seconds: float, lane: int) -> None:
