@@ -5,7 +5,8 @@
 #include "vectors.h"
 
 #ifdef PAIRS
-#define TILE 8 /* tokens of one slot whose keys are read together, at most */
+#define TILE 8  /* tokens of one slot whose keys are read together, at most */
+#define WORTH 4 /* and at least: below that, rearranging keys takes longer than reading them again, from the cache */
 #else
 #define TILE 1
 #endif
@@ -413,7 +414,8 @@ INLINE Path path_of(const Step *step, int64_t token) {
                   step->starts ? step->after + token * step->branch : NULL};
 }
 
-/* How many tokens from `token` on attend as one: those of its slot, in tiles of like size, enough for all workers. */
+/* How many tokens from `token` on attend as one: those of its slot, in tiles of like size, enough for all workers, if
+ * they are WORTH it. */
 INLINE int64_t tile_of(const Shape *shape, const Step *step, int64_t token, int64_t tokens, int64_t workers) {
     int64_t run = 0;
     if (TILE == 1 || (shape->dim != 64 && shape->dim != 128))
@@ -424,7 +426,8 @@ INLINE int64_t tile_of(const Shape *shape, const Step *step, int64_t token, int6
     int64_t tiles = (run + TILE - 1) / TILE;
     if (tiles < workers)
         tiles = workers < run ? workers : run;
-    return run > 1 ? (run + tiles - 1) / tiles : 1;
+    const int64_t tile = (run + tiles - 1) / tiles;
+    return tile < WORTH ? 1 : tile;
 }
 
 /* `attend_shared` for several tokens of one slot; as attend_tile. */
