@@ -5,11 +5,11 @@
 #include "vectors.h"
 
 #ifdef PAIRS
-#define TILE 8  /* tokens of one slot whose keys are read together, at most */
-#define WORTH 4 /* and at least: below that, rearranging keys takes longer than reading them again, from the cache */
+#define TILE 8 /* tokens of one slot whose keys are read together, at most */
 #else
 #define TILE 1
 #endif
+#define WORTH 4 /* and at least: below that, rearranging keys takes longer than reading them again, from the cache */
 #define MOST_PARTS 8 /* vectors of a head's dims in a tile */
 
 typedef struct {
