@@ -10,12 +10,20 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayskip.config import JobConfig, SamplingParams
+    from rayskip.config import DecodeConfig, EngineConfig, JobConfig, ModelConfig, SamplingParams
     from rayskip.engine import Engine
 
-__all__ = ["Engine", "JobConfig", "SamplingParams", "__version__"]
+__all__ = [
+    "DecodeConfig",
+    "Engine",
+    "EngineConfig",
+    "JobConfig",
+    "ModelConfig",
+    "SamplingParams",
+    "__version__",
+]
 
-_HOMES = {"Engine": "rayskip.engine", "JobConfig": "rayskip.config", "SamplingParams": "rayskip.config"}
+_HOMES = {name: "rayskip.engine" if name == "Engine" else "rayskip.config" for name in __all__[:-1]}
 
 
 def __getattr__(name: str) -> Any:

@@ -122,7 +122,10 @@ def _explain(errors: Sequence[ErrorDetails], root: type[BaseModel]) -> str:
             return f'unknown key "{key}"; {_suggest(first["loc"], root)}'
         case "missing":
             return f'missing key "{key}"{_explained(field)}'
-        case "model_type" | "model_attributes_type":
+        case "model_type" | "model_attributes_type" | "union_tag_not_found":
+            if field and (tags := list(_kinds(field))):
+                given = "" if isinstance(first["input"], dict) else f", got {_kind(first['input'])}"
+                return f'"{key}" needs its kind, as in {{kind: {tags[0]}}}{given}; {_known(tags)}'
             section = _section(first["loc"], root)
             return f'"{key}" is a section with keys such as {_names(section)}, got {_kind(first["input"])}'
         case "union_tag_invalid":

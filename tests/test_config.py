@@ -70,6 +70,11 @@ def test_overrides_are_yaml_and_the_last_one_wins(config: Path) -> None:
             "decode.draft={kind: lookup, path: x}",
             'unknown key "decode.draft.path"; kinds that have it: kangaroo, medusa, auto; known: kind',
         ),
+        (
+            "decode.draft=lookup",
+            "\"decode.draft\" needs its kind, as in {kind: none}, got 'lookup'; known: none, look",
+        ),
+        ("decode.draft={path: x}", '"decode.draft" needs its kind, as in {kind: none}; known: none, lookup'),
         ("sampling.max_tokens=many", "\"sampling.max_tokens\" should be an integer, got 'many'"),
         ("sampling.max_tokens=0", '"sampling.max_tokens" should be greater than or equal to 1, got 0'),
         ("sampling=3", '"sampling" is a section with keys such as max_tokens'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from rayskip.data.output import check_output
 from rayskip.data.prompts import PromptBuilder, check_input
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.decode.drafters import load_drafters
+from rayskip.driver.plan import Plan, make_plan
+from rayskip.errors import ModelError
 from rayskip.model.checkpoint import check_base, load, trained_policy
 from rayskip.model.forward import Decoder
 from rayskip.skip import full_depth, skip_policy
@@ -66,6 +69,27 @@ def test_the_shipped_adapter_was_trained_for_its_job(smollm2: Path) -> None:
     assert trained_policy(adapter) == skip_policy(job.decode.skip, 30).name
     load(smollm2, torch.bfloat16, torch.device("cpu"), adapter)
     assert sum(file.stat().st_size for file in adapter.iterdir()) < 8_000_000
+
+
+def test_a_job_with_an_adapter_is_planned_and_a_folder_without_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('mr,ref\n"name[Alimentum]",x\n')
+    adapter = str(ROOT / "configs/adapters/e2e-2x")
+
+    def plan(adapter: str) -> Plan:
+        overrides = [f"input.path={tmp_path}/rows.csv", f"model.adapter={adapter}"]
+        return make_plan(load_config(ROOT / "configs/e2e_2x.yaml", overrides))
+
+    parts = plan(adapter).record.parts
+    copied = tmp_path / "copied"
+    shutil.copytree(adapter, copied)
+    assert plan(str(copied)).record.parts == parts
+    settings = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps({**settings, "lora_alpha": 1}))
+    assert plan(str(copied)).record.parts["model"] != parts["model"]
+    with pytest.raises(ModelError, match=r"model\.adapter: no folder .*nowhere"):
+        plan(str(tmp_path / "nowhere"))
+    with pytest.raises(ModelError, match=r"model\.adapter: .* has no adapter_config\.json"):
+        plan(str(tmp_path))
 
 
 def test_every_drafter_of_the_configs_loads(smollm2: Path) -> None:

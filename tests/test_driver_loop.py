@@ -106,6 +106,10 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     assert report.shards_resumed == report.retries == 0
     assert report == Report.model_validate_json((tmp_path / "report.json").read_bytes())
     assert "60, 6 failed" in format_report(report)
+    in_vain = report.model_copy(
+        update={"drafted": 3, "drafted_by": {"lookup": 3}, "accepted_by": {}, "mean_accepted": 1.0}
+    )
+    assert "lookup 0 of 3" in format_report(in_vain)
     assert (seen[0].rows, seen[-1].rows, seen[-1].rows_total, seen[-1].phase) == (0, 60, 60, "finished")
     now = status(str(tmp_path))
     assert (now.finished, now.shards, now.rows, now.completion_tokens) == (True, 6, 60, 420)

@@ -79,7 +79,14 @@ class RayPool:
 
     def wait(self, timeout_s: float) -> list[Event]:
         self._ask_progress()
-        first, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+        try:
+            first, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
+        except (
+            SystemError
+        ) as error:  # what Ray's compiled code makes of an exception out of a signal's handler
+            if isinstance(error.__cause__, Interrupted):
+                raise error.__cause__ from None
+            raise
         if not first:
             return []
         refs = list(self._calls)

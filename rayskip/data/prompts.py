@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from rayskip.config import InputConfig, SamplingParams
 from rayskip.data.records import BROKEN_ROW, Prompt
-from rayskip.data.tokenizer import Encoder
+from rayskip.data.tokenizer import TEMPLATE_FAULTS, Encoder
 from rayskip.errors import InputError, ModelError, RowError
 
 if TYPE_CHECKING:
@@ -34,9 +34,6 @@ OPENAI_PARAMS = "sampling_params"
 
 SOURCES = ("prompt", "messages", "prompt_token_ids")
 """Ways to give a prompt by column; also the columns looked for when the config names none, in this order."""
-
-_DATA_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
-"""What a template raises when a row's values are not what its expressions expect."""
 
 
 def row_key(seed: int, name: str, row_index: int) -> int:
@@ -166,7 +163,7 @@ class PromptBuilder:
         """With `chat` the result is the user's message, without it the template is the job's own text."""
         try:
             text = template.render(row)
-        except _DATA_FAULTS as error:
+        except TEMPLATE_FAULTS as error:
             raise RowError("template_error", f"input.template: {type(error).__name__}: {error}") from error
         text = _text(text, "what input.template renders")
         return self._chat(_user(text)) if self._config.chat else self._text_encoder.trusted(text, start=True)
@@ -190,10 +187,7 @@ class PromptBuilder:
     def _chat(self, messages: list[Row]) -> list[int]:
         if self._config.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._config.system}, *messages]
-        try:
-            return self._text_encoder.chat(messages)
-        except _DATA_FAULTS as error:
-            raise RowError("bad_messages", f"the chat template refuses the messages: {error}") from error
+        return self._text_encoder.chat(messages)
 
     @property
     def _text_encoder(self) -> Encoder:

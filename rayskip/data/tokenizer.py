@@ -8,7 +8,9 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayskip.errors import ModelError
+import jinja2
+
+from rayskip.errors import ModelError, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,6 +37,17 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     except (OSError, ValueError) as error:
         raise ModelError(f"{folder}: cannot load the tokenizer: {error}") from error
     return tokenizer
+
+
+TEMPLATE_FAULTS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+)
+"""What a template raises when a row's values are not what its expressions expect."""
 
 
 class Encoder:
@@ -76,12 +89,15 @@ class Encoder:
     def chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, ending where the assistant's answer begins.
 
-        Raises ModelError when the model has no chat template, jinja2.TemplateError when that refuses them.
+        Raises ModelError when the model has no chat template, RowError when that refuses them.
         """
         if self._tokenizer.chat_template is None:
             raise ModelError("the model has no chat template; give plain prompts, without input.chat")
         shielded = [{key: self._shield_all(value) for key, value in message.items()} for message in messages]
-        text = self._tokenizer.apply_chat_template(shielded, add_generation_prompt=True, tokenize=False)
+        try:
+            text = self._tokenizer.apply_chat_template(shielded, add_generation_prompt=True, tokenize=False)
+        except TEMPLATE_FAULTS as error:
+            raise RowError("bad_messages", f"the chat template refuses the messages: {error}") from error
         return self.trusted(str(text), start=False)
 
     def _shield_all(self, value: Any) -> Any:

@@ -162,6 +162,10 @@ class Run:
 
     def _drain(self, pool: Pool) -> None:
         """After a signal: commit what finishes within the grace, then raise Interrupted."""
+        _log.warning(
+            "stopping: shards that end within %.0f s are still committed; a second signal stops at once",
+            GRACE_S,
+        )
         self.dispatch.stop()
         deadline = time.monotonic() + GRACE_S
         while self.dispatch.in_flight and time.monotonic() < deadline:

@@ -18,7 +18,13 @@ from rayskip.data.prompts import check_input
 from rayskip.data.records import Shard
 from rayskip.data.sources import Source, discover, plan_shards
 from rayskip.driver.records import JobRecord
-from rayskip.model.checkpoint import read_layer_count, resolve, weights_fingerprint
+from rayskip.model.checkpoint import (
+    adapter_fingerprint,
+    check_base,
+    read_layer_count,
+    resolve,
+    weights_fingerprint,
+)
 from rayskip.skip import skip_policy
 
 
@@ -68,8 +74,12 @@ def make_plan(job: JobConfig) -> Plan:
 
 def fingerprint_parts(job: JobConfig, source: Source) -> dict[str, str]:
     """A hash for each part of a job that decides its output bytes; what only decides speed is left out."""
-    weights = weights_fingerprint(resolve(job.model.path, job.model.revision))
-    adapter = job.model.adapter and weights_fingerprint(Path(job.model.adapter).expanduser())
+    folder = resolve(job.model.path, job.model.revision)
+    weights, adapter = weights_fingerprint(folder), None
+    if job.model.adapter is not None:
+        added = Path(job.model.adapter).expanduser()
+        adapter = adapter_fingerprint(added)
+        check_base(added, folder)
     falls_back = job.quality.below_floor == "full_depth" and job.decode.skip.kind != "none"
     return {
         "input files": digest([(file.name, file.rows, file.fingerprint) for file in source.files]),

@@ -128,7 +128,7 @@ def format_report(report: Report) -> str:
         facts["layers"] = _layers(report)
     if report.drafted:
         kinds = ", ".join(
-            f"{kind} {report.accepted_by[kind]:,} of {n:,}" for kind, n in report.drafted_by.items()
+            f"{kind} {report.accepted_by.get(kind, 0):,} of {n:,}" for kind, n in report.drafted_by.items()
         )
         facts["drafts"] = f"{report.mean_accepted:.2f} tokens a verification; held: {kinds}"
     width = max(map(len, facts))

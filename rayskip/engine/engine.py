@@ -244,18 +244,21 @@ class Engine:
             raise TypeError("give a list of prompts: texts, lists of token ids or lists of messages")
         params = params or SamplingParams()
         every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(every) != len(prompts):
+            raise ValueError(
+                f"{len(prompts)} prompts and {len(every)} sampling params; one for each is wanted"
+            )
         results: dict[int, list[Generation]] = {}
-        places = {}
-        token_ids = [self._token_ids(prompt) for prompt in prompts]  # all, before any is queued: it may raise
-        for index, (ids, own) in enumerate(zip(token_ids, every, strict=True)):
-            try:
-                places[self.add(self._prompt(index, ids, own))] = index
-            except RowError as error:
-                results[index] = [
-                    Generation(index, 0, "error", error_type=error.kind, error_message=str(error))
-                ]
+        places: dict[int, int] = {}
         others = []
         try:
+            for index, (prompt, own) in enumerate(zip(prompts, every, strict=True)):
+                try:
+                    places[self.add(self._prompt(index, self._token_ids(prompt), own))] = index
+                except RowError as error:
+                    results[index] = [
+                        Generation(index, 0, "error", error_type=error.kind, error_message=str(error))
+                    ]
             while len(results) < len(prompts):
                 for done in self.step():
                     if (place := places.get(done.request_id)) is None:
@@ -288,6 +291,8 @@ class Engine:
     def _token_ids(self, prompt: PromptLike) -> list[int]:
         """Text is encoded as it stands, messages through the chat template, both without special tokens of their
         own (see `Encoder`)."""
+        if not isinstance(prompt, Seq):
+            raise TypeError(f"a prompt is a text, a list of token ids or a list of messages, not {prompt!r}")
         ids = [part for part in prompt if isinstance(part, int)]
         if len(ids) == len(prompt):
             return ids

@@ -22,6 +22,15 @@ _PREFIX = "base_model.model."
 _KINDS = (".lora_A.weight", ".lora_B.weight")
 
 
+def adapter_files(folder: Path) -> tuple[Path, Path]:
+    """(settings, weights) of the LoRA adapter in the folder. Raises ModelError when there is none."""
+    if not folder.is_dir():
+        raise ModelError(f"model.adapter: no folder {folder}")
+    if missing := [name for name in (SETTINGS, WEIGHTS) if not (folder / name).is_file()]:
+        raise ModelError(f"model.adapter: {folder} has no {missing[0]}; a folder saved by peft is wanted")
+    return folder / SETTINGS, folder / WEIGHTS
+
+
 class Merged(Mapping[str, "torch.Tensor"]):
     """A checkpoint's tensors by name, with weight + alpha / rank * B @ A where the adapter has A and B.
 
@@ -31,12 +40,11 @@ class Merged(Mapping[str, "torch.Tensor"]):
     def __init__(self, stored: Mapping[str, torch.Tensor], folder: Path, opened: ExitStack) -> None:
         from safetensors import safe_open
 
-        if missing := [name for name in (SETTINGS, WEIGHTS) if not (folder / name).is_file()]:
-            raise ModelError(f"model.adapter: {folder} has no {missing[0]}; a folder saved by peft is wanted")
-        settings = json.loads((folder / SETTINGS).read_text())
+        settings_file, weights_file = adapter_files(folder)
+        settings = json.loads(settings_file.read_text())
         self._scale = settings["lora_alpha"] / settings["r"]
         self._stored = stored
-        self._file = opened.enter_context(safe_open(folder / WEIGHTS, framework="pt"))
+        self._file = opened.enter_context(safe_open(weights_file, framework="pt"))
         names = [name for name in self._file.keys() if name.endswith(_KINDS)]  # noqa: SIM118
         self._adapted = {
             name.removeprefix(_PREFIX).removesuffix(_KINDS[0]) + ".weight"

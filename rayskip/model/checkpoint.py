@@ -10,14 +10,14 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayskip.errors import ModelError
 from rayskip.model import embedded
-from rayskip.model.adapter import Merged
+from rayskip.model.adapter import Merged, adapter_files
 from rayskip.model.families import FAMILIES, family
 
 if TYPE_CHECKING:
@@ -133,11 +133,18 @@ def weights_fingerprint(folder: Path) -> str:
     safetensors file the header (every tensor's name, type, shape and place) and 16 evenly spaced MiB.
     A file of up to 16 MiB is read whole.
     """
+    small = sorted(file for pattern in SMALL_FILES for file in folder.glob(pattern))
+    return _fingerprint([*small, *weight_files(folder)])
+
+
+def adapter_fingerprint(folder: Path) -> str:
+    """Identity of a LoRA adapter, by the same means. Raises ModelError when the folder holds none."""
+    return _fingerprint(adapter_files(folder))
+
+
+def _fingerprint(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted(file for pattern in SMALL_FILES for file in folder.glob(pattern)):
-        digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
-        digest.update(file.read_bytes())
-    for file in weight_files(folder):
+    for file in files:
         digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
         for block in _sampled(file):
             digest.update(block)
