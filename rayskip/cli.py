@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from rayskip.errors import Interrupted, RayskipError
+from rayskip.errors import ConfigError, Interrupted, RayskipError
 
 app = typer.Typer(
     name="rayskip",
@@ -129,13 +129,19 @@ def model(
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of a config, for editors."""
+def schema(
+    command: Annotated[
+        str, typer.Argument(metavar="COMMAND", help='Whose config: run, bench, "train skip", ...')
+    ] = "run",
+) -> None:
+    """Print the JSON Schema of a command's config, for editors."""
     import json
 
-    from rayskip.config import JobConfig
+    from rayskip.tool_config import CONFIGS
 
-    print(json.dumps(JobConfig.model_json_schema(), indent=2))
+    if command not in CONFIGS:
+        raise ConfigError(f"schema: no command {command!r} reads a config; these do: {', '.join(CONFIGS)}")
+    print(json.dumps(CONFIGS[command].model_json_schema(), indent=2))
 
 
 @train_app.command("skip")

@@ -10,6 +10,7 @@ from rayskip.config import (
     DecodeConfig,
     EngineConfig,
     InputConfig,
+    JobConfig,
     ModelConfig,
     NoSkip,
     SamplingParams,
@@ -230,3 +231,15 @@ class SpecBenchConfig(Section):
                 f"drafters[0] must run at batch_rows[0] ({self.batch_rows[0]}): the others are compared with it"
             )
         return self
+
+
+CONFIGS: dict[str, type[Section]] = {
+    "run": JobConfig,
+    "bench": BenchConfig,
+    "train skip": TrainSkipConfig,
+    "train kangaroo": TrainKangarooConfig,
+    "train medusa": TrainMedusaConfig,
+    "eval quality": EvalQualityConfig,
+    "eval spec-bench": SpecBenchConfig,
+}
+"""What each command reads."""

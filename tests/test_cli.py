@@ -16,6 +16,7 @@ import rayskip
 from rayskip.config import JobConfig
 from rayskip.driver.progress import Progress
 from rayskip.preview import histogram
+from rayskip.tool_config import TrainSkipConfig
 from rayskip.view import live_view
 
 ROOT = Path(__file__).parent.parent
@@ -99,6 +100,11 @@ def test_public_names() -> None:
 def test_schema_is_the_configs_json_schema() -> None:
     found = cli("schema")
     assert json.loads(found.stdout) == JobConfig.model_json_schema()
+    other = cli("schema", "train skip")
+    assert json.loads(other.stdout) == TrainSkipConfig.model_json_schema()
+    unknown = cli("schema", "trian")
+    assert unknown.returncode == 2
+    assert "these do: run, bench, train skip" in unknown.stderr
 
 
 def test_model_prints_a_folder_of_safetensors(smollm2: Path) -> None:
