@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -146,7 +147,7 @@ def test_a_killed_replica_is_replaced(data: Path, undisturbed: list[str], tmp_pa
 
 
 def test_a_stopped_and_a_killed_driver_resume(data: Path, undisturbed: list[str], tmp_path: Path) -> None:
-    """SIGTERM, then SIGKILL, then to the end, always with the same command."""
+    """SIGTERM, then Ctrl-C twice, then SIGKILL, then to the end, always with the same command."""
     out = tmp_path / "out"
     config = write_config(data, tmp_path, str(out))
     with driver(config) as process:
@@ -159,6 +160,18 @@ def test_a_stopped_and_a_killed_driver_resume(data: Path, undisturbed: list[str]
         assert "Traceback" not in output
     stopped = status(str(out))
     assert 1 <= stopped.shards < stopped.shards_total
+
+    with driver(config) as process:
+        wait_for_commits(process, out, stopped.shards + 1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, output
+        assert "a second signal stops at once" in output
+        assert "Traceback" not in output
+    stopped = status(str(out))
+    assert stopped.shards < stopped.shards_total
 
     with driver(config) as process:
         wait_for_commits(process, out, stopped.shards + 1)
