@@ -90,7 +90,9 @@ def test_a_config_error_comes_before_anything_loads(job: Path) -> None:
 
 
 def test_public_names() -> None:
-    assert rayskip.__all__ == ["Engine", "JobConfig", "SamplingParams", "__version__"]
+    configs = {"DecodeConfig", "EngineConfig", "JobConfig", "ModelConfig", "SamplingParams"}
+    assert set(rayskip.__all__) == {"Engine", "__version__", *configs}
+    assert all(getattr(rayskip, name).__name__ == name for name in {"Engine", *configs})
     assert rayskip.JobConfig is JobConfig
     assert rayskip.__version__
     with pytest.raises(AttributeError, match="no attribute 'Engin'"):
