@@ -423,6 +423,8 @@ INLINE int64_t tile_of(const Shape *shape, const Step *step, int64_t token, int6
     while (run < 4 * TILE && token + run < tokens && step->slots[token + run] == step->slots[token] &&
            !(shape->window && step->positions[token + run] >= shape->window))
         run++;
+    if (run < WORTH)
+        return 1;
     int64_t tiles = (run + TILE - 1) / TILE;
     if (tiles < workers)
         tiles = workers < run ? workers : run;
