@@ -209,7 +209,7 @@ def eval_spec_bench(config: Config, overrides: Overrides = None) -> None:
     job = load_section(SpecBenchConfig, config, overrides or ())
     from rayskip.evaluate.spec_bench import format_scores, run_spec_bench
 
-    print(format_scores(run_spec_bench(job, lambda line: print(line, file=sys.stderr))))
+    print(format_scores(run_spec_bench(job, _say)))
 
 
 @app.command()
@@ -222,7 +222,12 @@ def bench(config: Config, overrides: Overrides = None) -> None:
     from rayskip.evaluate.bench import run_bench
     from rayskip.evaluate.timing import format_timings
 
-    print(format_timings(run_bench(job, lambda line: print(line, file=sys.stderr))))
+    print(format_timings(run_bench(job, _say)))
+
+
+def _say(line: str) -> None:
+    """How far a long command is; its result goes to stdout."""
+    print(line, file=sys.stderr)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -81,9 +81,8 @@ class RayPool:
         self._ask_progress()
         try:
             first, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
-        except (
-            SystemError
-        ) as error:  # what Ray's compiled code makes of an exception out of a signal's handler
+        except SystemError as error:
+            # what Ray's compiled code makes of an exception out of a signal's handler
             if isinstance(error.__cause__, Interrupted):
                 raise error.__cause__ from None
             raise

@@ -55,12 +55,14 @@ def make_plan(job: JobConfig) -> Plan:
     check_input(job.input, source.columns)
     check_output(job, source.columns)
     shards = list(plan_shards(source, job.output.shard_rows, job.input.max_rows))
+    folder = resolve(job.model.path, job.model.revision)
+    if job.model.adapter is not None:
+        check_base(Path(job.model.adapter).expanduser(), folder)
     if job.decode != DecodeConfig():
         from rayskip.decode.drafters import check_files  # imports torch, which takes its time
 
-        folder = resolve(job.model.path, job.model.revision)
         check_files(job.decode.draft, folder, skip_policy(job.decode.skip, read_layer_count(folder)))
-    parts = fingerprint_parts(job, source)
+    parts = fingerprint_parts(job, source, folder)
     record = JobRecord(
         name=job.name,
         fingerprint=digest(parts),
@@ -72,14 +74,13 @@ def make_plan(job: JobConfig) -> Plan:
     return Plan(source, shards, record, time.monotonic() - began)
 
 
-def fingerprint_parts(job: JobConfig, source: Source) -> dict[str, str]:
-    """A hash for each part of a job that decides its output bytes; what only decides speed is left out."""
-    folder = resolve(job.model.path, job.model.revision)
-    weights, adapter = weights_fingerprint(folder), None
-    if job.model.adapter is not None:
-        added = Path(job.model.adapter).expanduser()
-        adapter = adapter_fingerprint(added)
-        check_base(added, folder)
+def fingerprint_parts(job: JobConfig, source: Source, model: Path) -> dict[str, str]:
+    """A hash for each part of a job that decides its output bytes; what only decides speed is left out.
+
+    model: the folder of its checkpoint.
+    """
+    weights = weights_fingerprint(model)
+    adapter = job.model.adapter and adapter_fingerprint(Path(job.model.adapter).expanduser())
     falls_back = job.quality.below_floor == "full_depth" and job.decode.skip.kind != "none"
     return {
         "input files": digest([(file.name, file.rows, file.fingerprint) for file in source.files]),

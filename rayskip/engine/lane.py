@@ -168,9 +168,8 @@ class Lane:
         for row in rows:
             if len(row.draft) > most:
                 row.draft.cut(most)
-                self._cache.clear(
-                    row.slot, row.length + most
-                )  # where the drafter ran them, they may not be finite
+                # where the drafter ran what is cut, its keys and values may not be finite
+                self._cache.clear(row.slot, row.length + most)
 
     def count(self, plan: StepPlan, result: StepResult, gained: Mapping[Sequence, int]) -> Stats:
         """What a step ran and what came of it. gained: tokens that each row got; where one ended inside its draft,

@@ -213,9 +213,7 @@ def _score(
     pairs = [
         (mine, wanted)
         for at, tally in own.items()
-        for mine, wanted in zip(
-            tally.answers, expected[at], strict=False
-        )  # which may have more rounds by now
+        for mine, wanted in zip(tally.answers, expected[at], strict=False)  # that may have more rounds
     ]
     return Score(
         drafter=name,

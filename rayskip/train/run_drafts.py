@@ -143,7 +143,6 @@ def _train(
         return soft_loss(model(targets), targets)
 
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
     module = task.module(target, token_ids)
     if task.exit_layers and all(
         example.top_ids is not None for example in (*ready.training, *ready.held_out)

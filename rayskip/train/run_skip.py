@@ -49,7 +49,6 @@ def train_skip(config: TrainSkipConfig, on_point: Callable[[Point], None] = lamb
         return (1 - weight) * value + weight * distillation_loss(logits, target, batch.labels)
 
     output = Path(config.output)
-    output.mkdir(parents=True, exist_ok=True)
 
     def save(model: Any, target: Path, steps: int) -> None:
         """The whole checkpoint, or the adapter alone while there is one."""

@@ -9,7 +9,7 @@
 #else
 #define TILE 1
 #endif
-#define WORTH 4 /* and at least: below that, rearranging keys takes longer than reading them again, from the cache */
+#define WORTH 4 /* and at least: for fewer, rearranging keys takes longer than reading them again, from the cache */
 #define MOST_PARTS 8 /* vectors of a head's dims in a tile */
 
 typedef struct {
