@@ -86,34 +86,43 @@ int attend(const Shape *shape, const Step *step, const element *q, int64_t strid
     return 0;
 }
 
-int has_products(void) {
-#ifdef PRODUCTS
-    return 1;
-#else
-    return 0;
-#endif
-}
-
 #ifdef PRODUCTS
 #include "product.h"
 #include "team.h"
+#else
+#define COLUMNS 0
+#endif
+
+/* Columns of a panel of packed weights; 0: there are no products. */
+int64_t panel_columns(void) { return COLUMNS; }
+
+#ifdef PRODUCTS
 
 typedef struct {
     const Product *product;
     const element *x;
     element *out;
     int64_t rows;
+    char *room; /* for the operands of each worker */
 } ProductTask;
+
+static int64_t to_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static void work_on_product(void *argument, Team *team, int worker) {
     const ProductTask *task = argument;
-    multiply_share(task->product, task->x, task->out, task->rows, team, worker);
+    char *room = task->room + worker * to_lines(operand_bytes(task->rows * task->product->in));
+    multiply_share(task->product, task->x, task->out, task->rows, (operand *)room, team, worker);
 }
 
 /* x [rows, in] -> out [rows, out]. Returns 0, or 1 when memory is out. */
 int product(const Product *product, const element *x, element *out, int64_t rows, int64_t threads) {
-    ProductTask task = {product, x, out, rows};
-    return together((int)threads, work_on_product, &task);
+    char *room = aligned_alloc(64, 64 + threads * to_lines(operand_bytes(rows * product->in)));
+    if (!room)
+        return 1;
+    ProductTask task = {product, x, out, rows, room};
+    const int failed = together((int)threads, work_on_product, &task);
+    free(room);
+    return failed;
 }
 
 /* One layer: see Layer in spec.py. `up` has no outputs where no layer of a call has a feed-forward. q_norm, k_norm [D]:
@@ -141,7 +150,15 @@ typedef struct {
     /* what a token is on its way through a layer: */
     element *normed, *qkv, *attended, *up, *gated, *branch;
     float *scores; /* [threads, TILE, 4, T] */
+    char *operands; /* of each worker's products */
 } LayersTask;
+
+/* For one worker's operands of the layers' widest product. */
+static int64_t operands_room(const LayersTask *task) {
+    const Layer *layer = task->layers;
+    const int64_t outer = layer->qkv.in > layer->out.in ? layer->qkv.in : layer->out.in;
+    return to_lines(operand_bytes(task->tokens * (layer->down.in > outer ? layer->down.in : outer)));
+}
 
 static void normalise_heads(const Shape *shape, const Layer *layer, element *qkv, int64_t stride, int64_t first,
                             int64_t last) {
@@ -168,6 +185,7 @@ static void work_on_layers(void *argument, Team *team, int worker) {
     const int64_t heads = task->shape.heads * task->shape.dim, kv_heads = task->shape.kv_heads * task->shape.dim;
     const int64_t stride[3] = {packed, packed, packed};
     float *scores = task->scores + worker * TILE * 4 * task->shape.length;
+    operand *own = (operand *)(task->operands + worker * operands_room(task));
     int64_t pending = 0; /* tokens to which the last layer's branch is still to be added */
     for (int64_t index = task->first; index < task->last; index++) {
         const Layer *layer = task->layers + index;
@@ -187,7 +205,7 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         element *branch = task->branch + from * width;
         add_rms_norm(x, pending ? branch : NULL, layer->attn_norm, normed, to - from, width, layer->attn_eps);
         meet(team);
-        multiply_share(&layer->qkv, task->normed, task->qkv, tokens, team, worker);
+        multiply_share(&layer->qkv, task->normed, task->qkv, tokens, own, team, worker);
         meet(team);
         normalise_heads(&shape, layer, task->qkv, packed, from, to);
         rotate_and_store(&shape, task->qkv, task->qkv + heads, task->qkv + heads + kv_heads, stride, layer->cosines,
@@ -196,24 +214,22 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         attend_items(&shape, &task->step, task->qkv, packed, keys, values, scores, task->attended, tokens, worker,
                      team->count);
         meet(team);
-        multiply_share(&layer->out, task->attended, task->branch, tokens, team, worker);
+        multiply_share(&layer->out, task->attended, task->branch, tokens, own, team, worker);
         meet(team);
         pending = tokens;
         if (!inner)
             continue;
         add_rms_norm(x, branch, layer->mlp_norm, normed, to - from, width, layer->mlp_eps);
         meet(team);
-        multiply_share(&layer->up, task->normed, task->up, tokens, team, worker);
+        multiply_share(&layer->up, task->normed, task->up, tokens, own, team, worker);
         meet(team);
         silu_gate(task->up + from * inner, task->gated + from * inner / 2, to - from, inner / 2);
         meet(team);
-        multiply_share(&layer->down, task->gated, task->branch, tokens, team, worker);
+        multiply_share(&layer->down, task->gated, task->branch, tokens, own, team, worker);
         meet(team);
     }
     add_share(task->x, task->branch, pending, width, team, worker);
 }
-
-static int64_t room(int64_t elements) { return (elements * (int64_t)sizeof(element) + 63) / 64 * 64; }
 
 /* Run the layers, in place. Scratch of the task is filled in here. Returns 0, or 1 when memory is out. */
 int run_layers(LayersTask *task) {
@@ -222,17 +238,18 @@ int run_layers(LayersTask *task) {
     const int64_t widths[] = {layer->qkv.in, layer->qkv.out, layer->out.in, layer->up.out, layer->down.in,
                               layer->out.out};
     const int64_t scores = task->threads * TILE * 4 * task->shape.length * (int64_t)sizeof(float);
-    int64_t size = scores;
+    int64_t size = scores + task->threads * operands_room(task);
     for (int i = 0; i < 6; i++)
-        size += room(task->tokens * widths[i]);
+        size += to_lines(task->tokens * widths[i] * (int64_t)sizeof(element));
     char *scratch = aligned_alloc(64, size);
     if (!scratch)
         return 1;
     task->scores = (float *)scratch;
-    char *next = scratch + scores;
+    task->operands = scratch + scores;
+    char *next = task->operands + task->threads * operands_room(task);
     for (int i = 0; i < 6; i++) {
         *parts[i] = (element *)next;
-        next += room(task->tokens * widths[i]);
+        next += to_lines(task->tokens * widths[i] * (int64_t)sizeof(element));
     }
     const int failed = together((int)task->threads, work_on_layers, task);
     free(scratch);

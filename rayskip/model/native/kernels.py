@@ -103,7 +103,7 @@ class NativeLayer(ctypes.Structure):
 
 
 class LayersTask(ctypes.Structure):
-    """Some layers over some tokens: as in kernels.c, which fills in the last seven."""
+    """Some layers over some tokens: as in kernels.c, which fills in the last eight."""
 
     _fields_ = (
         ("layers", ctypes.POINTER(NativeLayer)),
@@ -118,7 +118,7 @@ class LayersTask(ctypes.Structure):
         ("tokens", c_int64),
         ("active", c_void_p),
         ("threads", c_int64),
-        *((name, c_void_p) for name in ("normed", "qkv", "attended", "up", "gated", "branch", "scores")),
+        *((name, c_void_p) for name in ("normed", "qkv", "attended", "up", "gated", "branch", "scores", "operands")),
     )
 
 
@@ -139,7 +139,8 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     library.attend.argtypes = [pointer] * 3 + [number] + [pointer] * 3 + [number]
     for function in (library.add_rms_norm, library.silu_gate, library.rotate_and_store, library.likeliest):
         function.restype = None
-    if library.has_products():
+    library.panel_columns.restype = number
+    if library.panel_columns():
         library.pack.argtypes, library.pack.restype = [pointer] * 2 + [number] * 2, None
         library.product.argtypes = [pointer] * 3 + [number] * 2
         library.run_layers.argtypes = [pointer]

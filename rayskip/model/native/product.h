@@ -5,29 +5,64 @@
 #include "team.h"
 #include "vectors.h"
 
-#define COLUMNS (2 * LANES) /* of a panel of packed weights */
-#define ROWS 12             /* that share one reading of a panel: their sums fill the registers */
-#define AHEAD 512           /* elements of a panel prefetched */
-#ifdef BF16
-#define DEPTH 2 /* inputs whose weights lie side by side */
+#ifdef EIGHTS
+#define SPAN 8 /* floats in a register */
+#define ROWS 6 /* that share one reading of a panel: their sums fill the registers */
+typedef __m256 sums_of;
+#else
+#define SPAN LANES
+#define ROWS 12
+typedef floats sums_of;
+#endif
+#define COLUMNS (2 * SPAN) /* of a panel of packed weights */
+#define AHEAD 512          /* elements of a panel prefetched, where it is read once; else the next one is */
+
+/* operand: an input as products read it. In a panel, DEPTH inputs' weights of a column lie side by side; `factors` are
+ * those of SPAN columns that are multiplied at once, or one row's inputs for them: all DEPTH, or in STEPS steps. */
+#ifdef PAIRS
+#define DEPTH 2
+#define STEPS 1
+typedef element operand;
 typedef __m512bh factors;
 
-INLINE floats accumulate(floats to, factors a, factors b) { return (floats)_mm512_dpbf16_ps((__m512)to, a, b); }
+INLINE sums_of accumulate(sums_of to, factors a, factors b) { return (floats)_mm512_dpbf16_ps((__m512)to, a, b); }
+INLINE factors load_factors(const element *from, const int step) { return (factors)_mm512_loadu_si512(from); }
 
-INLINE factors load_factors(const element *from) { return (factors)_mm512_loadu_si512(from); }
-
-INLINE factors spread(const element *from) {
+INLINE factors spread(const operand *from) {
     int32_t both;
     memcpy(&both, from, sizeof both);
     return (factors)_mm512_set1_epi32(both);
 }
 #else
-#define DEPTH 1
-typedef floats factors;
+typedef float operand;
+typedef sums_of factors;
 
-INLINE floats accumulate(floats to, factors a, factors b) { return multiply_add(a, b, to); }
-INLINE factors load_factors(const element *from) { return load(from); }
-INLINE factors spread(const element *from) { return splat(*from); }
+#ifdef EIGHTS
+INLINE sums_of accumulate(sums_of to, factors a, factors b) { return _mm256_fmadd_ps(a, b, to); }
+INLINE factors spread(const operand *from) { return _mm256_broadcast_ss(from); }
+#else
+INLINE sums_of accumulate(sums_of to, factors a, factors b) { return multiply_add(a, b, to); }
+INLINE factors spread(const operand *from) { return splat(*from); }
+#endif
+#ifdef BF16
+#define DEPTH 2
+#define STEPS 2
+#define WIDENED /* a bfloat16 is the upper half of a float: weights are widened on their way, inputs once */
+
+INLINE factors load_factors(const element *from, const int step) {
+    const __m256i both = _mm256_loadu_si256((const __m256i *)from), upper = _mm256_set1_epi32((int)0xffff0000);
+    return _mm256_castsi256_ps(step ? _mm256_and_si256(both, upper) : _mm256_slli_epi32(both, 16));
+}
+#else
+#define DEPTH 1
+#define STEPS 1
+
+INLINE factors load_factors(const element *from, const int step) {
+    factors some;
+    memcpy(&some, from, sizeof some);
+    return some;
+}
+#endif
 #endif
 
 /* weight [out, in] -> panels [out / COLUMNS, in / DEPTH, COLUMNS, DEPTH], filled up with zeros. in: a multiple of
@@ -46,64 +81,102 @@ typedef struct {
     int64_t out, in;
 } Product;
 
+/* How much room `operands` needs for so many inputs. */
+INLINE int64_t operand_bytes(int64_t inputs) {
+#ifdef WIDENED
+    return inputs * (int64_t)sizeof(operand);
+#else
+    return 0 * inputs;
+#endif
+}
+
+/* x [size] as operands, in `room` where they are not the elements themselves. size: even. */
+INLINE const operand *operands(const element *x, operand *room, int64_t size) {
+#ifdef WIDENED
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        floats some = load(x + i);
+        memcpy(room + i, &some, sizeof some);
+    }
+    for (; i < size; i++)
+        room[i] = load_one(x[i]);
+    return room;
+#else
+    return x;
+#endif
+}
+
 /* x [rows, in] times one panel -> out [rows, width] with `stride` elements between rows. Each sum runs over the inputs
- * in their order, whatever `rows`. */
-INLINE void multiply(const element *x, const element *panel, const element *bias, int64_t in, element *out,
-                     int64_t stride, int64_t width, const int rows) {
-    floats sums[ROWS][2];
+ * in their order, whatever `rows`. soon: what is to be fetched meanwhile, `pace` elements for every DEPTH inputs. */
+INLINE void multiply(const operand *x, const element *panel, const element *soon, int64_t pace, const element *bias,
+                     int64_t in, element *out, int64_t stride, int64_t width, const int rows) {
+    sums_of sums[ROWS][2];
     for (int row = 0; row < rows; row++)
-        sums[row][0] = sums[row][1] = (floats){0};
-    for (int64_t i = 0; i < in; i += DEPTH, panel += COLUMNS * DEPTH) {
-        factors left = load_factors(panel), right = load_factors(panel + LANES * DEPTH);
-        __builtin_prefetch(panel + AHEAD);
-        __builtin_prefetch(panel + AHEAD + LANES * DEPTH);
-        for (int row = 0; row < rows; row++) {
-            factors value = spread(x + row * in + i);
-            sums[row][0] = accumulate(sums[row][0], left, value);
-            sums[row][1] = accumulate(sums[row][1], right, value);
+        sums[row][0] = sums[row][1] = (sums_of){0};
+    for (int64_t i = 0; i < in; i += DEPTH, panel += COLUMNS * DEPTH, soon += pace) {
+        for (int64_t line = 0; line < COLUMNS * DEPTH; line += LINE)
+            __builtin_prefetch(soon + line);
+        for (int step = 0; step < STEPS; step++) {
+            factors left = load_factors(panel, step), right = load_factors(panel + SPAN * DEPTH, step);
+            for (int row = 0; row < rows; row++) {
+                factors value = spread(x + row * in + i + step);
+                sums[row][0] = accumulate(sums[row][0], left, value);
+                sums[row][1] = accumulate(sums[row][1], right, value);
+            }
         }
     }
     for (int row = 0; row < rows; row++, out += stride) {
-        element whole[COLUMNS];
-        element *to = width == COLUMNS ? out : whole;
+        element filled[COLUMNS];
+        element *to = width == COLUMNS ? out : filled;
+        floats totals[COLUMNS / LANES];
         for (int half = 0; half < 2; half++) {
-            floats total = sums[row][half];
-            store(to + half * LANES, bias ? total + load(bias + half * LANES) : total);
+            const sums_of some = sums[row][half];
+            memcpy((float *)totals + half * SPAN, &some, sizeof some);
         }
-        if (to == whole)
-            memcpy(out, whole, width * sizeof *out);
+        for (int64_t column = 0; column < COLUMNS; column += LANES) {
+            const floats total = totals[column / LANES];
+            store(to + column, bias ? total + load(bias + column) : total);
+        }
+        if (to == filled)
+            memcpy(out, filled, width * sizeof *out);
     }
 }
 
 /* x [rows, in] -> out [rows, out], panels [first, last) of it. */
-static void multiply_panels(const Product *product, const element *x, element *out, int64_t rows, int64_t first,
+static void multiply_panels(const Product *product, const operand *x, element *out, int64_t rows, int64_t first,
                             int64_t last) {
     const int64_t in = product->in, blocks = (rows + ROWS - 1) / ROWS;
     for (int64_t panel = first; panel < last; panel++) {
         const int64_t column = panel * COLUMNS;
         const int64_t width = product->out - column < COLUMNS ? product->out - column : COLUMNS;
         const element *weights = product->panels + column * in, *bias = product->bias ? product->bias + column : NULL;
+        const int64_t size = COLUMNS * in, pace = blocks == 1 ? COLUMNS * DEPTH : COLUMNS * DEPTH / blocks;
         for (int64_t block = 0; block < blocks; block++) {
+            const element *soon = blocks == 1 ? weights + AHEAD : weights + size + size * block / blocks;
             const int64_t row = rows * block / blocks;
-            const element *from = x + row * in;
+            const operand *from = x + row * in;
             element *to = out + row * product->out + column;
 #define OF(count) \
     case count: \
-        multiply(from, weights, bias, in, to, product->out, width, count); \
+        multiply(from, weights, soon, pace, bias, in, to, product->out, width, count); \
         break;
             switch (rows * (block + 1) / blocks - row) {
-                OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12)
+                OF(1) OF(2) OF(3) OF(4) OF(5) OF(6)
+#if ROWS > 6
+                OF(7) OF(8) OF(9) OF(10) OF(11) OF(12)
+#endif
             }
 #undef OF
         }
     }
 }
 
-/* A worker's part of a product. */
-static void multiply_share(const Product *product, const element *x, element *out, int64_t rows, Team *team,
-                           int worker) {
+/* A worker's part of a product. room: of the worker's own, for operand_bytes(rows * in). */
+static void multiply_share(const Product *product, const element *x, element *out, int64_t rows, operand *room,
+                           Team *team, int worker) {
     const int64_t panels = (product->out + COLUMNS - 1) / COLUMNS;
-    multiply_panels(product, x, out, rows, share(panels, team, worker), share(panels, team, worker + 1));
+    multiply_panels(product, operands(x, room, rows * product->in), out, rows, share(panels, team, worker),
+                    share(panels, team, worker + 1));
 }
 
 #endif

@@ -7,11 +7,8 @@ import ctypes
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayskip.model.native.kernels import DEFINES, LANES, Product, kernels, threads
+from rayskip.model.native.kernels import DEFINES, Product, kernels, threads
 from rayskip.model.spec import Dense
-
-COLUMNS = 2 * LANES
-"""Of a panel of packed weights, as in kernels.c."""
 
 
 class NativeProduct:
@@ -21,7 +18,7 @@ class NativeProduct:
         self.out_features, self.in_features = dense.weight.shape
         self.library = library
         weight = dense.weight.contiguous()
-        filling = -self.out_features % COLUMNS
+        filling = -self.out_features % library.panel_columns()
         self._panels = weight.new_empty((self.out_features + filling) * self.in_features)
         library.pack(weight.data_ptr(), self._panels.data_ptr(), *weight.shape)
         self._bias = None if dense.bias is None else F.pad(dense.bias, (0, filling))
@@ -44,4 +41,4 @@ def native_product(dense: Dense) -> NativeProduct | None:
     if weight.device.type != "cpu" or weight.dtype not in DEFINES or weight.shape[1] % 2:
         return None
     library = kernels(weight.dtype)
-    return NativeProduct(dense, library) if library is not None and library.has_products() else None
+    return NativeProduct(dense, library) if library is not None and library.panel_columns() else None

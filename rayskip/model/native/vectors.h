@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -14,7 +14,11 @@
 #define PAIRS /* the processor multiplies bfloat16 itself, and adds two products at once */
 #endif
 
-#if (defined(PAIRS) && !defined(__AMX_BF16__)) || (!defined(BF16) && defined(__AVX512F__))
+#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
+#define EIGHTS /* registers hold eight floats: half of `floats` */
+#endif
+
+#if (defined(PAIRS) && !defined(__AMX_BF16__)) || (!defined(BF16) && defined(__AVX512F__)) || defined(EIGHTS)
 #define PRODUCTS /* elsewhere a library's matrix products are faster: it has other kernels, or AMX */
 #endif
 
@@ -27,6 +31,24 @@ typedef int32_t ints __attribute__((vector_size(64)));
 typedef uint32_t bits __attribute__((vector_size(64)));
 typedef uint16_t halves __attribute__((vector_size(32)));
 
+#ifdef EIGHTS
+typedef struct {
+    __m256 low, high;
+} Eights;
+
+INLINE Eights halved(floats x) {
+    Eights parts;
+    memcpy(&parts, &x, sizeof x);
+    return parts;
+}
+
+INLINE floats whole(Eights parts) {
+    floats x;
+    memcpy(&x, &parts, sizeof x);
+    return x;
+}
+#endif
+
 #ifdef BF16
 typedef uint16_t element;
 
@@ -36,10 +58,26 @@ INLINE floats load(const element *from) {
     return (floats)(__builtin_convertvector(narrow, bits) << 16);
 }
 
+#ifdef EIGHTS
+INLINE __m256i round_half(__m256 x) {
+    const __m256i raw = _mm256_castps_si256(x), even = _mm256_and_si256(_mm256_srli_epi32(raw, 16), _mm256_set1_epi32(1));
+    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(raw, _mm256_set1_epi32(0x7fff)), even);
+    const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
+    return _mm256_srli_epi32(_mm256_blendv_epi8(sum, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(is_nan)), 16);
+}
+
+INLINE __m256i round_halves(floats x) {
+    const Eights parts = halved(x);
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(round_half(parts.low), round_half(parts.high)), 0xd8);
+}
+#endif
+
 /* Round to nearest even; NaN stays NaN. */
 INLINE void store(element *to, floats x) {
 #ifdef PAIRS
     __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
+#elif defined(EIGHTS)
+    __m256i narrow = round_halves(x);
 #else
     bits raw = (bits)x;
     bits rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
@@ -80,6 +118,9 @@ INLINE element round_one(float x) { return x; }
 INLINE floats multiply_add(floats a, floats b, floats c) {
 #ifdef __AVX512F__
     return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(EIGHTS)
+    const Eights x = halved(a), y = halved(b), z = halved(c);
+    return whole((Eights){_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)});
 #else
     return a * b + c;
 #endif
@@ -94,6 +135,9 @@ INLINE floats pick(ints where, floats yes, floats no) {
 INLINE floats larger(floats a, floats b) {
 #ifdef __AVX512F__
     return (floats)_mm512_max_ps((__m512)a, (__m512)b);
+#elif defined(EIGHTS)
+    const Eights x = halved(a), y = halved(b);
+    return whole((Eights){_mm256_max_ps(x.low, y.low), _mm256_max_ps(x.high, y.high)});
 #else
     return pick(a > b, a, b);
 #endif
@@ -102,6 +146,9 @@ INLINE floats larger(floats a, floats b) {
 INLINE floats smaller(floats a, floats b) {
 #ifdef __AVX512F__
     return (floats)_mm512_min_ps((__m512)a, (__m512)b);
+#elif defined(EIGHTS)
+    const Eights x = halved(a), y = halved(b);
+    return whole((Eights){_mm256_min_ps(x.low, y.low), _mm256_min_ps(x.high, y.high)});
 #else
     return pick(a < b, a, b);
 #endif
@@ -128,16 +175,32 @@ INLINE floats lane_sums(floats x[LANES]) {
 }
 
 INLINE float sum(floats x) {
+#ifdef EIGHTS
+    const Eights halves = halved(x);
+    const __m256 eight = _mm256_add_ps(halves.low, halves.high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_hadd_ps(four, four);
+    return _mm_cvtss_f32(_mm_hadd_ps(four, four));
+#else
     for (int i = 0; i < 4; i++)
         x = pair_sums(x, x);
     return x[0];
+#endif
 }
 
 INLINE float maximum(floats x) {
+#ifdef EIGHTS
+    const Eights halves = halved(x);
+    const __m256 eight = _mm256_max_ps(halves.low, halves.high);
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+#else
     float best = x[0];
     for (int i = 1; i < LANES; i++)
         best = x[i] > best ? x[i] : best;
     return best;
+#endif
 }
 
 #ifdef PAIRS
