@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rayskip.config import SamplingParams
 from rayskip.data.records import TokenLogprob
+from rayskip.model.native.ops import highest
 
 NUCLEUS = 1024
 """Candidates sorted for top-p before the whole vocabulary is: a nucleus is rarely wider."""
@@ -71,8 +72,10 @@ def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
 def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The highest logit of each row [R] (not a number where one is none) and the first place it stands at.
 
-    Block by block, since torch finds a maximum many times faster than its place.
+    In torch block by block, since it finds a maximum many times faster than its place.
     """
+    if (found := highest(logits)) is not None:
+        return found
     if padding := -logits.shape[1] % BLOCK:
         logits = F.pad(logits, (0, padding), value=-torch.inf)
     blocks = logits.view(len(logits), logits.shape[1] // BLOCK, BLOCK)

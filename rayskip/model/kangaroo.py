@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
-from rayskip.model.linear import Linear
+from rayskip.model.linear import Linear, rough_linear
 from rayskip.model.ops import TokenBatch, normalise
 from rayskip.model.spec import Dense, Layer, Norm
 from rayskip.model.trained import Label, check_shapes, load_trained
@@ -48,7 +48,7 @@ class Kangaroo:
         self._final_norm = Norm("rms", own["final_norm"].to(dtype), None, eps)
         qkv, out = Dense(own["qkv"].to(dtype)), Dense(own["out"].to(dtype))
         self._qkv, self._out = Linear(qkv), Linear(out)
-        self._head = Linear(Dense(decoder.weights.head.weight[self.token_ids]))
+        self._head = rough_linear(Dense(decoder.weights.head.weight[self.token_ids]))
         self._rope = like.rope
         # the feed-forward that it does not have is only looked at: its kind is the decoder's
         layer = Layer(qkv, out, like.up, like.down, self._attn_norm, like.mlp_norm, rope=like.rope)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayskip.model.native.product import native_product
+from rayskip.model.native.product import RoughProduct, native_product, rough_product
 from rayskip.model.spec import Dense
 
 TILE = 64
@@ -77,6 +77,11 @@ class Linear:
             return F.linear(x, self._weight, self.bias)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
         return y
+
+
+def rough_linear(dense: Dense) -> RoughProduct | Linear:
+    """A product for drafts, which may be wrong: with rounded weights, where the C kernels have products."""
+    return rough_product(dense) or Linear(dense)
 
 
 def _packs(device: torch.device, dtype: torch.dtype) -> bool:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rayskip.model.forward import Decoder
-from rayskip.model.linear import Linear
+from rayskip.model.linear import Linear, rough_linear
 from rayskip.model.ops import normalise
 from rayskip.model.spec import Dense
 from rayskip.model.trained import Label, check_shapes, load_trained
@@ -40,7 +40,7 @@ class Medusa:
         self.token_ids = own["token_ids"].long()
         self._norm = decoder.weights.final_norm
         self._blocks = Linear(Dense(weights.flatten(0, 1), biases.flatten()))
-        self._head = Linear(Dense(decoder.weights.head.weight[self.token_ids]))
+        self._head = rough_linear(Dense(decoder.weights.head.weight[self.token_ids]))
 
     def propose(self, hidden: Tensor, count: int) -> list[list[list[int]]]:
         """Each head's `count` likeliest tokens after each of N rows, [N, H, count].

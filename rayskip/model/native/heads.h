@@ -32,7 +32,9 @@ INLINE int64_t place_of(const Path *path, int64_t position) {
 /* Softmax weights in place of scores [first, last), not yet divided by their sum, which is returned. Those of keys
  * before `visible` become 0. */
 INLINE float weigh(float *scores, int64_t first, int64_t visible, int64_t last, float softcap) {
-    const ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    ints lane;
+    for (int i = 0; i < LANES; i++)
+        lane[i] = i;
     const int64_t size = last - first;
     floats best = splat(-INFINITY), total = {0};
     for (int64_t i = 0; i < size; i += LANES) {

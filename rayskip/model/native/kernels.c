@@ -4,12 +4,13 @@
  * depend on batch mates. Sums run in float32; results are rounded once.
  *
  * Compiled per element type: with -DBF16 elements are bfloat16, else float32. Vectors are the compiler's own
- * (GCC and Clang), so the same source serves AVX-512, AVX2 and NEON.
+ * (GCC and Clang), so the same source serves AVX-512, AVX2 and NEON; where it counts there are intrinsics.
  *
  * Shapes: N tokens, d hidden, f feed-forward, H query heads, K key-value heads, G = H / K, D head dim, T positions
  * per cache slot.
  */
 #define _GNU_SOURCE
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 
@@ -75,6 +76,42 @@ void likeliest(const element *logits, int64_t rows, int64_t width, int64_t count
     }
 }
 
+/* The highest of each row's logits [rows, width] (not a number where one is none) and the first place it stands at. */
+void highest(const element *logits, int64_t rows, int64_t width, int64_t *places, float *values) {
+    const int64_t size = 16 * LANES; /* of a block: only the best one is walked element by element */
+    for (int64_t row = 0; row < rows; row++, logits += width) {
+        float most = -INFINITY;
+        int64_t place = 0;
+        bool broken = false;
+        for (int64_t begin = 0; begin < width; begin += size) {
+            const int64_t end = begin + size < width ? begin + size : width;
+            floats best = splat(-INFINITY);
+            ints none = {0};
+            int64_t i = begin;
+            for (; i + LANES <= end; i += LANES) {
+                const floats some = load(logits + i);
+                none |= some != some;
+                best = larger(some, best);
+            }
+            float here = maximum(best);
+            for (; i < end; i++) {
+                broken |= load_one(logits[i]) != load_one(logits[i]);
+                here = fmaxf(here, load_one(logits[i]));
+            }
+            for (int lane = 0; lane < LANES; lane++)
+                broken |= none[lane] != 0;
+            if (here > most) {
+                most = here;
+                place = begin;
+            }
+        }
+        while (place + 1 < width && load_one(logits[place]) != most)
+            place++;
+        places[row] = place;
+        values[row] = broken ? NAN : most;
+    }
+}
+
 /* Attention of all heads of all tokens, see attend_items. Returns 0, or 1 when memory is out. */
 int attend(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
            const element *values, element *out, int64_t tokens) {
@@ -88,6 +125,7 @@ int attend(const Shape *shape, const Step *step, const element *q, int64_t strid
 
 #ifdef PRODUCTS
 #include "product.h"
+#include "rough.h"
 #include "team.h"
 #else
 #define COLUMNS 0
@@ -122,6 +160,31 @@ int product(const Product *product, const element *x, element *out, int64_t rows
     ProductTask task = {product, x, out, rows, room};
     const int failed = together((int)threads, work_on_product, &task);
     free(room);
+    return failed;
+}
+
+typedef struct {
+    const Rough *rough;
+    const float *x;
+    element *out;
+    int64_t rows;
+} RoughTask;
+
+static void work_on_rough_product(void *argument, Team *team, int worker) {
+    const RoughTask *task = argument;
+    multiply_rough_share(task->rough, task->x, task->out, task->rows, team, worker);
+}
+
+/* x [rows, in] -> out [rows, out]. Returns 0, or 1 when memory is out. */
+int rough_product(const Rough *rough, const element *x, element *out, int64_t rows, int64_t threads) {
+    const int64_t size = rows * rough->in;
+    float *wide = aligned_alloc(64, to_lines(64 + size * (int64_t)sizeof *wide));
+    if (!wide)
+        return 1;
+    widen(x, wide, size);
+    RoughTask task = {rough, wide, out, rows};
+    const int failed = together((int)threads, work_on_rough_product, &task);
+    free(wide);
     return failed;
 }
 

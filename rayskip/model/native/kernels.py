@@ -34,6 +34,7 @@ FLAGS = (
     "-march=native",
     "-fno-math-errno",
     "-ffp-contract=off",
+    "-fno-gcse",  # what it carries from one part of a product's loop to the next takes registers that sums need
     "-pthread",
     "-shared",
     "-fPIC",
@@ -91,6 +92,12 @@ class Product(ctypes.Structure):
     _fields_ = (("panels", c_void_p), ("bias", c_void_p), ("out", c_int64), ("in", c_int64))
 
 
+class Rough(ctypes.Structure):
+    """The packed weights of a matrix product, rounded: as in rough.h."""
+
+    _fields_ = (("panels", c_void_p), ("scales", c_void_p), ("out", c_int64), ("in", c_int64))
+
+
 class NativeLayer(ctypes.Structure):
     """One decoder layer: as in kernels.c."""
 
@@ -118,7 +125,10 @@ class LayersTask(ctypes.Structure):
         ("tokens", c_int64),
         ("active", c_void_p),
         ("threads", c_int64),
-        *((name, c_void_p) for name in ("normed", "qkv", "attended", "up", "gated", "branch", "scores", "operands")),
+        *(
+            (name, c_void_p)
+            for name in ("normed", "qkv", "attended", "up", "gated", "branch", "scores", "operands")
+        ),
     )
 
 
@@ -137,12 +147,15 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     library.rotate_and_store.argtypes = [pointer] * 7 + [number] + [pointer] * 3 + [number] * 2
     library.likeliest.argtypes = [pointer] + [number] * 3 + [pointer] * 2
     library.attend.argtypes = [pointer] * 3 + [number] + [pointer] * 3 + [number]
-    for function in (library.add_rms_norm, library.silu_gate, library.rotate_and_store, library.likeliest):
-        function.restype = None
+    library.highest.argtypes = [pointer] + [number] * 2 + [pointer] * 2
+    for name in ("add_rms_norm", "silu_gate", "rotate_and_store", "likeliest", "highest"):
+        getattr(library, name).restype = None
     library.panel_columns.restype = number
     if library.panel_columns():
         library.pack.argtypes, library.pack.restype = [pointer] * 2 + [number] * 2, None
         library.product.argtypes = [pointer] * 3 + [number] * 2
+        library.pack_rough.argtypes, library.pack_rough.restype = [pointer] * 3 + [number] * 2, None
+        library.rough_product.argtypes = [pointer] * 3 + [number] * 2
         library.run_layers.argtypes = [pointer]
     return library
 

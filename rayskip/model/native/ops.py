@@ -108,3 +108,16 @@ def native_ops(spec: Spec, dtype: torch.dtype, device: torch.device) -> Ops:
     fits = device.type == "cpu" and dtype in DEFINES and spec.head_dim % LANES == 0
     library = kernels(dtype) if fits else None
     return Ops(spec) if library is None else NativeOps(spec, library)
+
+
+def highest(logits: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The highest of each row's logits [R, V] (not a number where one is none) and the first place it stands at, both
+    [R]; None where there are no kernels for them."""
+    library = kernels(logits.dtype) if logits.device.type == "cpu" and logits.dtype in DEFINES else None
+    if library is None:
+        return None
+    logits = logits.contiguous()
+    places = torch.empty(len(logits), dtype=torch.long)
+    values = torch.empty(len(logits))
+    library.highest(logits.data_ptr(), *logits.shape, places.data_ptr(), values.data_ptr())
+    return values, places

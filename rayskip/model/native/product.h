@@ -6,26 +6,22 @@
 #include "vectors.h"
 
 #ifdef EIGHTS
-#define SPAN 8 /* floats in a register */
 #define ROWS 6 /* that share one reading of a panel: their sums fill the registers */
-typedef __m256 sums_of;
 #else
-#define SPAN LANES
 #define ROWS 12
-typedef floats sums_of;
 #endif
-#define COLUMNS (2 * SPAN) /* of a panel of packed weights */
-#define AHEAD 512          /* elements of a panel prefetched, where it is read once; else the next one is */
+#define COLUMNS (2 * LANES) /* of a panel of packed weights */
+#define AHEAD 512           /* elements of a panel prefetched, where it is read once; else the next one is */
 
 /* operand: an input as products read it. In a panel, DEPTH inputs' weights of a column lie side by side; `factors` are
- * those of SPAN columns that are multiplied at once, or one row's inputs for them: all DEPTH, or in STEPS steps. */
+ * those of LANES columns that are multiplied at once, or one row's inputs for them: all DEPTH, or in STEPS steps. */
 #ifdef PAIRS
 #define DEPTH 2
 #define STEPS 1
 typedef element operand;
 typedef __m512bh factors;
 
-INLINE sums_of accumulate(sums_of to, factors a, factors b) { return (floats)_mm512_dpbf16_ps((__m512)to, a, b); }
+INLINE floats accumulate(floats to, factors a, factors b) { return (floats)_mm512_dpbf16_ps((__m512)to, a, b); }
 INLINE factors load_factors(const element *from, const int step) { return (factors)_mm512_loadu_si512(from); }
 
 INLINE factors spread(const operand *from) {
@@ -35,15 +31,11 @@ INLINE factors spread(const operand *from) {
 }
 #else
 typedef float operand;
-typedef sums_of factors;
+typedef floats factors;
 
-#ifdef EIGHTS
-INLINE sums_of accumulate(sums_of to, factors a, factors b) { return _mm256_fmadd_ps(a, b, to); }
-INLINE factors spread(const operand *from) { return _mm256_broadcast_ss(from); }
-#else
-INLINE sums_of accumulate(sums_of to, factors a, factors b) { return multiply_add(a, b, to); }
+INLINE floats accumulate(floats to, factors a, factors b) { return multiply_add(a, b, to); }
 INLINE factors spread(const operand *from) { return splat(*from); }
-#endif
+
 #ifdef BF16
 #define DEPTH 2
 #define STEPS 2
@@ -57,11 +49,7 @@ INLINE factors load_factors(const element *from, const int step) {
 #define DEPTH 1
 #define STEPS 1
 
-INLINE factors load_factors(const element *from, const int step) {
-    factors some;
-    memcpy(&some, from, sizeof some);
-    return some;
-}
+INLINE factors load_factors(const element *from, const int step) { return load(from); }
 #endif
 #endif
 
@@ -93,13 +81,7 @@ INLINE int64_t operand_bytes(int64_t inputs) {
 /* x [size] as operands, in `room` where they are not the elements themselves. size: even. */
 INLINE const operand *operands(const element *x, operand *room, int64_t size) {
 #ifdef WIDENED
-    int64_t i = 0;
-    for (; i + LANES <= size; i += LANES) {
-        floats some = load(x + i);
-        memcpy(room + i, &some, sizeof some);
-    }
-    for (; i < size; i++)
-        room[i] = load_one(x[i]);
+    widen(x, room, size);
     return room;
 #else
     return x;
@@ -110,14 +92,14 @@ INLINE const operand *operands(const element *x, operand *room, int64_t size) {
  * in their order, whatever `rows`. soon: what is to be fetched meanwhile, `pace` elements for every DEPTH inputs. */
 INLINE void multiply(const operand *x, const element *panel, const element *soon, int64_t pace, const element *bias,
                      int64_t in, element *out, int64_t stride, int64_t width, const int rows) {
-    sums_of sums[ROWS][2];
+    floats sums[ROWS][2];
     for (int row = 0; row < rows; row++)
-        sums[row][0] = sums[row][1] = (sums_of){0};
+        sums[row][0] = sums[row][1] = splat(0);
     for (int64_t i = 0; i < in; i += DEPTH, panel += COLUMNS * DEPTH, soon += pace) {
         for (int64_t line = 0; line < COLUMNS * DEPTH; line += LINE)
             __builtin_prefetch(soon + line);
         for (int step = 0; step < STEPS; step++) {
-            factors left = load_factors(panel, step), right = load_factors(panel + SPAN * DEPTH, step);
+            factors left = load_factors(panel, step), right = load_factors(panel + LANES * DEPTH, step);
             for (int row = 0; row < rows; row++) {
                 factors value = spread(x + row * in + i + step);
                 sums[row][0] = accumulate(sums[row][0], left, value);
@@ -128,14 +110,9 @@ INLINE void multiply(const operand *x, const element *panel, const element *soon
     for (int row = 0; row < rows; row++, out += stride) {
         element filled[COLUMNS];
         element *to = width == COLUMNS ? out : filled;
-        floats totals[COLUMNS / LANES];
         for (int half = 0; half < 2; half++) {
-            const sums_of some = sums[row][half];
-            memcpy((float *)totals + half * SPAN, &some, sizeof some);
-        }
-        for (int64_t column = 0; column < COLUMNS; column += LANES) {
-            const floats total = totals[column / LANES];
-            store(to + column, bias ? total + load(bias + column) : total);
+            floats total = sums[row][half];
+            store(to + half * LANES, bias ? total + load(bias + half * LANES) : total);
         }
         if (to == filled)
             memcpy(out, filled, width * sizeof *out);

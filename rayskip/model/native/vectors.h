@@ -15,39 +15,25 @@
 #endif
 
 #if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
-#define EIGHTS /* registers hold eight floats: half of `floats` */
+#define EIGHTS /* registers hold eight floats */
 #endif
 
 #if (defined(PAIRS) && !defined(__AMX_BF16__)) || (!defined(BF16) && defined(__AVX512F__)) || defined(EIGHTS)
 #define PRODUCTS /* elsewhere a library's matrix products are faster: it has other kernels, or AMX */
 #endif
 
+#ifdef EIGHTS
+#define LANES 8 /* of a register */
+#else
 #define LANES 16
+#endif
 #define LINE (64 / (int64_t)sizeof(element)) /* elements of a cache line */
 #define INLINE static inline __attribute__((always_inline))
 
-typedef float floats __attribute__((vector_size(64)));
-typedef int32_t ints __attribute__((vector_size(64)));
-typedef uint32_t bits __attribute__((vector_size(64)));
-typedef uint16_t halves __attribute__((vector_size(32)));
-
-#ifdef EIGHTS
-typedef struct {
-    __m256 low, high;
-} Eights;
-
-INLINE Eights halved(floats x) {
-    Eights parts;
-    memcpy(&parts, &x, sizeof x);
-    return parts;
-}
-
-INLINE floats whole(Eights parts) {
-    floats x;
-    memcpy(&x, &parts, sizeof x);
-    return x;
-}
-#endif
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 #ifdef BF16
 typedef uint16_t element;
@@ -58,17 +44,11 @@ INLINE floats load(const element *from) {
     return (floats)(__builtin_convertvector(narrow, bits) << 16);
 }
 
-#ifdef EIGHTS
-INLINE __m256i round_half(__m256 x) {
-    const __m256i raw = _mm256_castps_si256(x), even = _mm256_and_si256(_mm256_srli_epi32(raw, 16), _mm256_set1_epi32(1));
-    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(raw, _mm256_set1_epi32(0x7fff)), even);
-    const __m256 is_nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-    return _mm256_srli_epi32(_mm256_blendv_epi8(sum, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(is_nan)), 16);
-}
-
-INLINE __m256i round_halves(floats x) {
-    const Eights parts = halved(x);
-    return _mm256_permute4x64_epi64(_mm256_packus_epi32(round_half(parts.low), round_half(parts.high)), 0xd8);
+#ifndef PAIRS
+/* Each lane's upper half is x, rounded to nearest even; NaN stays NaN. The lower half is of no use. */
+INLINE bits rounded(floats x) {
+    const bits raw = (bits)x, nans = (bits)(x != x);
+    return ((raw + 0x7fff + ((raw >> 16) & 1)) & ~nans) | (nans & 0x7fc00000);
 }
 #endif
 
@@ -77,12 +57,10 @@ INLINE void store(element *to, floats x) {
 #ifdef PAIRS
     __m256bh narrow = _mm512_cvtneps_pbh((__m512)x);
 #elif defined(EIGHTS)
-    __m256i narrow = round_halves(x);
+    const __m256i upper = (__m256i)(rounded(x) >> 16);
+    __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
 #else
-    bits raw = (bits)x;
-    bits rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
-    bits is_nan = (bits)(x != x);
-    halves narrow = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), halves);
+    halves narrow = __builtin_convertvector(rounded(x) >> 16, halves);
 #endif
     memcpy(to, &narrow, sizeof narrow);
 }
@@ -119,8 +97,7 @@ INLINE floats multiply_add(floats a, floats b, floats c) {
 #ifdef __AVX512F__
     return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(EIGHTS)
-    const Eights x = halved(a), y = halved(b), z = halved(c);
-    return whole((Eights){_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)});
+    return _mm256_fmadd_ps(a, b, c);
 #else
     return a * b + c;
 #endif
@@ -136,8 +113,7 @@ INLINE floats larger(floats a, floats b) {
 #ifdef __AVX512F__
     return (floats)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(EIGHTS)
-    const Eights x = halved(a), y = halved(b);
-    return whole((Eights){_mm256_max_ps(x.low, y.low), _mm256_max_ps(x.high, y.high)});
+    return _mm256_max_ps(a, b);
 #else
     return pick(a > b, a, b);
 #endif
@@ -147,13 +123,32 @@ INLINE floats smaller(floats a, floats b) {
 #ifdef __AVX512F__
     return (floats)_mm512_min_ps((__m512)a, (__m512)b);
 #elif defined(EIGHTS)
-    const Eights x = halved(a), y = halved(b);
-    return whole((Eights){_mm256_min_ps(x.low, y.low), _mm256_min_ps(x.high, y.high)});
+    return _mm256_min_ps(a, b);
 #else
     return pick(a < b, a, b);
 #endif
 }
 
+#ifdef EIGHTS
+/* Lane i of the result is the sum over all lanes of x[i]. */
+INLINE floats lane_sums(const floats x[LANES]) {
+    const floats first = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+    const floats later = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
+    return _mm256_permute2f128_ps(first, later, 0x20) + _mm256_permute2f128_ps(first, later, 0x31);
+}
+
+INLINE float sum(floats x) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    four = _mm_hadd_ps(four, four);
+    return _mm_cvtss_f32(_mm_hadd_ps(four, four));
+}
+
+INLINE float maximum(floats x) {
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+}
+#else
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
@@ -175,33 +170,18 @@ INLINE floats lane_sums(floats x[LANES]) {
 }
 
 INLINE float sum(floats x) {
-#ifdef EIGHTS
-    const Eights halves = halved(x);
-    const __m256 eight = _mm256_add_ps(halves.low, halves.high);
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    four = _mm_hadd_ps(four, four);
-    return _mm_cvtss_f32(_mm_hadd_ps(four, four));
-#else
     for (int i = 0; i < 4; i++)
         x = pair_sums(x, x);
     return x[0];
-#endif
 }
 
 INLINE float maximum(floats x) {
-#ifdef EIGHTS
-    const Eights halves = halved(x);
-    const __m256 eight = _mm256_max_ps(halves.low, halves.high);
-    __m128 most = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
-    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
-    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
-#else
     float best = x[0];
     for (int i = 1; i < LANES; i++)
         best = x[i] > best ? x[i] : best;
     return best;
-#endif
 }
+#endif
 
 #ifdef PAIRS
 INLINE __m512bh load_pairs(const element *from, int64_t count) {
@@ -238,6 +218,17 @@ INLINE floats exponential(floats x) {
     p = multiply_add(p, r, splat(5.0000001201e-1f));
     p = multiply_add(p * r, r, r) + 1.0f;
     return (floats)((bits)p + ((bits)shifted << 23));
+}
+
+/* x [size] as floats, in `room`. */
+INLINE void widen(const element *x, float *room, int64_t size) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+        floats some = load(x + i);
+        memcpy(room + i, &some, sizeof some);
+    }
+    for (; i < size; i++)
+        room[i] = load_one(x[i]);
 }
 
 #endif
