@@ -15,8 +15,8 @@ from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.native import kernels as native
-from rayskip.model.native.ops import native_ops
-from rayskip.model.native.product import native_product
+from rayskip.model.native.ops import highest, native_ops
+from rayskip.model.native.product import native_product, rough_product
 from rayskip.model.ops import Group, Ops, Paths, TokenBatch
 from rayskip.model.spec import Dense, Norm, Rope, Spec
 
@@ -296,3 +296,44 @@ def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
             )
         for other in found[2:]:
             assert all(torch.equal(mine, own) for mine, own in zip(other, found[1], strict=True))
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "width"), [(33, 64), (256, 576), (7, 30)])
+def test_a_rough_product_is_that_of_weights_in_255_steps(out: int, width: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out, width, generator=generator).to(dtype)
+    weight[3] = 0
+    product = rough_product(Dense(weight))
+    if product is None:
+        pytest.skip("no products here")
+    step = weight.double().abs().amax(dim=1, keepdim=True).clamp(min=1e-9) / 127
+    rounded = (weight.double() / step).round() * step
+
+    for rows in (1, 2, 5, 6, 7, 13):
+        x = torch.randn(rows, width, generator=generator).to(dtype)
+        found, expected = product(x).double(), x.double() @ rounded.T
+        assert not found[:, 3].any()
+        torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3)
+    with pytest.raises(ValueError, match=f"N, {width}"):
+        product(x[:, 1:])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 7, 64, 300, 49_152])
+def test_highest(width: int, dtype: torch.dtype) -> None:
+    logits = torch.randn(6, width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits[1] = 0.5  # the first of equals
+    logits[2] = -torch.inf
+    logits[3, width // 2] = torch.inf
+    logits[4, -1] = torch.nan
+    logits[5, -1] = 99.0
+
+    values, places = highest(logits)
+
+    assert values[4].isnan()
+    kept = torch.tensor([0, 1, 2, 3, 5])
+    assert torch.equal(values[kept], logits[kept].float().amax(dim=1))
+    assert places[kept].tolist() == [row.index(max(row)) for row in logits[kept].float().tolist()]

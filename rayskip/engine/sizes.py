@@ -23,7 +23,7 @@ LANE_ROWS = 8
 COHORT = 0.25
 """Share of the batch that joins together where depth depends on the position. On a GPU, or in a library's tiles, a
 layer that few rows run costs nearly what it costs for all, so rows of one position are cheaper; larger cohorts
-leave more places empty. With the C kernels' products it makes no difference (README, Refill)."""
+leave more places empty. With the C kernels' products it makes no difference (BENCHMARKS.md, Refill)."""
 CPU_TOKENS, GPU_TOKENS = 1024, 8192
 """Tokens in one forward when max_batch_tokens is not set: a longer prefill is no faster per token."""
 

@@ -111,8 +111,8 @@ def native_ops(spec: Spec, dtype: torch.dtype, device: torch.device) -> Ops:
 
 
 def highest(logits: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The highest of each row's logits [R, V] (not a number where one is none) and the first place it stands at, both
-    [R]; None where there are no kernels for them."""
+    """The highest of each row's logits [R, V] (not a number where one is none) and the first place it stands at,
+    both [R]; None where there are no kernels for them."""
     library = kernels(logits.dtype) if logits.device.type == "cpu" and logits.dtype in DEFINES else None
     if library is None:
         return None

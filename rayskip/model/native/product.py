@@ -36,9 +36,9 @@ class NativeProduct:
 
 
 class RoughProduct:
-    """y = x @ weight.T for x [N, in], with the weights rounded to eight bits, column by column: half as much to read.
+    """y = x @ weight.T for x [N, in], with weights rounded to eight bits, output by output: half as much to read.
 
-    For drafts alone: what it returns is off by some tenths of a percent of each column's largest weight.
+    For drafts alone: each weight is off by up to 1/254 of its output's largest.
     """
 
     def __init__(self, dense: Dense, library: ctypes.CDLL) -> None:
