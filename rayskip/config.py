@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+Dtype = Literal["bfloat16", "float32", "float16"]
+
 
 class Section(BaseModel):
     """A config section: immutable, and a key it does not know is an error."""
@@ -21,7 +23,7 @@ class ModelConfig(Section):
     """Which checkpoint, in which precision."""
 
     path: str = Field(description="smollm2-135m-instruct, a local folder with safetensors, or a hub id")
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     adapter: str | None = Field(None, description="local folder with a LoRA adapter to merge")
 

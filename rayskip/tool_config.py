@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from rayskip.config import (
     DecodeConfig,
+    Dtype,
     EngineConfig,
     InputConfig,
     JobConfig,
@@ -137,6 +138,7 @@ class BenchPeer(Section):
     batch_rows: tuple[int | None, ...] | None = Field(
         None, description="the bench's batch sizes that it runs at; null: all"
     )
+    dtype: Dtype | None = Field(None, description="what it computes in; null: the bench's model.dtype")
 
 
 class BenchConfig(Section):

@@ -109,8 +109,13 @@ def _against(folder: Path, tmp_path: Path, peer: dict[str, Any], **changes: Any)
 
 
 def test_bench_times_a_peer_over_the_same_rows(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
-    peer = {"name": "generate", "kind": "transformers", "batch_rows": [2]}
-    timings = run_bench(_against(tiny_llama("peer", 0), tmp_path, peer))
+    folder = tiny_llama("peer", 0)
+    peer = {"name": "generate", "kind": "transformers", "batch_rows": [2], "dtype": "float32"}
+    model, exact = ({"path": str(folder), "dtype": dtype} for dtype in ("bfloat16", "float32"))
+    modes = [{"name": "full", "model": exact}]
+    timings = run_bench(
+        _against(folder, tmp_path, peer, model=model, modes=modes, sampling={"max_tokens": 48})
+    )
     assert [(t.mode, t.batch_rows) for t in timings] == [("full", 1), ("full", 2), ("generate", 2)]
     theirs = timings[2]
     assert (theirs.rows, theirs.identical) == (4, 1)

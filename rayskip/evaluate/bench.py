@@ -126,7 +126,8 @@ def _run_rounds(
             if peer.batch_rows is None or batch_rows in peer.batch_rows:
                 folder = str(resolve(config.model.path, config.model.revision))
                 say(f"loading {peer.name}")
-                job = PeerArguments(folder, config.model.dtype, places, config.sampling.max_tokens, longest)
+                dtype = peer.dtype or config.model.dtype
+                job = PeerArguments(folder, dtype, places, config.sampling.max_tokens, longest)
                 peers[peer.name] = running.enter_context(running_peer(peer, job))
                 rounds.load_s[peer.name] = peers[peer.name].load_s
                 rounds.peers[peer.name] = []

@@ -26,6 +26,7 @@ from transformers import get_cosine_schedule_with_warmup
 from rayskip.errors import ConfigError
 from rayskip.tool_config import TrainingConfig
 from rayskip.train.examples import Example, batches
+from rayskip.train.precision import fast_dtype
 
 CLIP = 1.0
 """Largest gradient norm."""
@@ -66,7 +67,7 @@ def train(
     done = _steps_done(output, config)
     set_seed(config.seed)
     accelerator = Accelerator(
-        mixed_precision="bf16",
+        mixed_precision="bf16" if fast_dtype() == torch.bfloat16 else "no",
         gradient_accumulation_steps=config.accumulate,
         cpu=not torch.cuda.is_available(),
     )

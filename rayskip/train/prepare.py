@@ -52,9 +52,10 @@ def prepare(model: ModelConfig, data: DataConfig, least: int, logprobs: bool = F
 
 
 def frozen(folder: Path) -> Any:
-    """A checkpoint as a transformers model in bfloat16 that learns nothing: a teacher, a target."""
-    import torch
+    """A checkpoint as a transformers model that learns nothing: a teacher, a target."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    from rayskip.train.precision import fast_dtype
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=fast_dtype())
     return model.eval().requires_grad_(False)
