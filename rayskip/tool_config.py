@@ -84,6 +84,10 @@ class TrainKangarooConfig(DraftTrainingConfig):
     exit_layers: tuple[int, ...] = Field(
         (2, 3, 4), min_length=1, description="layers before an adapter, one each"
     )
+    start: str | None = Field(
+        None,
+        description="folder of an adapter to go on from, for its exit layer and list of tokens; null: none",
+    )
     gamma: int = Field(6, ge=1, description="for the expected tokens per round, as in decode.draft")
     eta: float = Field(0.6, ge=0, le=1, description="as gamma")
 

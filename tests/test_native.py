@@ -16,8 +16,9 @@ from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.native import kernels as native
 from rayskip.model.native.ops import highest, native_ops
-from rayskip.model.native.product import native_product, rough_product
+from rayskip.model.native.product import native_product, rough_product, screen
 from rayskip.model.ops import Group, Ops, Paths, TokenBatch
+from rayskip.model.scores import Scores
 from rayskip.model.spec import Dense, Norm, Rope, Spec
 
 CPU = torch.device("cpu")
@@ -319,6 +320,72 @@ def test_a_rough_product_is_that_of_weights_in_255_steps(out: int, width: int, d
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3)
     with pytest.raises(ValueError, match=f"N, {width}"):
         product(x[:, 1:])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "width"), [(7, 30), (33, 64), (5000, 576), (300, 2048)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_screen_finds_what_the_product_has(out: int, width: int, dtype: torch.dtype, threads: int) -> None:
+    generator = torch.Generator().manual_seed(out)
+    weight = torch.randn(out, width, generator=generator).to(dtype)
+    weight[5] = weight[out - 1]  # equals, of which the first counts
+    weight[out // 2 :: 3] = weight[out - 1] * (1 + 1e-3 * torch.randn(1, width, generator=generator)).to(
+        dtype
+    )
+    weight[2] = 0
+    dense = Dense(weight)
+    product = native_product(dense)
+    screened = screen(product, dense)
+    if product is None or screened is None:
+        pytest.skip("no products here")
+    along = weight[[out - 1, 5, out // 2]]  # whose highest outputs are close
+    for rows in (1, 2, 5, 6, 7, 13):
+        x = torch.randn(rows, width, generator=generator) * torch.rand(rows, 1, generator=generator) * 20
+        x[: len(along)] += along[:rows].float()
+        x[rows // 2] *= 0 if rows == 13 else 1
+        x = x.to(dtype)
+        native.use_threads(threads)
+        values, places = screened(x)
+        native.use_threads(None)
+        expected = highest(product(x))
+        assert expected is not None
+        assert torch.equal(values, expected[0])
+        assert torch.equal(places, expected[1])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_are_those_of_all_logits(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Where the head is screened, whichever rows ask for all their logits, and with one that is not finite."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 999, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path)
+    decoder = Decoder(*load(tmp_path, dtype, CPU))
+    x = torch.randn(9, 64).to(dtype)
+    x[4] = torch.nan
+    expected = Scores.of_all(decoder.logits(x))
+    assert expected.best.isfinite().tolist() == [row != 4 for row in range(9)]
+    for full in ([], [1, 4, 7], list(range(9))):
+        found = decoder.scores(x, full)
+        torch.testing.assert_close(found.best, expected.best, atol=0, rtol=0, equal_nan=True)
+        assert torch.equal(found.at, expected.at)
+        torch.testing.assert_close(found.of(full), expected.of(full), atol=0, rtol=0, equal_nan=True)
+
+
+@needs_kernels
+def test_a_screen_says_nothing_of_what_may_not_be_finite() -> None:
+    weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
+    product = native_product(Dense(weight))
+    screened = screen(product, Dense(weight))
+    if screened is None:
+        pytest.skip("no products here")
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    x[1, 3], x[2, 3], x[3, 3] = torch.nan, torch.inf, 1e30
+    assert [place == -1 for place in screened(x)[1].tolist()] == [False, True, True, True, False]
+    weight[7, 7] = torch.inf
+    assert screen(product, Dense(weight)) is None
 
 
 @needs_kernels

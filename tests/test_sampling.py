@@ -11,9 +11,14 @@ from scipy.stats import chisquare
 
 from rayskip.config import SamplingParams
 from rayskip.decode.randomness import uniform
-from rayskip.decode.sampling import Draw, choose
+from rayskip.decode.sampling import Choice, Draw, choose
+from rayskip.model.scores import Scores
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, -3.0])
+
+
+def _choose(logits: torch.Tensor, draws: list[Draw]) -> list[Choice]:
+    return choose(Scores.of_all(logits), draws)
 
 
 def _draws(params: SamplingParams, rows: int) -> list[Draw]:
@@ -21,7 +26,7 @@ def _draws(params: SamplingParams, rows: int) -> list[Draw]:
 
 
 def _counts(params: SamplingParams, rows: int = 6000) -> Counter[int | None]:
-    return Counter(choice.token_id for choice in choose(LOGITS.expand(rows, -1), _draws(params, rows)))
+    return Counter(choice.token_id for choice in _choose(LOGITS.expand(rows, -1), _draws(params, rows)))
 
 
 def _follows(counts: Counter[int | None], weights: dict[int, float]) -> bool:
@@ -55,16 +60,16 @@ def test_truncation_keeps_what_it_should() -> None:
 def test_greedy_penalty_and_broken_logits() -> None:
     assert set(_counts(SamplingParams(), rows=3)) == {0}
     penalised = Draw(SamplingParams(repetition_penalty=1.5), 0.0, (0, 3))
-    assert choose(LOGITS[None], [penalised])[0].token_id == 4
+    assert _choose(LOGITS[None], [penalised])[0].token_id == 4
     broken = LOGITS.clone()
     broken[2] = math.nan
-    assert choose(broken[None], _draws(SamplingParams(), 1))[0].token_id is None
+    assert _choose(broken[None], _draws(SamplingParams(), 1))[0].token_id is None
 
 
 @pytest.mark.parametrize("vocab", [5, 256, 700, 1024])
 def test_greedy_takes_the_highest_logit_and_the_first_of_equals(vocab: int) -> None:
     logits = torch.randn(40, vocab, generator=torch.Generator().manual_seed(vocab)).to(torch.bfloat16)
-    chosen = [choice.token_id for choice in choose(logits, _draws(SamplingParams(), 40))]
+    chosen = [choice.token_id for choice in _choose(logits, _draws(SamplingParams(), 40))]
     assert chosen == [row.index(max(row)) for row in logits.tolist()]
 
 
@@ -77,8 +82,8 @@ def test_a_row_is_chosen_alone() -> None:
     ]
     draws = [Draw(kinds[row % 4], uniform(row, 1, 5), (1, 2)) for row in range(40)]
     logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(0)).bfloat16()
-    together = choose(logits, draws)
-    assert together == [choose(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)]
+    together = _choose(logits, draws)
+    assert together == [_choose(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)]
 
 
 def test_uniforms_are_uniform_and_independent_of_order() -> None:
@@ -97,10 +102,10 @@ def test_extreme_parameters_of_one_row_break_no_other() -> None:
     tiny = SamplingParams(temperature=1e-40, top_p=0.9, repetition_penalty=1e-40)
     plain = SamplingParams(temperature=0.7, top_p=0.9)
     draws = [Draw(tiny, 0.3, [1, 2]), Draw(tiny, 0.3, [1, 2]), Draw(plain, 0.3, ())]
-    found = choose(logits, draws)
+    found = _choose(logits, draws)
     assert found[0].token_id is not None
     assert found[1].token_id is None
-    assert found[2] == choose(logits[2:], draws[2:])[0]
+    assert found[2] == _choose(logits[2:], draws[2:])[0]
 
 
 def test_a_nucleus_does_not_depend_on_a_mates_top_k() -> None:
@@ -108,6 +113,6 @@ def test_a_nucleus_does_not_depend_on_a_mates_top_k() -> None:
     nucleus, mate = SamplingParams(temperature=1, top_p=0.6), SamplingParams(temperature=1, top_k=1024)
     for row in range(39):
         draw = Draw(nucleus, row / 39, ())
-        alone = choose(logits[row : row + 1], [draw])
-        beside = choose(logits[[row, 39]], [draw, Draw(mate, 0.5, ())])
+        alone = _choose(logits[row : row + 1], [draw])
+        beside = _choose(logits[[row, 39]], [draw, Draw(mate, 0.5, ())])
         assert beside[0] == alone[0]

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rayskip.config import DecodeConfig, EngineConfig, JobConfig, ModelConfig, SamplingParams
@@ -21,7 +22,7 @@ from rayskip.data.prompts import PromptBuilder
 from rayskip.data.records import Shard
 from rayskip.data.sources import discover, every_row
 from rayskip.engine import Engine
-from rayskip.errors import ConfigError, RowError
+from rayskip.errors import ConfigError, ModelError, RowError
 from rayskip.model.checkpoint import tensors_fingerprint
 from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
 from rayskip.model.medusa import MedusaLabel
@@ -264,6 +265,23 @@ def test_trainings_save_what_drafts(answers: Path, tmp_path: Path) -> None:
         Engine.load(MODEL, EngineConfig(max_batch_rows=1), decode).generate(
             ["Once"], SamplingParams(max_tokens=4)
         )
+
+
+def test_a_training_goes_on_from_an_adapter(answers: Path, tmp_path: Path) -> None:
+    """One so slow that nothing is learnt gives the same adapter; what does not fit the adapter is named."""
+    first = _config(answers, tmp_path / "first", exit_layers=[2], steps=1, learning_rate=0.1, warmup_steps=0)
+    train_kangaroo(TrainKangarooConfig.model_validate(first))
+    begun = load_file(tmp_path / "first" / "exit-2" / "kangaroo.safetensors")
+    more = {"exit_layers": [2], "learning_rate": 1e-12, "start": str(tmp_path / "first" / "exit-2")}
+    config = TrainKangarooConfig.model_validate(_config(answers, tmp_path / "second", **more))
+    train_kangaroo(config)
+    ended = load_file(tmp_path / "second" / "exit-2" / "kangaroo.safetensors")
+    assert all(torch.equal(begun[name], ended[name]) for name in begun)
+    for other in ({"exit_layers": (1,)}, {"head_tokens": 400}):
+        with pytest.raises(ConfigError, match=r"start: .* is for exit_layers \[2\] and head_tokens 500"):
+            train_kangaroo(config.model_copy(update=other))
+    with pytest.raises(ModelError, match=r"start: .* has no kangaroo.json"):
+        train_kangaroo(config.model_copy(update={"start": str(tmp_path)}))
 
 
 def test_an_exit_layer_that_is_not_there_is_named(answers: Path, tmp_path: Path) -> None:

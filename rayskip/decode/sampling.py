@@ -19,14 +19,14 @@ from torch import Tensor
 
 from rayskip.config import SamplingParams
 from rayskip.data.records import TokenLogprob
-from rayskip.model.native.ops import highest
+from rayskip.model.scores import Scores
 
 NUCLEUS = 1024
 """Candidates sorted for top-p before the whole vocabulary is: a nucleus is rarely wider."""
 
 
 BLOCK = 256
-"""Logits or weights that are taken together before one of them is looked for."""
+"""Weights that are added up before one of them is looked for."""
 
 LEAST, MOST = 1e-6, 1e30
 """Bounds inside which no score overflows: of temperature and penalty, and of scores."""
@@ -53,35 +53,24 @@ class Choice:
     logprob: TokenLogprob | None = None
 
 
-def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
-    """The next token of each of R rows; logits [R, V], draws R long."""
-    best, at = _best(logits)
-    tokens: list[int] = at.tolist()
-    finite = torch.isfinite(best).tolist()
-    for width, rows in _by_width(draws, logits.shape[-1]).items():
-        scores = _scores(logits[rows], [draws[row] for row in rows])
+def needs_logits(params: SamplingParams) -> bool:
+    """Whether more than the highest logit decides what is chosen or said."""
+    return params.temperature != 0 or params.repetition_penalty != 1 or params.logprobs is not None
+
+
+def choose(said: Scores, draws: Sequence[Draw]) -> list[Choice]:
+    """The next token of each of R rows; draws R long, `said` of all rows that `needs_logits` holds for."""
+    tokens: list[int] = said.at.tolist()
+    finite = torch.isfinite(said.best).tolist()
+    for width, rows in _by_width(draws, said.logits.shape[-1]).items():
+        scores = _scores(said.of(rows), [draws[row] for row in rows])
         for row, token in zip(rows, _pick(scores, [draws[row] for row in rows], width), strict=True):
             tokens[row] = token
-    logprobs = _logprobs(logits, draws, tokens)
+    logprobs = _logprobs(said, draws, tokens)
     return [
         Choice(token, logprobs.get(row)) if ok else Choice(None)
         for row, (token, ok) in enumerate(zip(tokens, finite, strict=True))
     ]
-
-
-def _best(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest logit of each row [R] (not a number where one is none) and the first place it stands at.
-
-    In torch block by block, since it finds a maximum many times faster than its place.
-    """
-    if (found := highest(logits)) is not None:
-        return found
-    if padding := -logits.shape[1] % BLOCK:
-        logits = F.pad(logits, (0, padding), value=-torch.inf)
-    blocks = logits.view(len(logits), logits.shape[1] // BLOCK, BLOCK)
-    best, block = blocks.amax(dim=-1).max(dim=-1)
-    inside = blocks[torch.arange(len(blocks), device=block.device), block]
-    return best, block * BLOCK + inside.argmax(dim=-1)
 
 
 def _by_width(draws: Sequence[Draw], vocab: int) -> dict[int, list[int]]:
@@ -200,13 +189,13 @@ def _column(draws: Sequence[Draw], name: str | None, like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
 
 
-def _logprobs(logits: Tensor, draws: Sequence[Draw], tokens: Sequence[int]) -> dict[int, TokenLogprob]:
+def _logprobs(said: Scores, draws: Sequence[Draw], tokens: Sequence[int]) -> dict[int, TokenLogprob]:
     """Log-probabilities of the model's own distribution, for the rows that ask for them."""
     result = {}
-    for row, draw in enumerate(draws):
-        if draw.params.logprobs is not None:
-            logprobs = torch.log_softmax(logits[row].float(), dim=-1)
-            best = logprobs.topk(draw.params.logprobs)
-            top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-            result[row] = TokenLogprob(tokens[row], float(logprobs[tokens[row]]), top)
+    rows = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
+    for row, logits in zip(rows, said.of(rows), strict=True):
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        best = logprobs.topk(draws[row].params.logprobs or 0)
+        top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        result[row] = TokenLogprob(tokens[row], float(logprobs[tokens[row]]), top)
     return result

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from rayskip.decode.draft import NEWEST
 from rayskip.decode.randomness import uniform
 from rayskip.decode.sampling import Choice, Draw, choose
 from rayskip.decode.sequence import Sequence
+from rayskip.model.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -38,12 +37,12 @@ class Verdict:
         return len(self.path)
 
 
-def verify(logits: Tensor, places: Seq[tuple[Sequence, int]]) -> dict[Sequence, Verdict]:
+def verify(scores: Scores, places: Seq[tuple[Sequence, int]]) -> dict[Sequence, Verdict]:
     """The verdict on every row among `places`.
 
-    logits [R, V]: of `places`, (row, node of its draft, or NEWEST), in any order; NEWEST and all nodes of each row.
+    scores: of `places`, (row, node of its draft, or NEWEST), in any order; NEWEST and all nodes of each row.
     """
-    choices = choose(logits, [_draw(row, node) for row, node in places]) if places else []
+    choices = choose(scores, [_draw(row, node) for row, node in places]) if places else []
     at = {place: index for index, place in enumerate(places)}
     verdicts = {}
     for row in dict.fromkeys(row for row, _ in places):

@@ -19,7 +19,7 @@ import torch
 from rayskip.decode.batch import Chunk, group_key, token_batch, with_drafts
 from rayskip.decode.draft import NEWEST, Draft
 from rayskip.decode.drafters.drafter import Drafter, States
-from rayskip.decode.sampling import Choice
+from rayskip.decode.sampling import Choice, needs_logits
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict, verify
 from rayskip.engine.scheduler import Scheduler, StepPlan
@@ -27,6 +27,7 @@ from rayskip.engine.sizes import Sizes
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.ops import TokenBatch
+from rayskip.model.scores import Scores
 from rayskip.skip import SkipPolicy
 from rayskip.stats import Stats
 
@@ -92,10 +93,10 @@ class Lane:
         chunks = sorted(with_drafts(plan.chunks), key=group_key)
         batch = token_batch(chunks, self._policy, self._decoder.device)
         hidden = self._hidden(chunks, batch, states)
-        logits = self._decoder.logits(hidden)
-        middle = time.perf_counter()
         places = [(chunk.sequence, chunk.stop - 1 - chunk.sequence.length) for chunk in chunks if chunk.last]
-        verdicts = verify(logits, places)
+        scores = self._scores(hidden, places)
+        middle = time.perf_counter()
+        verdicts = verify(scores, places)
         if poisoned := [
             row for row, verdict in verdicts.items() if row.draft and verdict.choices[-1].token_id is None
         ]:
@@ -140,10 +141,16 @@ class Lane:
             self._cache.clear(row.slot, row.length - 1)
         chunks = sorted((Chunk(row, row.length - 1, row.length) for row in rows), key=group_key)
         again = self._hidden(chunks, token_batch(chunks, self._policy, self._decoder.device), None)
-        found = verify(self._decoder.logits(again), [(chunk.sequence, NEWEST) for chunk in chunks])
+        places = [(chunk.sequence, NEWEST) for chunk in chunks]
+        found = verify(self._scores(again, places), places)
         for row, verdict in found.items():
             verdicts[row] = replace(verdict, place=len(hidden) + verdict.place)
         return torch.cat([hidden, again])
+
+    def _scores(self, hidden: torch.Tensor, places: Seq[tuple[Sequence, int]]) -> Scores:
+        """What the model says of states [R, d], those of `places`."""
+        full = [index for index, (row, _) in enumerate(places) if needs_logits(row.params)]
+        return self._decoder.scores(hidden, full)
 
     def _hidden(self, chunks: Seq[Chunk], batch: TokenBatch, states: States | None) -> torch.Tensor:
         """States [R, d] after the last layer of the batch's outputs; `states` is where a drafter already is."""

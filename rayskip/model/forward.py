@@ -23,7 +23,9 @@ from rayskip.model.linear import Linear, row_rule
 from rayskip.model.native import kernels
 from rayskip.model.native.layers import NativeLayers, are_usual
 from rayskip.model.native.ops import native_ops
+from rayskip.model.native.product import screen
 from rayskip.model.ops import Ops, TokenBatch, normalise, softcap
+from rayskip.model.scores import Scores, best_logits
 from rayskip.model.spec import Layer, Rope, Spec, Weights
 from rayskip.model.varlen import varlen_ops
 
@@ -46,6 +48,7 @@ class Decoder:
         fastest = varlen_ops if self.device.type == "cuda" else native_ops
         self.ops = ops or fastest(spec, self.dtype, self.device)
         self.head = Linear(weights.head)
+        self._screen = screen(self.head.native, weights.head) if spec.logit_softcap is None else None
         self.layers = [_PackedLayer(layer) for layer in weights.layers]
         self.row_rule = row_rule(self._linears())
         for linear in self._linears():
@@ -149,7 +152,20 @@ class Decoder:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [R, V] of states [R, d] after the last layer."""
-        logits = self.head(normalise(x, self.weights.final_norm))
+        return self._logits(normalise(x, self.weights.final_norm))
+
+    def scores(self, x: Tensor, full: Seq[int]) -> Scores:
+        """The highest logit of states [R, d] after the last layer, and all logits of the rows `full` at least."""
+        if self._screen is None or len(full) == len(x):
+            return Scores.of_all(self.logits(x))
+        x = normalise(x, self.weights.final_norm)
+        best, at = self._screen(x)
+        if len(unknown := (at < 0).nonzero().squeeze(1)):
+            best[unknown], at[unknown] = best_logits(self._logits(x[unknown]))
+        return Scores(best, at, self._logits(x[full]) if full else x.new_empty(0, self.spec.vocab), full)
+
+    def _logits(self, normed: Tensor) -> Tensor:
+        logits = self.head(normed)
         return logits if self.spec.logit_softcap is None else softcap(logits, self.spec.logit_softcap)
 
     def _run_layer(

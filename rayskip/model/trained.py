@@ -41,48 +41,49 @@ class Label:
 LabelT = TypeVar("LabelT", bound=Label)
 
 
-def find_trained(kind: type[LabelT], base: Path | None, folder: Path | None) -> tuple[LabelT, Path]:
+def find_trained(
+    kind: type[LabelT], base: Path | None, folder: Path | None, key: str = "decode.draft.path"
+) -> tuple[LabelT, Path]:
     """The label and where it lies; without a folder, what ships for the model in the folder `base`.
 
-    Raises ModelError when there is none, or when it was made for another model.
+    key: of the config that names the folder. Raises ModelError when there is none, or when it was made for another
+    model.
     """
     fingerprint = tensors_fingerprint(base) if base else None
     folder = folder or _shipped(kind, fingerprint)
     if folder is None:
         raise ModelError(
-            f"decode.draft.path: nothing ships for this model that drafts as {kind.KIND}; train it "
+            f"{key}: nothing ships for this model that drafts as {kind.KIND}; train it "
             f"(`rayskip train {kind.KIND}`) and name its folder"
         )
     names = (f"{kind.KIND}.json", f"{kind.KIND}.safetensors")
     if missing := [name for name in names if not (folder / name).is_file()]:
         below = sorted(folder.glob(f"*/{missing[0]}"))
         hint = f"did you mean {below[0].parent}?" if below else f"`rayskip train {kind.KIND}` makes one"
-        raise ModelError(f"decode.draft.path: {folder} has no {missing[0]}; {hint}")
+        raise ModelError(f"{key}: {folder} has no {missing[0]}; {hint}")
     try:
         label = kind(**json.loads((folder / names[0]).read_text()))
     except (TypeError, ValueError) as error:
         wanted = ", ".join(field.name for field in fields(kind))
-        raise ModelError(
-            f"decode.draft.path: {folder / names[0]} needs the keys {wanted} ({error})"
-        ) from error
+        raise ModelError(f"{key}: {folder / names[0]} needs the keys {wanted} ({error})") from error
     if fingerprint is not None and fingerprint != label.base_tensors:
-        raise ModelError(f"decode.draft.path: {folder} was trained on {label.base}, {base} is another model")
+        raise ModelError(f"{key}: {folder} was trained on {label.base}, {base} is another model")
     return label, folder
 
 
 def load_trained(
-    kind: type[LabelT], base: Path | None, folder: Path | None
+    kind: type[LabelT], base: Path | None, folder: Path | None, key: str = "decode.draft.path"
 ) -> tuple[LabelT, dict[str, Tensor], Path]:
     """What `find_trained` finds, with its tensors. Raises ModelError as that does, and for a damaged file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    label, folder = find_trained(kind, base, folder)
+    label, folder = find_trained(kind, base, folder, key)
     path = folder / f"{kind.KIND}.safetensors"
     try:
         return label, load_file(path), folder
     except SafetensorError as error:
-        raise ModelError(f"decode.draft.path: {path} is damaged ({error})") from error
+        raise ModelError(f"{key}: {path} is damaged ({error})") from error
 
 
 def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:

@@ -6,7 +6,7 @@ Shapes: B examples, T columns, d hidden, A answer tokens of the batch, V' listed
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,11 @@ class Adapters(nn.Module):
         super().__init__()
         self.each = nn.ModuleDict({str(layer): Adapter(target, layer) for layer in exit_layers})
         self.register_buffer("head", listed_head(target, token_ids), persistent=False)
+
+    def start_from(self, exit_layer: int, tensors: Mapping[str, Tensor]) -> None:
+        """Take over an adapter's weights, by their names."""
+        adapter = self.each[str(exit_layer)]
+        adapter.load_state_dict({name: tensors[name] for name in adapter.state_dict()})
 
     def forward(self, targets: Targets) -> dict[str, Predictions]:
         """Of each exit layer's adapter, for every answer token."""

@@ -14,7 +14,7 @@ from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import tensors_fingerprint
 from rayskip.model.kangaroo import KangarooLabel
 from rayskip.model.medusa import MedusaLabel
-from rayskip.model.trained import Label, save_trained
+from rayskip.model.trained import Label, load_trained, save_trained
 from rayskip.tool_config import DraftTrainingConfig, TrainKangarooConfig, TrainMedusaConfig
 from rayskip.train import kangaroo, medusa
 from rayskip.train.drafts import (
@@ -38,11 +38,13 @@ OnPoint = Callable[[Point], None]
 class _Task:
     """What the two trainings differ in.
 
-    module: what learns, of (target, token ids). exit_layers: layers whose input it reads. measure: of held-out
-    guesses by name and the share of tokens listed. parts: what is saved, (subfolder, tensors, label, quality).
+    exit_layers: layers whose input it reads. token_ids: its head's tokens. module: what learns, of (target,
+    token ids). measure: of held-out guesses by name and the share of tokens listed. parts: what is saved,
+    (subfolder, tensors, label, quality).
     """
 
     exit_layers: Sequence[int]
+    token_ids: Tensor
     module: Callable[[Any, Tensor], nn.Module]
     measure: Callable[[Mapping[str, Guesses], float], list[DraftQuality]]
     parts: Callable[
@@ -81,13 +83,34 @@ def train_kangaroo(config: TrainKangarooConfig, on_point: OnPoint = lambda point
         raise ConfigError(
             f"exit_layers: {wrong[0]} is not between 1 and {layers - 1}, the model's layers less one"
         )
-    task = _Task(
-        config.exit_layers,
-        lambda target, token_ids: kangaroo.Adapters(target, config.exit_layers, token_ids),
-        measure,
-        parts,
-    )
+    start = _start(config, ready.folder)
+    token_ids = _most_frequent(config, ready, target) if start is None else start["token_ids"].long()
+
+    def adapters(target: Any, token_ids: Tensor) -> nn.Module:
+        module = kangaroo.Adapters(target, config.exit_layers, token_ids)
+        if start is not None:
+            module.start_from(config.exit_layers[0], start)
+        return module
+
+    task = _Task(config.exit_layers, token_ids, adapters, measure, parts)
     return _train(config, task, ready, target, on_point)
+
+
+def _start(config: TrainKangarooConfig, base: Path) -> dict[str, Tensor] | None:
+    """Tensors of the adapter to go on from, with its list of tokens."""
+    if config.start is None:
+        return None
+    label, tensors, folder = load_trained(KangarooLabel, base, Path(config.start), "start")
+    if (label.exit_layer,) != config.exit_layers or label.tokens != config.head_tokens:
+        raise ConfigError(
+            f"start: {folder} is for exit_layers [{label.exit_layer}] and head_tokens {label.tokens}; a training "
+            "that goes on from it needs the same"
+        )
+    return tensors
+
+
+def _most_frequent(config: DraftTrainingConfig, ready: Prepared, target: Any) -> Tensor:
+    return frequent_tokens(ready.training, config.head_tokens, target.config.vocab_size)
 
 
 def train_medusa(config: TrainMedusaConfig, on_point: OnPoint = lambda point: None) -> list[DraftQuality]:
@@ -108,7 +131,13 @@ def train_medusa(config: TrainMedusaConfig, on_point: OnPoint = lambda point: No
         yield "heads", _tensors(model), own
 
     ready, target = _prepared(config)
-    task = _Task((), lambda target, token_ids: medusa.Heads(target, config.heads, token_ids), measure, parts)
+    task = _Task(
+        (),
+        _most_frequent(config, ready, target),
+        lambda target, token_ids: medusa.Heads(target, config.heads, token_ids),
+        measure,
+        parts,
+    )
     return _train(config, task, ready, target, on_point)
 
 
@@ -131,7 +160,7 @@ def _prepared(config: DraftTrainingConfig) -> tuple[Prepared, Any]:
 def _train(
     config: DraftTrainingConfig, task: _Task, ready: Prepared, target: Any, on_point: OnPoint
 ) -> list[DraftQuality]:
-    token_ids = frequent_tokens(ready.training, config.head_tokens, target.config.vocab_size)
+    token_ids = task.token_ids
 
     def batch_of(part: Sequence[Example], model: nn.Module) -> Batch:
         device = next(model.parameters()).device

@@ -124,9 +124,7 @@ int attend(const Shape *shape, const Step *step, const element *q, int64_t strid
 }
 
 #ifdef PRODUCTS
-#include "product.h"
-#include "rough.h"
-#include "team.h"
+#include "screen.h"
 #else
 #define COLUMNS 0
 #endif
@@ -163,28 +161,54 @@ int product(const Product *product, const element *x, element *out, int64_t rows
     return failed;
 }
 
-typedef struct {
-    const Rough *rough;
-    const float *x;
-    element *out;
-    int64_t rows;
-} RoughTask;
-
-static void work_on_rough_product(void *argument, Team *team, int worker) {
-    const RoughTask *task = argument;
-    multiply_rough_share(task->rough, task->x, task->out, task->rows, team, worker);
-}
-
 /* x [rows, in] -> out [rows, out]. Returns 0, or 1 when memory is out. */
 int rough_product(const Rough *rough, const element *x, element *out, int64_t rows, int64_t threads) {
-    const int64_t size = rows * rough->in;
-    float *wide = aligned_alloc(64, to_lines(64 + size * (int64_t)sizeof *wide));
-    if (!wide)
-        return 1;
-    widen(x, wide, size);
-    RoughTask task = {rough, wide, out, rows};
-    const int failed = together((int)threads, work_on_rough_product, &task);
-    free(wide);
+    RoughRow *each = malloc(rows * sizeof *each + 1);
+    int16_t *whole = malloc(rows * rough->in * sizeof *whole + 1);
+    int failed = 1;
+    if (each && whole) {
+        round_rows(x, whole, each, rows, rough->in);
+        RoughTask task = {rough, whole, each, out, rows};
+        failed = together((int)threads, work_on_rough_product, &task);
+    }
+    free(each);
+    free(whole);
+    return failed;
+}
+
+/* The highest of each row's outputs of a product without a bias, x [rows, in], and the first place it stands at; rough:
+ * of the same weights. A row whose outputs may not be finite has place -1. Returns 0, or 1 when memory is out. */
+int screen(const Rough *rough, const Product *exact, const element *x, int64_t rows, int64_t threads, float *values,
+           int64_t *places) {
+    const int64_t size = rows * exact->in, panels = (exact->out + COLUMNS - 1) / COLUMNS;
+    RoughRow *each = malloc(rows * sizeof *each + 1);
+    int16_t *whole = malloc(size * sizeof *whole + 1);
+    char *room = aligned_alloc(64, 64 + to_lines(operand_bytes(size)));
+    float *bounds = malloc((panels + 2 * threads) * rows * sizeof *bounds + 1);
+    int64_t *found = malloc(threads * rows * sizeof *found + 1);
+    int failed = 1;
+    if (each && whole && room && bounds && found) {
+        round_rows(x, whole, each, rows, exact->in);
+        for (int64_t i = 0; i < threads * rows; i++)
+            found[i] = -1; /* a team may be smaller than was asked */
+        ScreenTask task = {rough, exact, whole, each, operands(x, (operand *)room, size), rows, bounds, bounds + panels * rows,
+                           bounds + (panels + threads) * rows, found};
+        failed = together((int)threads, work_on_screen, &task);
+        for (int64_t row = 0; row < rows; row++) {
+            values[row] = -INFINITY;
+            places[row] = -1;
+            for (int64_t at = row; at < threads * rows; at += rows)
+                if (found[at] >= 0 && task.values[at] > values[row]) {
+                    values[row] = task.values[at];
+                    places[row] = found[at];
+                }
+        }
+    }
+    free(each);
+    free(whole);
+    free(room);
+    free(bounds);
+    free(found);
     return failed;
 }
 

@@ -95,7 +95,11 @@ class Product(ctypes.Structure):
 class Rough(ctypes.Structure):
     """The packed weights of a matrix product, rounded: as in rough.h."""
 
-    _fields_ = (("panels", c_void_p), ("scales", c_void_p), ("out", c_int64), ("in", c_int64))
+    _fields_ = (
+        *((name, c_void_p) for name in ("panels", "scales", "lengths", "residues")),
+        ("out", c_int64),
+        ("in", c_int64),
+    )
 
 
 class NativeLayer(ctypes.Structure):
@@ -154,8 +158,9 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     if library.panel_columns():
         library.pack.argtypes, library.pack.restype = [pointer] * 2 + [number] * 2, None
         library.product.argtypes = [pointer] * 3 + [number] * 2
-        library.pack_rough.argtypes, library.pack_rough.restype = [pointer] * 3 + [number] * 2, None
+        library.pack_rough.argtypes, library.pack_rough.restype = [pointer] * 5 + [number] * 2, None
         library.rough_product.argtypes = [pointer] * 3 + [number] * 2
+        library.screen.argtypes = [pointer] * 3 + [number] * 2 + [pointer] * 2
         library.run_layers.argtypes = [pointer]
     return library
 

@@ -27,40 +27,74 @@ class NativeProduct:
         self.struct = Product(self._panels.data_ptr(), bias, *weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
-        _check_input(x, self._panels.dtype, self.in_features)
+        self.check(x)
         x = x.contiguous()
         out = x.new_empty(len(x), self.out_features)
         if self.library.product(ctypes.byref(self.struct), x.data_ptr(), out.data_ptr(), len(x), threads()):
             raise MemoryError("no memory for a matrix product's threads")
         return out
 
+    def check(self, x: Tensor) -> None:
+        """Raises ValueError for what is no input of this product."""
+        _check_input(x, self._panels.dtype, self.in_features)
+
 
 class RoughProduct:
     """y = x @ weight.T for x [N, in], with weights rounded to eight bits, output by output: half as much to read.
 
-    For drafts alone: each weight is off by up to 1/254 of its output's largest.
+    Each weight is off by up to 1/254 of its output's largest; inputs are rounded to 15 bits, fewer from 500 on.
     """
 
     def __init__(self, dense: Dense, library: ctypes.CDLL) -> None:
         self.out_features, self.in_features = dense.weight.shape
-        self._library = library
+        self.library = library
         self._dtype = dense.weight.dtype
         weight = dense.weight.contiguous()
         filled = self.out_features + -self.out_features % library.panel_columns()
         self._panels = torch.empty(filled * self.in_features, dtype=torch.int8)
-        self._scales = torch.zeros(filled)
-        library.pack_rough(weight.data_ptr(), self._panels.data_ptr(), self._scales.data_ptr(), *weight.shape)
-        self._struct = Rough(self._panels.data_ptr(), self._scales.data_ptr(), *weight.shape)
+        self._columns = torch.empty(3, filled)
+        places = (self._panels.data_ptr(), *(own.data_ptr() for own in self._columns))
+        library.pack_rough(weight.data_ptr(), *places, *weight.shape)
+        self.struct = Rough(*places, *weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
         _check_input(x, self._dtype, self.in_features)
         x = x.contiguous()
         out = x.new_empty(len(x), self.out_features)
-        if self._library.rough_product(
-            ctypes.byref(self._struct), x.data_ptr(), out.data_ptr(), len(x), threads()
+        if self.library.rough_product(
+            ctypes.byref(self.struct), x.data_ptr(), out.data_ptr(), len(x), threads()
         ):
             raise MemoryError("no memory for a matrix product's inputs")
         return out
+
+
+class Screen:
+    """The highest output of a product for each row of x [N, in], without computing most outputs: see screen.h.
+
+    The values are those of `product`, bit by bit.
+    """
+
+    def __init__(self, product: NativeProduct, rough: RoughProduct) -> None:
+        self._product, self._rough = product, rough
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(highest outputs, the first place each stands at), both [N]; place -1: the row may have outputs that are
+        not finite, and nothing is known of it."""
+        product = self._product
+        product.check(x)
+        x = x.contiguous()
+        values, places = torch.empty(len(x)), torch.empty(len(x), dtype=torch.long)
+        if product.library.screen(
+            ctypes.byref(self._rough.struct),
+            ctypes.byref(product.struct),
+            x.data_ptr(),
+            len(x),
+            threads(),
+            values.data_ptr(),
+            places.data_ptr(),
+        ):
+            raise MemoryError("no memory to look for the highest outputs")
+        return values, places
 
 
 def _check_input(x: Tensor, dtype: torch.dtype, width: int) -> None:
@@ -79,6 +113,12 @@ def rough_product(dense: Dense) -> RoughProduct | None:
     """None where `native_product` has none, or there is a bias."""
     library = _library(dense.weight)
     return None if library is None or dense.bias is not None else RoughProduct(dense, library)
+
+
+def screen(product: NativeProduct | None, dense: Dense) -> Screen | None:
+    """None without a product of these weights, or with a bias, or where the weights are not finite."""
+    rough = rough_product(dense) if product is not None and bool(dense.weight.isfinite().all()) else None
+    return None if product is None or rough is None else Screen(product, rough)
 
 
 def _library(weight: Tensor) -> ctypes.CDLL | None:

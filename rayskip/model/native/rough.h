@@ -1,93 +1,168 @@
-/* Matrix products with weights rounded to eight bits, half as much to read: for drafts, which may be wrong. */
+/* Matrix products of whole numbers: weights rounded to eight bits, half as much to read, and inputs to as many as sums
+ * of 32 bits hold. For drafts, which may be wrong, and for screen.h. */
 #ifndef ROUGH_H
 #define ROUGH_H
 
 #include "product.h"
 
-#define ROUGH_ROWS 6 /* that share one reading of a panel */
+#define ROUGH_ROWS 5 /* that share one reading of a panel */
+#define TINY 1e-30f  /* less is nothing: in a row of inputs, a column of weights or what the processor flushes to zero */
 
-INLINE floats load_rough(const int8_t *from) {
+typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
+
+INLINE shorts load_rough(const int8_t *from) {
 #ifdef EIGHTS
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from)));
+    return (shorts)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from));
 #else
-    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)));
+    return (shorts)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)from));
 #endif
 }
 
-/* panels [out / COLUMNS, in, COLUMNS], columns filled up with zeros; scales [out, filled up to whole
- * panels]: what a weight of 1 stands for in each column. */
+/* to + the products of neighbours, added up in pairs */
+INLINE ints add_pairs(ints to, shorts a, shorts b) {
+#ifdef EIGHTS
+    return to + (ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#else
+    return to + (ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#endif
+}
+
+/* panels [out / COLUMNS, in / 2, COLUMNS, 2], filled up to whole panels with the last column again. Of each column:
+ * scales: what a weight of 1 stands for; lengths: of its weights as rounded, and residues: of what rounding took from
+ * them, a little more than both, which makes up for what sums of floats are off. in: even. */
 typedef struct {
     const int8_t *panels;
-    const float *scales;
+    const float *scales, *lengths, *residues;
     int64_t out, in;
 } Rough;
 
-/* weight [out, in] -> panels and scales: a column's largest weight becomes 127. */
-void pack_rough(const element *weight, int8_t *panels, float *scales, int64_t out, int64_t in) {
-    for (int64_t column = 0; column < out; column++) {
+/* weight [out, in] -> all of `Rough`. A column's largest weight becomes 127. */
+void pack_rough(const element *weight, int8_t *panels, float *scales, float *lengths, float *residues, int64_t out,
+                int64_t in) {
+    for (int64_t column = 0; column < (out + COLUMNS - 1) / COLUMNS * COLUMNS; column++) {
+        const element *own = weight + (column < out ? column : out - 1) * in;
+        int8_t *to = panels + column / COLUMNS * COLUMNS * in + column % COLUMNS * 2;
         float most = 0;
         for (int64_t i = 0; i < in; i++)
-            most = fmaxf(most, fabsf(load_one(weight[column * in + i])));
-        scales[column] = most / 127;
+            most = fmaxf(most, fabsf(load_one(own[i])));
+        const float scale = most < TINY ? 0 : most / 127;
+        double length = 0, residue = 0;
+        for (int64_t i = 0; i < in; i++) {
+            const float one = load_one(own[i]), whole = scale > 0 ? rintf(one / scale) : 0;
+            const double left = (double)one - (double)whole * scale;
+            to[i / 2 * COLUMNS * 2 + i % 2] = (int8_t)whole;
+            length += (double)whole * scale * whole * scale;
+            residue += left * left;
+        }
+        /* a sum of `in` products, each rounded to 24 bits and added with an error of as much, is off by less */
+        const double slack = (double)(in + 16) / (1 << 23);
+        scales[column] = scale;
+        lengths[column] = (float)(sqrt(length) * (1 + 1e-6));
+        residues[column] = (float)((sqrt(residue) + slack * (sqrt(length) + sqrt(residue))) * (1 + 1e-6)) + TINY;
     }
-    for (int64_t panel = 0; panel * COLUMNS < out; panel++)
-        for (int64_t i = 0; i < in; i++)
-            for (int64_t column = panel * COLUMNS; column < (panel + 1) * COLUMNS; column++)
-                *panels++ = column < out && scales[column] > 0
-                                ? (int8_t)lrintf(load_one(weight[column * in + i]) / scales[column])
-                                : 0;
 }
 
-/* x [rows, in] times one panel -> out [rows, width] with `stride` elements between rows. */
-INLINE void multiply_rough(const float *x, const int8_t *panel, const float *scales, int64_t in, element *out,
-                           int64_t stride, int64_t width, const int rows) {
-    floats sums[ROUGH_ROWS][2];
+/* A row of inputs: scale: what a 1 stands for; length: of the inputs, and residue: of what rounding took from them. */
+typedef struct {
+    float scale, length, residue;
+} RoughRow;
+
+/* x [rows, in] as whole numbers. A row that is not finite, or so long that sums may not be, has a length of NaN. */
+static void round_rows(const element *x, int16_t *to, RoughRow *each, int64_t rows, int64_t in) {
+    const int64_t finest = INT32_MAX / (127 * in) < INT16_MAX ? INT32_MAX / (127 * in) : INT16_MAX;
+    for (int64_t row = 0; row < rows; row++, x += in, to += in) {
+        float most = 0;
+        bool broken = false;
+        for (int64_t i = 0; i < in; i++) {
+            const float one = fabsf(load_one(x[i]));
+            broken |= !(one < 1e15f);
+            most = one > most ? one : most;
+        }
+        const float scale = most < TINY ? 0 : most / finest, turned = scale > 0 ? 1 / scale : 0;
+        double length = 0, residue = 0;
+        for (int64_t i = 0; i < in; i++) {
+            const float one = load_one(x[i]), whole = broken ? 0 : rintf(one * turned);
+            const double left = (double)one - (double)whole * scale;
+            to[i] = (int16_t)whole;
+            length += (double)one * one;
+            residue += left * left;
+        }
+        each[row] = (RoughRow){scale, broken ? NAN : (float)(sqrt(length) * (1 + 1e-6)),
+                               (float)(sqrt(residue) * (1 + 1e-6))};
+    }
+}
+
+/* x [rows, in] times one panel -> sums [rows, 2 halves of the panel]. */
+INLINE void multiply_rough(const int16_t *x, const int8_t *panel, int64_t in, ints sums[ROUGH_ROWS][2],
+                           const int rows) {
     for (int row = 0; row < rows; row++)
-        sums[row][0] = sums[row][1] = splat(0);
-    for (int64_t i = 0; i < in; i++, panel += COLUMNS) {
+        sums[row][0] = sums[row][1] = (ints){0};
+    for (int64_t i = 0; i < in; i += 2, panel += 2 * COLUMNS) {
         __builtin_prefetch(panel + 2 * AHEAD);
-        const floats left = load_rough(panel), right = load_rough(panel + LANES);
+        const shorts left = load_rough(panel), right = load_rough(panel + COLUMNS);
         for (int row = 0; row < rows; row++) {
-            const floats value = splat(x[row * in + i]);
-            sums[row][0] = multiply_add(left, value, sums[row][0]);
-            sums[row][1] = multiply_add(right, value, sums[row][1]);
+            int32_t both;
+            memcpy(&both, x + row * in + i, sizeof both);
+            const shorts value = (shorts)(both - (ints){0});
+            sums[row][0] = add_pairs(sums[row][0], left, value);
+            sums[row][1] = add_pairs(sums[row][1], right, value);
         }
-    }
-    for (int row = 0; row < rows; row++) {
-        element filled[COLUMNS];
-        element *own = out + row * stride, *to = width == COLUMNS ? own : filled;
-        for (int half = 0; half < 2; half++) {
-            floats scale;
-            memcpy(&scale, scales + half * LANES, sizeof scale);
-            store(to + half * LANES, sums[row][half] * scale);
-        }
-        if (to == filled)
-            memcpy(own, filled, width * sizeof *own);
     }
 }
 
-/* A worker's part of x [rows, in] -> out [rows, out]. */
-static void multiply_rough_share(const Rough *rough, const float *x, element *out, int64_t rows, Team *team,
-                                 int worker) {
+/* The outputs of one half of a panel. */
+INLINE floats rough_outputs(ints sums, const float *scales, float scale) {
+    floats own;
+    memcpy(&own, scales, sizeof own);
+    return __builtin_convertvector(sums, floats) * (own * scale);
+}
+
+/* What is done with the sums of a panel and `count` rows from `row` on. */
+typedef void Take(void *to, int64_t panel, int64_t row, const ints sums[ROUGH_ROWS][2], int count);
+
+/* A worker's part of x [rows, in] times all panels. */
+INLINE void each_rough_panel(const Rough *rough, const int16_t *x, int64_t rows, Team *team, int worker, Take *take,
+                             void *to) {
     const int64_t panels = (rough->out + COLUMNS - 1) / COLUMNS, in = rough->in;
-    for (int64_t panel = share(panels, team, worker); panel < share(panels, team, worker + 1); panel++) {
-        const int64_t column = panel * COLUMNS;
-        const int64_t width = rough->out - column < COLUMNS ? rough->out - column : COLUMNS;
-        const int8_t *weights = rough->panels + column * in;
-        const float *scales = rough->scales + column;
-        const int64_t blocks = (rows + ROUGH_ROWS - 1) / ROUGH_ROWS;
+    const int64_t blocks = (rows + ROUGH_ROWS - 1) / ROUGH_ROWS;
+    for (int64_t panel = share(panels, team, worker); panel < share(panels, team, worker + 1); panel++)
         for (int64_t block = 0; block < blocks; block++) {
             const int64_t row = rows * block / blocks;
-            const float *from = x + row * in;
-            element *to = out + row * rough->out + column;
+            ints sums[ROUGH_ROWS][2];
 #define OF(count) \
     case count: \
-        multiply_rough(from, weights, scales, in, to, rough->out, width, count); \
+        multiply_rough(x + row * in, rough->panels + panel * COLUMNS * in, in, sums, count); \
+        take(to, panel, row, sums, count); \
         break;
             switch (rows * (block + 1) / blocks - row) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) }
 #undef OF
         }
+}
+
+typedef struct {
+    const Rough *rough;
+    const int16_t *x;
+    const RoughRow *each;
+    element *out;
+    int64_t rows;
+} RoughTask;
+
+INLINE void store_rough(void *to, int64_t panel, int64_t row, const ints sums[ROUGH_ROWS][2], int count) {
+    const RoughTask *task = to;
+    const Rough *rough = task->rough;
+    const int64_t column = panel * COLUMNS, left = rough->out - column, width = left < COLUMNS ? left : COLUMNS;
+    for (int i = 0; i < count; i++) {
+        element whole[COLUMNS];
+        for (int half = 0; half < 2; half++)
+            store(whole + half * LANES,
+                  rough_outputs(sums[i][half], rough->scales + column + half * LANES, task->each[row + i].scale));
+        memcpy(task->out + (row + i) * rough->out + column, whole, width * sizeof *whole);
     }
+}
+
+static void work_on_rough_product(void *argument, Team *team, int worker) {
+    RoughTask *task = argument;
+    each_rough_panel(task->rough, task->x, task->rows, team, worker, store_rough, task);
 }
 
 #endif

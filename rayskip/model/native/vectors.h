@@ -18,7 +18,7 @@
 #define EIGHTS /* registers hold eight floats */
 #endif
 
-#if (defined(PAIRS) && !defined(__AMX_BF16__)) || (!defined(BF16) && defined(__AVX512F__)) || defined(EIGHTS)
+#if (defined(PAIRS) && !defined(__AMX_BF16__)) || (!defined(BF16) && defined(__AVX512BW__)) || defined(EIGHTS)
 #define PRODUCTS /* elsewhere a library's matrix products are faster: it has other kernels, or AMX */
 #endif
 
