@@ -86,7 +86,7 @@ class TrainKangarooConfig(DraftTrainingConfig):
     )
     start: str | None = Field(
         None,
-        description="folder of an adapter to go on from, for its exit layer and list of tokens; null: none",
+        description="folder of an adapter to begin with, and its tokens; null: the model's own attention",
     )
     gamma: int = Field(6, ge=1, description="for the expected tokens per round, as in decode.draft")
     eta: float = Field(0.6, ge=0, le=1, description="as gamma")

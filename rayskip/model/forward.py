@@ -162,7 +162,7 @@ class Decoder:
         best, at = self._screen(x)
         if len(unknown := (at < 0).nonzero().squeeze(1)):
             best[unknown], at[unknown] = best_logits(self._logits(x[unknown]))
-        return Scores(best, at, self._logits(x[full]) if full else x.new_empty(0, self.spec.vocab), full)
+        return Scores(best, at, self._logits(x[full]), full)
 
     def _logits(self, normed: Tensor) -> Tensor:
         logits = self.head(normed)

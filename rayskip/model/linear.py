@@ -64,6 +64,8 @@ class Linear:
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, in] -> [N, out]."""
         rows = x.shape[0]
+        if rows == 0:
+            return x.new_empty(0, self.out_features)
         if padding := self.rule.padding(rows):
             x = F.pad(x, (0, 0, 0, padding))
         if self.rule.tile is None:

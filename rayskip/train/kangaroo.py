@@ -62,10 +62,10 @@ class Adapters(nn.Module):
         self.each = nn.ModuleDict({str(layer): Adapter(target, layer) for layer in exit_layers})
         self.register_buffer("head", listed_head(target, token_ids), persistent=False)
 
-    def start_from(self, exit_layer: int, tensors: Mapping[str, Tensor]) -> None:
-        """Take over an adapter's weights, by their names."""
-        adapter = self.each[str(exit_layer)]
-        adapter.load_state_dict({name: tensors[name] for name in adapter.state_dict()})
+    def start_from(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin as a trained adapter, whatever layer that one follows: all layers add to the same states."""
+        for adapter in self.each.values():
+            adapter.load_state_dict({name: tensors[name] for name in adapter.state_dict()})
 
     def forward(self, targets: Targets) -> dict[str, Predictions]:
         """Of each exit layer's adapter, for every answer token."""

@@ -89,7 +89,7 @@ def train_kangaroo(config: TrainKangarooConfig, on_point: OnPoint = lambda point
     def adapters(target: Any, token_ids: Tensor) -> nn.Module:
         module = kangaroo.Adapters(target, config.exit_layers, token_ids)
         if start is not None:
-            module.start_from(config.exit_layers[0], start)
+            module.start_from(start)
         return module
 
     task = _Task(config.exit_layers, token_ids, adapters, measure, parts)
@@ -97,14 +97,14 @@ def train_kangaroo(config: TrainKangarooConfig, on_point: OnPoint = lambda point
 
 
 def _start(config: TrainKangarooConfig, base: Path) -> dict[str, Tensor] | None:
-    """Tensors of the adapter to go on from, with its list of tokens."""
+    """Tensors of the adapter to begin with, and its list of tokens."""
     if config.start is None:
         return None
     label, tensors, folder = load_trained(KangarooLabel, base, Path(config.start), "start")
-    if (label.exit_layer,) != config.exit_layers or label.tokens != config.head_tokens:
+    if label.tokens != config.head_tokens:
         raise ConfigError(
-            f"start: {folder} is for exit_layers [{label.exit_layer}] and head_tokens {label.tokens}; a training "
-            "that goes on from it needs the same"
+            f"start: {folder} scores {label.tokens} tokens, which go on being scored; head_tokens is "
+            f"{config.head_tokens}"
         )
     return tensors
 

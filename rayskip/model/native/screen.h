@@ -60,11 +60,14 @@ static void work_on_screen(void *argument, Team *team, int worker) {
     for (int64_t row = 0; row < rows; row++) {
         float least = -INFINITY, best = -INFINITY;
         int64_t place = -1;
+        task->places[worker * rows + row] = -1;
+        if (!(task->each[row].length < INFINITY))
+            continue;
         for (int other = 0; other < team->count; other++)
             least = fmaxf(least, task->least[other * rows + row]);
         least = load_one(round_one(least)); /* outputs are rounded: what is lower only by that is as high */
         for (int64_t panel = share(panels, team, worker); panel < share(panels, team, worker + 1); panel++) {
-            if (!(load_one(round_one(task->most[panel * rows + row])) >= least))
+            if (load_one(round_one(task->most[panel * rows + row])) < least)
                 continue;
             const int64_t column = panel * COLUMNS, left = exact->out - column, width = left < COLUMNS ? left : COLUMNS;
             const element *weights = exact->panels + column * exact->in;
@@ -78,7 +81,7 @@ static void work_on_screen(void *argument, Team *team, int worker) {
                 }
         }
         task->values[worker * rows + row] = best;
-        task->places[worker * rows + row] = task->each[row].length < INFINITY ? place : -1;
+        task->places[worker * rows + row] = place;
     }
 }
 
