@@ -18,7 +18,7 @@ from rayskip.errors import ModelError
 from rayskip.model.checkpoint import tensors_fingerprint
 
 SHIPPED = Path(__file__).parent / "shipped"
-"""What comes with the package: a folder a model, and in it one for each that was trained."""
+"""What comes with the package, one folder a model."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ LabelT = TypeVar("LabelT", bound=Label)
 def find_trained(
     kind: type[LabelT], base: Path | None, folder: Path | None, key: str = "decode.draft.path"
 ) -> tuple[LabelT, Path]:
-    """The label and where it lies; without a folder, the first that ships for the model in the folder `base`.
+    """The label and where it lies; without a folder, what ships for the model in the folder `base`.
 
     key: of the config that names the folder. Raises ModelError when there is none, or when it was made for another
     model.
     """
     fingerprint = tensors_fingerprint(base) if base else None
-    folder = folder or next(iter(shipped(kind, base)), None)
+    folder = folder or _shipped(kind, fingerprint)
     if folder is None:
         raise ModelError(
             f"{key}: nothing ships for this model that drafts as {kind.KIND}; train it "
@@ -106,11 +106,13 @@ def save_trained(folder: Path, label: Label, tensors: Mapping[str, Tensor]) -> N
     (folder / f"{label.KIND}.json").write_text(json.dumps(asdict(label), indent=2) + "\n")
 
 
-def shipped(kind: type[LabelT], base: Path | None) -> dict[Path, LabelT]:
-    """Label by folder of what comes with the package for the model in the folder `base`."""
-    if base is None:
-        return {}
-    labels = sorted(SHIPPED.glob(f"*/*/{kind.KIND}.json"))
-    found = {path.parent: kind(**json.loads(path.read_text())) for path in labels}
-    fingerprint = tensors_fingerprint(base) if found else None
-    return {folder: label for folder, label in found.items() if label.base_tensors == fingerprint}
+def has_shipped(kind: type[Label], base: Path | None) -> bool:
+    """Whether such a drafter comes with the package for the model in the folder `base`."""
+    return base is not None and _shipped(kind, tensors_fingerprint(base)) is not None
+
+
+def _shipped(kind: type[Label], fingerprint: str | None) -> Path | None:
+    for label in sorted(SHIPPED.glob(f"*/{kind.KIND}.json")):
+        if json.loads(label.read_text())["base_tensors"] == fingerprint:
+            return label.parent
+    return None

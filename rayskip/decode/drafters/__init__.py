@@ -25,7 +25,7 @@ from rayskip.decode.drafters.auto import AutoDrafter
 from rayskip.decode.drafters.costs import StepCosts, measure_costs
 from rayskip.decode.drafters.draft_model import DraftModelDrafter
 from rayskip.decode.drafters.drafter import Drafter
-from rayskip.decode.drafters.kangaroo import KangarooDrafter, LayerSkipped, check_policy, first_skipped
+from rayskip.decode.drafters.kangaroo import KangarooDrafter, LayerSkipped, check_policy
 from rayskip.decode.drafters.lookahead import LookaheadDrafter
 from rayskip.decode.drafters.lookup import LookupDrafter
 from rayskip.decode.drafters.medusa import MedusaDrafter
@@ -38,7 +38,7 @@ from rayskip.model.forward import Decoder
 from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.medusa import MedusaLabel, load_medusa
-from rayskip.model.trained import find_trained, shipped
+from rayskip.model.trained import find_trained, has_shipped
 from rayskip.skip import SkipPolicy
 
 KANGAROO_LAYERS = 1
@@ -62,7 +62,7 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
     """
 
     def kangaroo_maker(config: KangarooDraft | AutoDraft) -> Callable[[], KangarooDrafter]:
-        kangaroo = load_kangaroo(decoder, _adapter(config, decoder.folder, policy))
+        kangaroo = load_kangaroo(decoder, _folder(config.path))
         check_policy(kangaroo.exit_layer, policy)
         _check_branches(config.branches, len(kangaroo.token_ids))
         return lambda: KangarooDrafter(config.gamma, config.eta, config.branches, kangaroo, decoder)
@@ -96,7 +96,7 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
             )
         case AutoDraft():
             maker = None
-            if _adapter(config, decoder.folder, policy) is not None:
+            if config.path is not None or has_shipped(KangarooLabel, decoder.folder):
                 try:
                     maker = kangaroo_maker(config)
                 except LayerSkipped:  # only an adapter that was named must run
@@ -123,7 +123,7 @@ def check_files(config: DraftConfig, model: Path, policy: SkipPolicy) -> None:
     """
     match config:
         case KangarooDraft() | AutoDraft(path=str()):  # auto without a path goes without, where nothing ships
-            adapter, _ = find_trained(KangarooLabel, model, _adapter(config, model, policy))
+            adapter, _ = find_trained(KangarooLabel, model, _folder(config.path))
             check_policy(adapter.exit_layer, policy)
             _check_branches(config.branches, adapter.tokens)
         case MedusaDraft():
@@ -140,16 +140,6 @@ def _check_branches(branches: int, tokens: int) -> None:
         raise ConfigError(
             f"decode.draft.branches: {branches} is more than the {tokens} tokens that are scored"
         )
-
-
-def _adapter(config: KangarooDraft | AutoDraft, model: Path | None, policy: SkipPolicy) -> Path | None:
-    """The folder that is named, or of the adapters that ship for the model the one that follows most layers among
-    those that the policy lets run; None where none ships."""
-    if config.path is not None:
-        return _folder(config.path)
-    found = {label.exit_layer: folder for folder, label in shipped(KangarooLabel, model).items()}
-    usable = [layer for layer in found if first_skipped(layer, policy) is None]
-    return found[max(usable, default=min(found))] if found else None
 
 
 def _folder(path: str | None) -> Path | None:

@@ -124,15 +124,10 @@ class LayerSkipped(ConfigError):
     """The policy skips a layer that the adapter follows: verification could not share it."""
 
 
-def first_skipped(exit_layer: int, policy: SkipPolicy) -> int | None:
-    """Of the first `exit_layer` layers the first that the policy skips somewhere."""
-    return next((layer for layer in range(exit_layer) if policy.until[layer] != FOREVER), None)
-
-
 def check_policy(exit_layer: int, policy: SkipPolicy) -> None:
     """Raises LayerSkipped when the policy skips one of the first `exit_layer` layers."""
-    if (skipped := first_skipped(exit_layer, policy)) is not None:
+    if skipped := [layer for layer in range(exit_layer) if policy.until[layer] != FOREVER]:
         raise LayerSkipped(
             f"decode.draft: the adapter follows {exit_layer} layers, and {policy.name} skips layer "
-            f"{skipped}; a policy that keeps the bottom {exit_layer} is wanted (skipdecode: warmup)"
+            f"{skipped[0]}; a policy that keeps the bottom {exit_layer} is wanted (skipdecode: warmup)"
         )
