@@ -154,7 +154,8 @@ def train_skip(config: Config, overrides: Overrides = None) -> None:
     from rayskip.train.run_skip import train_skip as run_training
     from rayskip.view import show_point
 
-    print(f"checkpoint in {run_training(job, show_point)}")
+    if folder := run_training(job, show_point):
+        print(f"checkpoint in {folder}")
 
 
 @train_app.command("kangaroo")
@@ -168,7 +169,8 @@ def train_kangaroo(config: Config, overrides: Overrides = None) -> None:
     from rayskip.train.run_drafts import train_kangaroo as run_training
     from rayskip.view import show_point
 
-    print(format_draft_quality(run_training(job, show_point)))
+    if qualities := run_training(job, show_point):
+        print(format_draft_quality(qualities))
 
 
 @train_app.command("medusa")
@@ -182,7 +184,8 @@ def train_medusa(config: Config, overrides: Overrides = None) -> None:
     from rayskip.train.run_drafts import train_medusa as run_training
     from rayskip.view import show_point
 
-    print(format_draft_quality(run_training(job, show_point)))
+    if qualities := run_training(job, show_point):
+        print(format_draft_quality(qualities))
 
 
 @eval_app.command("quality")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +48,7 @@ from rayskip.train.medusa import Heads
 from rayskip.train.prepare import frozen, prepare
 from rayskip.train.run_drafts import format_draft_quality, train_kangaroo, train_medusa
 
+JOB = Path(__file__).parents[1] / "jobs" / "train_kangaroo.py"
 VOCAB, GAMMA, ETA, TOKENS = 96, 3, 0.3, 24
 
 
@@ -281,6 +285,24 @@ def test_a_training_begins_with_an_adapter(answers: Path, tmp_path: Path) -> Non
         train_kangaroo(config.model_copy(update={"head_tokens": 400}))
     with pytest.raises(ModelError, match=r"start: .* has no kangaroo.json"):
         train_kangaroo(config.model_copy(update={"start": str(tmp_path)}))
+
+
+def test_two_processes_train_one_adapter(answers: Path, tmp_path: Path) -> None:
+    """As accelerate launches them: each learns from its share, and one of them measures, saves and says so."""
+    config = tmp_path / "config.yaml"
+    config.write_text(json.dumps(_config(answers, tmp_path / "out", exit_layers=[1])))
+    launched = ["accelerate.commands.launch", "--cpu", "--num_processes=2", "--main_process_port=0"]
+    ran = subprocess.run(
+        [sys.executable, "-m", *launched, str(JOB), str(config)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+        env={**os.environ, "HF_HOME": str(tmp_path / "home")},
+    )
+    assert ran.stdout.count("exit-1") == 1
+    assert len((tmp_path / "out" / "curve.jsonl").read_text().splitlines()) == 2
+    assert load_kangaroo(Engine.load(MODEL).decoder, tmp_path / "out" / "exit-1").exit_layer == 1
 
 
 def test_an_exit_layer_that_is_not_there_is_named(answers: Path, tmp_path: Path) -> None:

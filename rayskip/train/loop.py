@@ -56,8 +56,9 @@ def train(
     config: TrainingConfig,
     keep: Callable[[nn.Module, int], None],
     on_point: Callable[[Point], None] = lambda point: None,
-) -> nn.Module:
-    """Fit the model's trainable parameters; returns the model, unwrapped. Goes on where an earlier call stopped.
+) -> nn.Module | None:
+    """Fit the model's trainable parameters; returns the model, unwrapped, in the main process and None in the others,
+    which have nothing left to do. Goes on where an earlier call stopped.
 
     `keep` is given the model, unwrapped, and the steps done, every config.keep_every steps. Raises ConfigError when
     config.output holds another training.
@@ -116,7 +117,7 @@ def train(
             if accelerator.is_main_process:
                 _mark(output, config, step)
     unwrapped: nn.Module = accelerator.unwrap_model(model)
-    return unwrapped
+    return unwrapped if accelerator.is_main_process else None
 
 
 def evaluate(model: nn.Module, loss: Loss, examples: Sequence[Example], batch_size: int) -> float:

@@ -55,6 +55,7 @@ class _Task:
 def train_kangaroo(config: TrainKangarooConfig, on_point: OnPoint = lambda point: None) -> list[DraftQuality]:
     """Train one adapter per exit layer, in one pass; saved to config.output/exit-N, qualities to quality.json.
 
+    Returns their qualities; of several processes the main one alone measures and saves, and others return nothing.
     Raises UserError for what the config names and is not there.
     """
 
@@ -116,6 +117,7 @@ def _most_frequent(config: DraftTrainingConfig, ready: Prepared, target: Any) ->
 def train_medusa(config: TrainMedusaConfig, on_point: OnPoint = lambda point: None) -> list[DraftQuality]:
     """Train Medusa heads; saved to config.output/heads, their quality to quality.json. agreement: the first head's.
 
+    Returns as `train_kangaroo`.
     Raises UserError for what the config names and is not there.
     """
 
@@ -199,7 +201,7 @@ def _train(
         save(model, output / f"step-{step}", step)
 
     model = train(module, loss, ready.training, looked_at, config, keep, on_point)
-    return save(model, output, config.steps)
+    return [] if model is None else save(model, output, config.steps)
 
 
 def format_draft_quality(qualities: Sequence[DraftQuality]) -> str:

@@ -19,8 +19,11 @@ from rayskip.train.prepare import frozen, prepare
 from rayskip.train.skip import answer_logits, answer_loss, distillation_loss
 
 
-def train_skip(config: TrainSkipConfig, on_point: Callable[[Point], None] = lambda point: None) -> Path:
-    """Train, and save to config.output as safetensors with its tokenizer; returns the checkpoint's folder.
+def train_skip(
+    config: TrainSkipConfig, on_point: Callable[[Point], None] = lambda point: None
+) -> Path | None:
+    """Train, and save to config.output as safetensors with its tokenizer; returns the checkpoint's folder. Of several
+    processes the main one alone saves, and others return None.
 
     Raises UserError for what the config names and is not there.
     """
@@ -68,7 +71,10 @@ def train_skip(config: TrainSkipConfig, on_point: Callable[[Point], None] = lamb
         ready.tokenizer.save_pretrained(output / f"step-{step}")
 
     looked_at = ready.held_out[: config.held_out_examples]
-    model = train(model, loss, training, looked_at, config, keep, on_point).to(torch.bfloat16)
+    trained = train(model, loss, training, looked_at, config, keep, on_point)
+    if trained is None:
+        return None
+    model = trained.to(torch.bfloat16)
     if config.lora is not None:
         save(model, output / "adapter", config.steps)
         model = model.merge_and_unload()
