@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
-from rayskip.config import DecodeConfig, EngineConfig, KangarooDraft, ModelConfig, SamplingParams
+from rayskip.config import AutoDraft, DecodeConfig, EngineConfig, KangarooDraft, ModelConfig, SamplingParams
 from rayskip.config_file import load_config
 from rayskip.data.records import Generation, Prompt
 from rayskip.decode.batch import Chunk
@@ -32,7 +32,7 @@ from rayskip.decode.sequence import Sequence
 from rayskip.driver.plan import make_plan
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, ModelError
-from rayskip.model.checkpoint import load, tensors_fingerprint
+from rayskip.model.checkpoint import load, resolve, tensors_fingerprint
 from rayskip.model.forward import Decoder
 from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
 from rayskip.model.kv_cache import KVCache
@@ -383,6 +383,9 @@ def test_a_broken_label_and_too_many_branches_are_named(folder: Path, tmp_path: 
     _save_adapter(folder, tmp_path, tensors_fingerprint(folder))
     with pytest.raises(ConfigError, match="branches: 49 is more than the 48"):
         _engine(folder, {"kind": "kangaroo", "path": str(tmp_path), "branches": 49})
+    shipped = resolve("smollm2-135m-instruct")
+    with pytest.raises(ConfigError, match="branches: 20000 is more than the 10240"):
+        check_files(AutoDraft(kind="auto", branches=20000), shipped, full_depth(30))
     (tmp_path / "kangaroo.json").write_text('{"base": "tiny"}')
     with pytest.raises(ModelError, match=r"kangaroo\.json needs the keys base, .*exit_layer"):
         _engine(folder, {"kind": "kangaroo", "path": str(tmp_path)})

@@ -57,8 +57,8 @@ def train(
     keep: Callable[[nn.Module, int], None],
     on_point: Callable[[Point], None] = lambda point: None,
 ) -> nn.Module | None:
-    """Fit the model's trainable parameters; returns the model, unwrapped, in the main process and None in the others,
-    which have nothing left to do. Goes on where an earlier call stopped.
+    """Fit the model's trainable parameters; returns the model, unwrapped, in the main process and None in the
+    others, which have nothing left to do. Goes on where an earlier call stopped.
 
     `keep` is given the model, unwrapped, and the steps done, every config.keep_every steps. Raises ConfigError when
     config.output holds another training.

@@ -22,8 +22,8 @@ from rayskip.train.skip import answer_logits, answer_loss, distillation_loss
 def train_skip(
     config: TrainSkipConfig, on_point: Callable[[Point], None] = lambda point: None
 ) -> Path | None:
-    """Train, and save to config.output as safetensors with its tokenizer; returns the checkpoint's folder. Of several
-    processes the main one alone saves, and others return None.
+    """Train, and save to config.output as safetensors with its tokenizer; returns the checkpoint's folder. Of
+    several processes the main one alone saves, and the others return None.
 
     Raises UserError for what the config names and is not there.
     """

@@ -25,7 +25,7 @@ from rayskip.decode.drafters.auto import AutoDrafter
 from rayskip.decode.drafters.costs import StepCosts, measure_costs
 from rayskip.decode.drafters.draft_model import DraftModelDrafter
 from rayskip.decode.drafters.drafter import Drafter
-from rayskip.decode.drafters.kangaroo import KangarooDrafter, LayerSkipped, check_policy
+from rayskip.decode.drafters.kangaroo import KANGAROO, KangarooDrafter, LayerSkipped, check_policy
 from rayskip.decode.drafters.lookahead import LookaheadDrafter
 from rayskip.decode.drafters.lookup import LookupDrafter
 from rayskip.decode.drafters.medusa import MedusaDrafter
@@ -35,7 +35,7 @@ from rayskip.decode.drafters.trial import Trials
 from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import load, resolve
 from rayskip.model.forward import Decoder
-from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
+from rayskip.model.kangaroo import Kangaroo, KangarooLabel, load_kangaroo
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.medusa import MedusaLabel, load_medusa
 from rayskip.model.trained import find_trained, has_shipped
@@ -61,11 +61,8 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
     Raises ConfigError or ModelError where something does not fit.
     """
 
-    def kangaroo_maker(config: KangarooDraft | AutoDraft) -> Callable[[], KangarooDrafter]:
-        kangaroo = load_kangaroo(decoder, _folder(config.path))
-        check_policy(kangaroo.exit_layer, policy)
-        _check_branches(config.branches, len(kangaroo.token_ids))
-        return lambda: KangarooDrafter(config.gamma, config.eta, config.branches, kangaroo, decoder)
+    def own(config: KangarooDraft | AutoDraft, kangaroo: Kangaroo) -> KangarooDrafter:
+        return KangarooDrafter(config.gamma, config.eta, config.branches, kangaroo, decoder)
 
     match config:
         case NoDraft():
@@ -78,30 +75,25 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
             completions, corpus = Store(config.max_tokens), _read_corpus(config, decoder)
             return Drafters(lambda threads, rows: RetrievalDrafter(config, completions, corpus))
         case KangarooDraft():
-            make = kangaroo_maker(config)
-            return Drafters(lambda threads, rows: make(), KANGAROO_LAYERS)
+            kangaroo = load_kangaroo(decoder, _adapter(config, decoder.folder, policy))
+            return Drafters(lambda threads, rows: own(config, kangaroo), KANGAROO_LAYERS)
         case MedusaDraft():
             medusa = load_medusa(decoder, _folder(config.path))
             _check_branches(config.branches, len(medusa.token_ids))
             return Drafters(lambda threads, rows: MedusaDrafter(config, medusa))
         case DraftModelDraft():
             model = _draft_model(config, decoder)
-            own, one = (
+            cached, one = (
                 KVCache.bytes_per_position(of.spec, layers, of.dtype)
                 for of, layers in ((model, len(model.layers)), (decoder, 1))
             )
             vocab = decoder.spec.vocab
             return Drafters(
-                lambda threads, rows: DraftModelDrafter(config, model, vocab), own_layers=-(-own // one)
+                lambda threads, rows: DraftModelDrafter(config, model, vocab), own_layers=-(-cached // one)
             )
         case AutoDraft():
-            maker = None
-            if config.path is not None or has_shipped(KangarooLabel, decoder.folder):
-                try:
-                    maker = kangaroo_maker(config)
-                except LayerSkipped:  # only an adapter that was named must run
-                    if config.path is not None:
-                        raise
+            folder = _adapter(config, decoder.folder, policy)
+            beside = None if folder is None else load_kangaroo(decoder, folder)
 
             @cache
             def costs(threads: int, rows: int) -> StepCosts:
@@ -110,8 +102,10 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
 
             trials = Trials()
             return Drafters(
-                lambda threads, rows: AutoDrafter(config, costs(threads, rows), maker and maker(), trials),
-                KANGAROO_LAYERS if maker else 0,
+                lambda threads, rows: AutoDrafter(
+                    config, costs(threads, rows), None if beside is None else own(config, beside), trials
+                ),
+                KANGAROO_LAYERS if beside else 0,
             )
 
 
@@ -122,10 +116,8 @@ def check_files(config: DraftConfig, model: Path, policy: SkipPolicy) -> None:
     Raises ConfigError or ModelError.
     """
     match config:
-        case KangarooDraft() | AutoDraft(path=str()):  # auto without a path goes without, where nothing ships
-            adapter, _ = find_trained(KangarooLabel, model, _folder(config.path))
-            check_policy(adapter.exit_layer, policy)
-            _check_branches(config.branches, adapter.tokens)
+        case KangarooDraft() | AutoDraft():
+            _adapter(config, model, policy)
         case MedusaDraft():
             heads, _ = find_trained(MedusaLabel, model, _folder(config.path))
             _check_branches(config.branches, heads.tokens)
@@ -133,6 +125,26 @@ def check_files(config: DraftConfig, model: Path, policy: SkipPolicy) -> None:
             resolve(config.model.path, config.model.revision)
         case RetrievalDraft():
             _corpus(config)
+
+
+def _adapter(config: KangarooDraft | AutoDraft, model: Path | None, policy: SkipPolicy) -> Path | None:
+    """The folder of the Kangaroo adapter that drafts for the model in the folder `model`. None: auto goes without,
+    since it names none, and none ships or the policy skips a layer that the one that ships follows.
+
+    Raises ConfigError or ModelError.
+    """
+    named = config.path is not None or config.kind == KANGAROO
+    if not named and not has_shipped(KangarooLabel, model):
+        return None
+    label, folder = find_trained(KangarooLabel, model, _folder(config.path))
+    try:
+        check_policy(label.exit_layer, policy)
+    except LayerSkipped:
+        if named:
+            raise
+        return None
+    _check_branches(config.branches, label.tokens)
+    return folder
 
 
 def _check_branches(branches: int, tokens: int) -> None:
