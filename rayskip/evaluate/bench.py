@@ -19,6 +19,7 @@ from rayskip.config import ModelConfig
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.records import Prompt
 from rayskip.data.sources import discover, every_row
+from rayskip.decode.sampling import needs_logits
 from rayskip.engine import Completion, Engine
 from rayskip.engine.sizes import Sizes
 from rayskip.errors import ConfigError
@@ -187,7 +188,8 @@ def _time(engine: Engine, prompts: Sequence[Prompt]) -> _ModeRun:
     mean_layers = stats.mean_layers or float(len(engine.decoder.layers))
     roofline, limit = None, None
     if engine.decode.draft.kind == "none":
-        roofline = measure_roofline(engine.decoder, engine.sizes.batch_rows * engine.sizes.lanes)
+        greedy = not any(needs_logits(prompt.params) for prompt in prompts)
+        roofline = measure_roofline(engine.decoder, engine.sizes.batch_rows * engine.sizes.lanes, greedy)
         limit = roofline.tok_s(engine.decoder, _mean_length(prompts, done), mean_layers)
     return _ModeRun(
         seconds=seconds,

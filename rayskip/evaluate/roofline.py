@@ -1,22 +1,23 @@
 """What the machine allows: the matrix products of a decode step at the rate measured for them, and the keys and
 values that it reads at the measured bandwidth of memory.
 
-The rest (norms, attention's arithmetic, sampling, bookkeeping) is counted as free, and the two as one after the
-other. Does not know how an engine shares out its work: everything runs on all threads.
+The rest (attention's arithmetic, bookkeeping) is counted as free, and the two as one after the other. Does not know
+how an engine shares out its work: everything runs on all threads.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import KVCache
-from rayskip.model.linear import Linear
+from rayskip.model.kv_cache import KVCache, key_blocks
+from rayskip.model.ops import Group, TokenBatch
 
 REPEATS = 3
 READ_BYTES = 1 << 29
@@ -25,8 +26,8 @@ READ_BYTES = 1 << 29
 
 @dataclass(frozen=True)
 class Roofline:
-    """rows: tokens in a decode step, one a row. layers_s, head_s: seconds of the products of all layers and of the
-    head. read_bytes_s: bytes a second read from memory."""
+    """rows: tokens in a decode step, one a row. layers_s, head_s: seconds of the products of all layers, and of
+    what the head says of every row. read_bytes_s: bytes a second read from memory."""
 
     rows: int
     layers_s: float
@@ -41,26 +42,47 @@ class Roofline:
         return self.rows / (layers_s * mean_layers / len(decoder.layers) + self.head_s)
 
 
-def measure_roofline(decoder: Decoder, rows: int) -> Roofline:
-    """Medians of several measurements, on as many threads as torch has here."""
+def measure_roofline(decoder: Decoder, rows: int, greedy: bool) -> Roofline:
+    """Medians of several measurements, on as many threads as torch has here.
+
+    greedy: the highest logits are enough, which takes less than all of them (see Decoder.scores).
+    The layers' products are timed one by one, and in a run of the layers over tokens that attend to themselves
+    alone, which on CPU is one call: with few rows it takes less, although norms and gates are in it.
+    """
     layers = [linear for layer in decoder.layers for linear in layer.linears]
     inputs = {
         width: torch.randn(rows, width, device=decoder.device).to(decoder.dtype)  # [rows, width]
-        for width in {linear.in_features for linear in (*layers, decoder.head)}
+        for width in {linear.in_features for linear in layers}
     }
+    index = torch.arange(rows, device=decoder.device)
+    first = torch.zeros_like(index)
+    batch = TokenBatch(first, first, index, [Group(0, 1, index, key_blocks(1))], index)
+    cache = decoder.new_cache()
+    cache.resize(rows, decoder.ops.slot_length(1))
+    states = inputs[decoder.spec.hidden]
+    full = [] if greedy else range(rows)
 
-    def seconds(linears: Sequence[Linear]) -> float:
-        began = time.perf_counter()
-        for linear in linears:
+    def products() -> Tensor:
+        for linear in layers:
             y = linear(inputs[linear.in_features])
-        y[0, 0].item()  # waits for the device
-        return time.perf_counter() - began
+        return y
 
+    parts = (
+        products,
+        lambda: decoder.run_layers(states.clone(), batch, cache, 0, len(decoder.layers)),
+        lambda: decoder.scores(states, full).best,
+    )
     with torch.inference_mode(), decoder.threads(torch.get_num_threads()):
         # in turns, so that a product finds its weights where a step does: not in a cache
-        steps = [(seconds(layers), seconds([decoder.head])) for _ in range(REPEATS)]
-    layers_s, head_s = (median(own) for own in zip(*steps, strict=True))
-    return Roofline(rows, layers_s, head_s, read_bandwidth(decoder.device))
+        rounds = [[_seconds(part) for part in parts] for _ in range(REPEATS)]
+    one_by_one, together, head_s = (median(own) for own in zip(*rounds, strict=True))
+    return Roofline(rows, min(one_by_one, together), head_s, read_bandwidth(decoder.device))
+
+
+def _seconds(run: Callable[[], Tensor]) -> float:
+    began = time.perf_counter()
+    run().flatten()[0].item()  # waits for the device
+    return time.perf_counter() - began
 
 
 def read_bandwidth(device: torch.device) -> float:
