@@ -75,7 +75,11 @@ class TrainSkipConfig(TrainingConfig):
 class DraftTrainingConfig(TrainingConfig):
     """What the trainings of drafters have in common."""
 
-    head_tokens: int = Field(16384, ge=1, description="most frequent tokens, which the draft's head scores")
+    head_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="most frequent tokens, which the draft's head scores; null: 16384, or as many as `start` has",
+    )
 
 
 class TrainKangarooConfig(DraftTrainingConfig):

@@ -141,6 +141,7 @@ def test_tokens_are_those_without_a_drafter(folder: Path, kind: str, policy: str
         SamplingParams(max_tokens=21, temperature=0.8, seed=3, n=2),
         SamplingParams(max_tokens=18, temperature=1.2, top_p=0.9, repetition_penalty=1.3),
         SamplingParams(max_tokens=30, stop_token_ids=[11, 17]),
+        SamplingParams(max_tokens=18, repetition_penalty=1.3),
     ]
     prompts = _prompts()
     every = [params[index % len(params)] for index in range(len(prompts))]

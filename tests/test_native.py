@@ -16,7 +16,7 @@ from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.native import kernels as native
 from rayskip.model.native.ops import highest, native_ops
-from rayskip.model.native.product import native_product, rough_product, screen
+from rayskip.model.native.product import Screen, native_product, rough_product, screen
 from rayskip.model.ops import Group, Ops, Paths, TokenBatch
 from rayskip.model.scores import Scores
 from rayskip.model.spec import Dense, Norm, Rope, Spec
@@ -318,6 +318,8 @@ def test_a_rough_product_is_that_of_weights_in_255_steps(out: int, width: int, d
         found, expected = product(x).double(), x.double() @ rounded.T
         assert not found[:, 3].any()
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3)
+    x[3, 2] = torch.nan
+    assert product(x).isnan().all(dim=1).tolist() == [row == 3 for row in range(len(x))]
     with pytest.raises(ValueError, match=f"N, {width}"):
         product(x[:, 1:])
 
@@ -354,6 +356,72 @@ def test_a_screen_finds_what_the_product_has(out: int, width: int, dtype: torch.
         assert torch.equal(places, expected[1])
 
 
+def _misleading(case: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights [out, in], x [rows, in]) of which bounds without the part that is named miss the highest output: it
+    is off by almost as much as it can be, all in one direction."""
+    weight = torch.zeros(64, 64)
+    x = torch.ones(1, 64)
+    match case:
+        case "inputs":
+            x[0, 1:] = (torch.rand(63, generator=torch.Generator().manual_seed(0)) - 0.5) * 0.28
+            x[0, 0] = 1e4
+            weight[40, 1:], weight[3, 0] = 100 * x[0, 1:].sign(), 0.037
+        case "weights":
+            x[0, 0] = 0
+            weight[40, 0], weight[40, 1:], weight[3, 1] = 127, 0.49, 20
+        case "sums of floats":
+            x, weight = torch.full((1, 2048), 31.0), torch.zeros(64, 2048)
+            x[0, :1041] = 8256
+            weight[40, :1040], weight[40, 1041:], weight[3, 1040] = 127, 1, (127 * 8256 * 1040 + 15000) / 8256
+        case "rounded outputs":
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randint(-3, 4, (999, 64), generator=generator).float()
+            weight[:, 0] = 127
+            x = torch.zeros(80, 64)
+            x[:, 0], x[:, 1], x[:, 2] = 1, 0.1 * torch.rand(80, generator=generator), 0.1
+        case "next to nothing":
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randn(300, 64, generator=generator) * 1e-27
+            x = torch.randn(40, 64, generator=generator) * 1e-12
+    return weight, x
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case", ["inputs", "weights", "sums of floats", "rounded outputs", "next to nothing"]
+)
+def test_a_screen_is_not_misled_by_what_rounding_takes(case: str, dtype: torch.dtype) -> None:
+    weight, x = (tensor.to(dtype) for tensor in _misleading(case))
+    product = native_product(Dense(weight))
+    screened = screen(product, Dense(weight))
+    if product is None or screened is None:
+        pytest.skip("no products here")
+    expected = highest(product(x))
+    assert expected is not None
+    values, places = screened(x)
+    assert torch.equal(values, expected[0])
+    assert torch.equal(places, expected[1])
+
+
+@needs_kernels
+def test_a_screen_reads_no_more_than_it_must() -> None:
+    """Of weights with a clear winner it multiplies that one's panel: higher outputs elsewhere go unseen."""
+    weight, x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)), torch.ones(1, 64)
+    weight[100] = 9
+    elsewhere = torch.full_like(weight, 99)
+    rough, product = rough_product(Dense(weight)), native_product(Dense(weight))
+    if rough is None or product is None:
+        pytest.skip("no products here")
+    columns = product.library.panel_columns()
+    own = slice(100 // columns * columns, (100 // columns + 1) * columns)
+    elsewhere[own] = weight[own]
+    misread = native_product(Dense(elsewhere))
+    assert misread is not None
+    values, places = Screen(misread, rough)(x)
+    assert (values.tolist(), places.tolist()) == ([9 * 64], [100])
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_are_those_of_all_logits(dtype: torch.dtype, tmp_path: Path) -> None:
@@ -363,11 +431,13 @@ def test_scores_are_those_of_all_logits(dtype: torch.dtype, tmp_path: Path) -> N
     config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path)
     decoder = Decoder(*load(tmp_path, dtype, CPU))
+    if screen(decoder.head.native, decoder.weights.head) is None:
+        pytest.skip("no products here")
     x = torch.randn(9, 64).to(dtype)
     x[4] = torch.nan
     expected = Scores.of_all(decoder.logits(x))
     assert expected.best.isfinite().tolist() == [row != 4 for row in range(9)]
-    for full in ([], [1, 4, 7], list(range(9))):
+    for full in ([], [1, 4, 7], [0, 1, 2, 3, 5, 6, 7, 8]):
         found = decoder.scores(x, full)
         torch.testing.assert_close(found.best, expected.best, atol=0, rtol=0, equal_nan=True)
         assert torch.equal(found.at, expected.at)
@@ -384,8 +454,9 @@ def test_a_screen_says_nothing_of_what_may_not_be_finite() -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     x[1, 3], x[2, 3], x[3, 3] = torch.nan, torch.inf, 1e30
     assert [place == -1 for place in screened(x)[1].tolist()] == [False, True, True, True, False]
-    weight[7, 7] = torch.inf
-    assert screen(product, Dense(weight)) is None
+    for much in (torch.inf, 2e38):  # sums may not be finite either way
+        weight[7, 7] = much
+        assert screen(product, Dense(weight)) is None
 
 
 @needs_kernels

@@ -11,8 +11,8 @@ from scipy.stats import chisquare
 
 from rayskip.config import SamplingParams
 from rayskip.decode.randomness import uniform
-from rayskip.decode.sampling import Choice, Draw, choose
-from rayskip.model.scores import Scores
+from rayskip.decode.sampling import Choice, Draw, choose, needs_logits
+from rayskip.model.scores import Scores, best_logits
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, -3.0])
 
@@ -79,11 +79,16 @@ def test_a_row_is_chosen_alone() -> None:
         SamplingParams(temperature=0.7, top_k=3),
         SamplingParams(temperature=1.3, top_p=0.9),
         SamplingParams(temperature=1, min_p=0.05, repetition_penalty=1.2, logprobs=2),
+        SamplingParams(repetition_penalty=1.2),
     ]
-    draws = [Draw(kinds[row % 4], uniform(row, 1, 5), (1, 2)) for row in range(40)]
+    draws = [Draw(kinds[row % 5], uniform(row, 1, 5), (1, 2)) for row in range(40)]
     logits = torch.randn(40, 3000, generator=torch.Generator().manual_seed(0)).bfloat16()
     together = _choose(logits, draws)
     assert together == [_choose(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)]
+    # and of the others the highest logit is enough
+    full = [row for row, draw in enumerate(draws) if needs_logits(draw.params)]
+    assert len(full) == 32
+    assert choose(Scores(*best_logits(logits), logits[full], full), draws) == together
 
 
 def test_uniforms_are_uniform_and_independent_of_order() -> None:

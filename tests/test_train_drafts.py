@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rayskip.config import DecodeConfig, EngineConfig, JobConfig, ModelConfig, SamplingParams
@@ -276,13 +277,19 @@ def test_a_training_begins_with_an_adapter(answers: Path, tmp_path: Path) -> Non
     first = _config(answers, tmp_path / "first", exit_layers=[2], steps=1, learning_rate=0.1, warmup_steps=0)
     train_kangaroo(TrainKangarooConfig.model_validate(first))
     begun = load_file(tmp_path / "first" / "exit-2" / "kangaroo.safetensors")
-    more = {"exit_layers": [2], "learning_rate": 1e-12, "start": str(tmp_path / "first" / "exit-2")}
+    begin = {"start": str(tmp_path / "first" / "exit-2"), "head_tokens": None}
+    more = {"exit_layers": [2], "learning_rate": 1e-12, **begin}
     config = TrainKangarooConfig.model_validate(_config(answers, tmp_path / "second", **more))
     train_kangaroo(config)
     ended = load_file(tmp_path / "second" / "exit-2" / "kangaroo.safetensors")
     assert all(torch.equal(begun[name], ended[name]) for name in begun)
-    with pytest.raises(ConfigError, match=r"start: .* scores 500 tokens.* head_tokens is 400"):
+    with pytest.raises(ConfigError, match=r"start: .* scores 500 tokens.* head_tokens is 400: leave it out"):
         train_kangaroo(config.model_copy(update={"head_tokens": 400}))
+    damaged = tmp_path / "damaged"
+    shutil.copytree(tmp_path / "first" / "exit-2", damaged)
+    save_file({"qkv": begun["qkv"]}, damaged / "kangaroo.safetensors")
+    with pytest.raises(ModelError, match=r"start: .*damaged has no tensor out of shape"):
+        train_kangaroo(config.model_copy(update={"start": str(damaged)}))
     with pytest.raises(ModelError, match=r"start: .* has no kangaroo.json"):
         train_kangaroo(config.model_copy(update={"start": str(tmp_path)}))
 

@@ -23,7 +23,7 @@ from rayskip.model.linear import Linear, row_rule
 from rayskip.model.native import kernels
 from rayskip.model.native.layers import NativeLayers, are_usual
 from rayskip.model.native.ops import native_ops
-from rayskip.model.native.product import screen
+from rayskip.model.native.product import Screen, screen
 from rayskip.model.ops import Ops, TokenBatch, normalise, softcap
 from rayskip.model.scores import Scores, best_logits
 from rayskip.model.spec import Layer, Rope, Spec, Weights
@@ -110,8 +110,12 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: TokenBatch, cache: KVCache) -> Tensor:
         """Run every layer on its active tokens, write their keys and values into `cache`, return logits [R, V]."""
-        x = self.run_layers(self.embed(batch), batch, cache, 0, len(self.layers))
-        return self.logits(x[batch.outputs])
+        return self.logits(self.hidden(batch, cache))
+
+    @torch.inference_mode()
+    def hidden(self, batch: TokenBatch, cache: KVCache) -> Tensor:
+        """`forward` up to the head: the outputs' states after the last layer, [R, d]."""
+        return self.run_layers(self.embed(batch), batch, cache, 0, len(self.layers))[batch.outputs]
 
     def embed(self, batch: TokenBatch) -> Tensor:
         """The tokens' states before the first layer, [N, d]."""
@@ -159,10 +163,21 @@ class Decoder:
         if self._screen is None or len(full) == len(x):
             return Scores.of_all(self.logits(x))
         x = normalise(x, self.weights.final_norm)
-        best, at = self._screen(x)
+        logits = self._logits(x[full])
+        if not full:
+            return Scores(*self._screened(x, self._screen), logits, full)
+        best, at = torch.empty(len(x)), torch.empty(len(x), dtype=torch.long)
+        others = sorted(set(range(len(x))).difference(full))
+        best[full], at[full] = best_logits(logits)
+        best[others], at[others] = self._screened(x[others], self._screen)
+        return Scores(best, at, logits, full)
+
+    def _screened(self, x: Tensor, screen: Screen) -> tuple[Tensor, Tensor]:
+        """`best_logits` of normalised states [R, d]; the screen may leave some rows to all their logits."""
+        best, at = screen(x)
         if len(unknown := (at < 0).nonzero().squeeze(1)):
             best[unknown], at[unknown] = best_logits(self._logits(x[unknown]))
-        return Scores(best, at, self._logits(x[full]), full)
+        return best, at
 
     def _logits(self, normed: Tensor) -> Tensor:
         logits = self.head(normed)

@@ -1,4 +1,5 @@
-"""Whether a row's logits are the same bits whatever runs beside it, measured on this machine.
+"""Whether a row's logits, and what is said of them, are the same bits whatever runs beside it, measured on this
+machine.
 
 Architecture invariant 3 rests on the kernels that libraries pick by shape, so it is tried out, on the model's
 first layer and head; the answer goes into the job's report.
@@ -21,28 +22,32 @@ VARIANTS = ((1, 33, 0), (3, 1, 1), (3, LENGTH, LENGTH), (8, 7, 7), (4, 1, 60))
 
 
 def is_batch_invariant(decoder: Decoder) -> bool:
-    """True when a row's logits are bit-equal alone, in a batch and in a prefill chunk of any width."""
+    """True when a row's logits are bit-equal alone, in a batch and in a prefill chunk of any width, and so is the
+    likeliest token."""
     shallow = decoder.first_layers(1)
     length = min(LENGTH, decoder.spec.max_positions)
     generator = torch.Generator().manual_seed(0)
     rows = max(rows for rows, *_ in VARIANTS)
     tokens = torch.randint(decoder.spec.vocab, (rows, length), generator=generator).to(decoder.device)
-    alone = _logits(shallow, tokens[:1], 1, 0)
+    alone = _scores(shallow, tokens[:1], 1, 0)
     return all(
-        torch.equal(_logits(shallow, tokens[:rows], width, others), alone) for rows, width, others in VARIANTS
+        torch.equal(found, own)
+        for rows, width, others in VARIANTS
+        for found, own in zip(_scores(shallow, tokens[:rows], width, others), alone, strict=True)
     )
 
 
-def _logits(decoder: Decoder, tokens: Tensor, width: int, others: int) -> Tensor:
-    """Logits of row 0 at POSITIONS when it runs in chunks of `width` tokens, beside the first `others` tokens of
-    each other row, again and again; tokens [R, T]. A slot has room for `others` positions more."""
+def _scores(decoder: Decoder, tokens: Tensor, width: int, others: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of row 0 at POSITIONS, the highest of them and their places, when it runs in chunks of `width` tokens,
+    beside the first `others` tokens of each other row, again and again; tokens [R, T]. A slot has room for `others`
+    positions more."""
     rows, length = tokens.shape
     device = tokens.device
     cache = decoder.new_cache()
     cache.resize(rows, decoder.ops.slot_length(length + others))
     slots = torch.arange(rows, device=device)
     beside = torch.arange(min(others, length), device=device)
-    found = []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, length, width):
         positions = torch.arange(start, min(start + width, length), device=device)
         size, mates = len(positions), rows - 1
@@ -57,5 +62,8 @@ def _logits(decoder: Decoder, tokens: Tensor, width: int, others: int) -> Tensor
             groups=groups,
             outputs=torch.tensor(wanted, dtype=torch.long, device=device),
         )
-        found.append(decoder.forward(batch, cache))
-    return torch.cat(found)
+        hidden = decoder.hidden(batch, cache)
+        greedy = decoder.scores(hidden, [])
+        found.append((decoder.logits(hidden), greedy.best, greedy.at))
+    logits, best, at = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return logits, best, at

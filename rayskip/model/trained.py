@@ -86,11 +86,16 @@ def load_trained(
         raise ModelError(f"{key}: {path} is damaged ({error})") from error
 
 
-def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Raises ModelError when a tensor is missing or has another shape."""
+def check_shapes(
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    folder: Path,
+    key: str = "decode.draft.path",
+) -> None:
+    """Raises ModelError when a tensor is missing or has another shape. key: as in `find_trained`."""
     for name, shape in shapes.items():
         if name not in tensors or tuple(tensors[name].shape) != shape:
-            raise ModelError(f"decode.draft.path: {folder} has no tensor {name} of shape {list(shape)}")
+            raise ModelError(f"{key}: {folder} has no tensor {name} of shape {list(shape)}")
 
 
 def save_trained(folder: Path, label: Label, tensors: Mapping[str, Tensor]) -> None:

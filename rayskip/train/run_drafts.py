@@ -14,7 +14,7 @@ from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import tensors_fingerprint
 from rayskip.model.kangaroo import KangarooLabel
 from rayskip.model.medusa import MedusaLabel
-from rayskip.model.trained import Label, load_trained, save_trained
+from rayskip.model.trained import Label, check_shapes, load_trained, save_trained
 from rayskip.tool_config import DraftTrainingConfig, TrainKangarooConfig, TrainMedusaConfig
 from rayskip.train import kangaroo, medusa
 from rayskip.train.drafts import (
@@ -32,6 +32,9 @@ from rayskip.train.loop import Point, train
 from rayskip.train.prepare import Prepared, frozen, prepare
 
 OnPoint = Callable[[Point], None]
+
+HEAD_TOKENS = 16384
+"""That a draft's head scores where a config doesn't say."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def train_kangaroo(config: TrainKangarooConfig, on_point: OnPoint = lambda point
         raise ConfigError(
             f"exit_layers: {wrong[0]} is not between 1 and {layers - 1}, the model's layers less one"
         )
-    start = _start(config, ready.folder)
+    start = _start(config, ready.folder, target)
     token_ids = _most_frequent(config, ready, target) if start is None else start["token_ids"].long()
 
     def adapters(target: Any, token_ids: Tensor) -> nn.Module:
@@ -97,21 +100,23 @@ def train_kangaroo(config: TrainKangarooConfig, on_point: OnPoint = lambda point
     return _train(config, task, ready, target, on_point)
 
 
-def _start(config: TrainKangarooConfig, base: Path) -> dict[str, Tensor] | None:
-    """Tensors of the adapter to begin with, and its list of tokens."""
+def _start(config: TrainKangarooConfig, base: Path, target: Any) -> dict[str, Tensor] | None:
+    """Tensors of the adapter to begin with, and its list of tokens. target: the model that both are of."""
     if config.start is None:
         return None
-    label, tensors, folder = load_trained(KangarooLabel, base, Path(config.start), "start")
-    if label.tokens != config.head_tokens:
+    label, tensors, folder = load_trained(KangarooLabel, base, Path(config.start).expanduser(), "start")
+    if config.head_tokens not in (None, label.tokens):
         raise ConfigError(
             f"start: {folder} scores {label.tokens} tokens, which go on being scored; head_tokens is "
-            f"{config.head_tokens}"
+            f"{config.head_tokens}: leave it out"
         )
+    wanted = {name: tuple(own.shape) for name, own in kangaroo.Adapter(target, 1).state_dict().items()}
+    check_shapes(tensors, {**wanted, "token_ids": (label.tokens,)}, folder, "start")
     return tensors
 
 
 def _most_frequent(config: DraftTrainingConfig, ready: Prepared, target: Any) -> Tensor:
-    return frequent_tokens(ready.training, config.head_tokens, target.config.vocab_size)
+    return frequent_tokens(ready.training, config.head_tokens or HEAD_TOKENS, target.config.vocab_size)
 
 
 def train_medusa(config: TrainMedusaConfig, on_point: OnPoint = lambda point: None) -> list[DraftQuality]:

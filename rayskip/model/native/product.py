@@ -11,6 +11,9 @@ from torch import Tensor
 from rayskip.model.native.kernels import DEFINES, Product, Rough, kernels, threads
 from rayskip.model.spec import Dense
 
+HUGE = 1e15
+"""Sums of products of less are finite; rough.h takes it for inputs."""
+
 
 class NativeProduct:
     """y = x @ weight.T + bias for x [N, in], N any. A row's result does not depend on the other rows."""
@@ -116,9 +119,12 @@ def rough_product(dense: Dense) -> RoughProduct | None:
 
 
 def screen(product: NativeProduct | None, dense: Dense) -> Screen | None:
-    """None without a product of these weights, or with a bias, or where the weights are not finite."""
-    rough = rough_product(dense) if product is not None and bool(dense.weight.isfinite().all()) else None
-    return None if product is None or rough is None else Screen(product, rough)
+    """None without a product of these weights, with a bias, or where a weight is not finite or so large that
+    outputs may not be."""
+    if product is None or not bool((dense.weight.abs() < HUGE).all()):
+        return None
+    rough = rough_product(dense)
+    return None if rough is None else Screen(product, rough)
 
 
 def _library(weight: Tensor) -> ctypes.CDLL | None:

@@ -6,7 +6,8 @@
 #include "product.h"
 
 #define ROUGH_ROWS 5 /* that share one reading of a panel */
-#define TINY 1e-30f  /* less is nothing: in a row of inputs, a column of weights or what the processor flushes to zero */
+#define TINY 1e-30f  /* less is nothing, in a row of inputs or a column of weights */
+_Static_assert(ROUGH_ROWS == 5, "a case of each_rough_panel for every count of rows");
 
 typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
 
@@ -62,12 +63,14 @@ void pack_rough(const element *weight, int8_t *panels, float *scales, float *len
     }
 }
 
-/* A row of inputs: scale: what a 1 stands for; length: of the inputs, and residue: of what rounding took from them. */
+/* A row of inputs: scale: what a 1 stands for; length: of the inputs, and residue: of what rounding took from them, both
+ * as in `Rough`. */
 typedef struct {
     float scale, length, residue;
 } RoughRow;
 
-/* x [rows, in] as whole numbers. A row that is not finite, or so long that sums may not be, has a length of NaN. */
+/* x [rows, in] as whole numbers. A row that is not finite, or so long that sums may not be, has a scale and a length of
+ * NaN. */
 static void round_rows(const element *x, int16_t *to, RoughRow *each, int64_t rows, int64_t in) {
     const int64_t finest = INT32_MAX / (127 * in) < INT16_MAX ? INT32_MAX / (127 * in) : INT16_MAX;
     for (int64_t row = 0; row < rows; row++, x += in, to += in) {
@@ -87,8 +90,8 @@ static void round_rows(const element *x, int16_t *to, RoughRow *each, int64_t ro
             length += (double)one * one;
             residue += left * left;
         }
-        each[row] = (RoughRow){scale, broken ? NAN : (float)(sqrt(length) * (1 + 1e-6)),
-                               (float)(sqrt(residue) * (1 + 1e-6))};
+        each[row] = (RoughRow){broken ? NAN : scale, broken ? NAN : (float)(sqrt(length) * (1 + 1e-6)),
+                               (float)(sqrt(residue) * (1 + 1e-6)) + TINY};
     }
 }
 
@@ -114,7 +117,7 @@ INLINE void multiply_rough(const int16_t *x, const int8_t *panel, int64_t in, in
 INLINE floats rough_outputs(ints sums, const float *scales, float scale) {
     floats own;
     memcpy(&own, scales, sizeof own);
-    return __builtin_convertvector(sums, floats) * (own * scale);
+    return __builtin_convertvector(sums, floats) * scale * own;
 }
 
 /* What is done with the sums of a panel and `count` rows from `row` on. */
@@ -134,7 +137,7 @@ INLINE void each_rough_panel(const Rough *rough, const int16_t *x, int64_t rows,
         multiply_rough(x + row * in, rough->panels + panel * COLUMNS * in, in, sums, count); \
         take(to, panel, row, sums, count); \
         break;
-            switch (rows * (block + 1) / blocks - row) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) }
+            switch (rows * (block + 1) / blocks - row) { OF(1) OF(2) OF(3) OF(4) OF(5) }
 #undef OF
         }
 }

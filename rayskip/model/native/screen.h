@@ -6,6 +6,8 @@
 
 #include "rough.h"
 
+#define FLUSHED 1e-33f /* more than what the processor takes for zero in the sums of an output */
+
 /* values, places [workers, rows]: the highest exact output among a worker's panels. most [panels, rows]: no output of a
  * panel is higher; least [workers, rows]: some output is at least as high. */
 typedef struct {
@@ -37,7 +39,7 @@ INLINE void store_bounds(void *to, int64_t panel, int64_t row, const ints sums[R
             memcpy(&length, rough->lengths + column, sizeof length);
             memcpy(&residue, rough->residues + column, sizeof residue);
             const floats value = rough_outputs(sums[i][half], rough->scales + column, own.scale);
-            const floats off = length * own.residue + residue * own.length;
+            const floats off = length * own.residue + residue * own.length + FLUSHED;
             high[half] = value + off;
             low[half] = value - off;
         }
