@@ -9,6 +9,7 @@ Shapes: R rows, V vocabulary, K candidates kept.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def needs_logits(params: SamplingParams) -> bool:
 def choose(said: Scores, draws: Sequence[Draw]) -> list[Choice]:
     """The next token of each of R rows; draws R long, `said` of all rows that `needs_logits` holds for."""
     tokens: list[int] = said.at.tolist()
-    finite = torch.isfinite(said.best).tolist()
+    finite = [math.isfinite(best) for best in said.best.tolist()]
     for width, rows in _by_width(draws, said.logits.shape[-1]).items():
         scores = _scores(said.of(rows), [draws[row] for row in rows])
         for row, token in zip(rows, _pick(scores, [draws[row] for row in rows], width), strict=True):
@@ -191,9 +192,9 @@ def _column(draws: Sequence[Draw], name: str | None, like: Tensor) -> Tensor:
 
 def _logprobs(said: Scores, draws: Sequence[Draw], tokens: Sequence[int]) -> dict[int, TokenLogprob]:
     """Log-probabilities of the model's own distribution, for the rows that ask for them."""
-    result = {}
+    result: dict[int, TokenLogprob] = {}
     rows = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
-    for row, logits in zip(rows, said.of(rows), strict=True):
+    for row, logits in zip(rows, said.of(rows) if rows else (), strict=True):
         logprobs = torch.log_softmax(logits.float(), dim=-1)
         best = logprobs.topk(draws[row].params.logprobs or 0)
         top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))

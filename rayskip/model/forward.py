@@ -156,17 +156,16 @@ class Decoder:
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [R, V] of states [R, d] after the last layer."""
-        return self._logits(normalise(x, self.weights.final_norm))
+        return self._logits(self._normed(x))
 
     def scores(self, x: Tensor, full: Seq[int]) -> Scores:
         """The highest logit of states [R, d] after the last layer, and all logits of the rows `full` at least."""
         if self._screen is None or len(full) == len(x):
             return Scores.of_all(self.logits(x))
-        x = normalise(x, self.weights.final_norm)
-        logits = self._logits(x[full])
+        x = self._normed(x)
         if not full:
-            return Scores(*self._screened(x, self._screen), logits, full)
-        best, at = torch.empty(len(x)), torch.empty(len(x), dtype=torch.long)
+            return Scores(*self._screened(x, self._screen), x.new_empty(0, self.spec.vocab), full)
+        logits, best, at = self._logits(x[full]), torch.empty(len(x)), torch.empty(len(x), dtype=torch.long)
         others = sorted(set(range(len(x))).difference(full))
         best[full], at[full] = best_logits(logits)
         best[others], at[others] = self._screened(x[others], self._screen)
@@ -175,9 +174,12 @@ class Decoder:
     def _screened(self, x: Tensor, screen: Screen) -> tuple[Tensor, Tensor]:
         """`best_logits` of normalised states [R, d]; the screen may leave some rows to all their logits."""
         best, at = screen(x)
-        if len(unknown := (at < 0).nonzero().squeeze(1)):
+        if unknown := [row for row, place in enumerate(at.tolist()) if place < 0]:
             best[unknown], at[unknown] = best_logits(self._logits(x[unknown]))
         return best, at
+
+    def _normed(self, x: Tensor) -> Tensor:
+        return self.ops.add_normalise(x, None, self.weights.final_norm)
 
     def _logits(self, normed: Tensor) -> Tensor:
         logits = self.head(normed)

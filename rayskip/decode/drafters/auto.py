@@ -210,8 +210,8 @@ class AutoDrafter(Drafter):
 
     def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: Tensor) -> None:
         now = time.perf_counter()  # after the forward, and after choosing its tokens
-        self._costs = self._costs.learn(self._tokens, (now - self._drafted) / self._layers_left)
-        if self._decodes_only:
+        if self._decodes_only:  # a prompt's tokens cost otherwise: they share their row's keys
+            self._costs = self._costs.learn(self._tokens, (now - self._drafted) / self._layers_left)
             gained = sum(len(verdict.choices) for verdict in verdicts.values())
             self._trials.count(len(verdicts), self._drafting, gained, now - self._began, self._lane)
         self._round.accepted += sum(
