@@ -553,6 +553,17 @@ def test_auto_asks_kangaroo_only_where_its_tokens_may_pay(
     assert ("kangaroo" in engine.take_stats().drafted_by) is asked
 
 
+def test_auto_learns_prices_from_steps_without_prompts(folder: Path) -> None:
+    engine = _engine(folder, _draft("auto", folder), rows=1)
+    drafter = engine._lanes[0]._drafter
+    assert isinstance(drafter, AutoDrafter)
+    before = drafter._costs
+    engine.generate([list(range(3, 50))], SamplingParams(max_tokens=1))
+    assert drafter._costs == before
+    engine.generate([list(range(3, 12))], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert drafter._costs != before
+
+
 def test_retrieval_copies_from_other_texts() -> None:
     store = Store(limit=100)
     store.add([7, 1, 2, 3, 4, 5])

@@ -154,17 +154,14 @@ class Lane:
 
     def _hidden(self, chunks: Seq[Chunk], batch: TokenBatch, states: States | None) -> torch.Tensor:
         """States [R, d] after the last layer of the batch's outputs; `states` is where a drafter already is."""
-        decoder, first = self._decoder, 0
+        decoder = self._decoder
         if states is None:
-            x = decoder.embed(batch)
-        else:
-            at = [
-                states.rows[chunk.sequence, place]
-                for chunk in chunks
-                for place in range(chunk.start, chunk.stop)
-            ]
-            x, first = states.x[at], states.layer
-        return decoder.run_layers(x, batch, self._cache, first, len(decoder.layers))[batch.outputs]
+            return decoder.hidden(batch, self._cache)
+        at = [
+            states.rows[chunk.sequence, place] for chunk in chunks for place in range(chunk.start, chunk.stop)
+        ]
+        x = decoder.run_layers(states.x[at], batch, self._cache, states.layer, len(decoder.layers))
+        return x[batch.outputs]
 
     def _fit(self, rows: Seq[Sequence], room: int) -> None:
         """Cut the longest drafts, to the tokens that a forward may hold beside the plan's own."""

@@ -90,7 +90,7 @@ def best_rows(decoder: Decoder, threads: int) -> int:
 
 
 def _step_seconds(decoder: Decoder, rows: int) -> float:
-    """Fastest of three decode steps of `rows` rows at one key block."""
+    """Fastest of three greedy decode steps of `rows` rows at one key block."""
     cache = decoder.new_cache()
     cache.resize(rows, decoder.ops.slot_length(KEY_BLOCK))
     index = torch.arange(rows, device=decoder.device)

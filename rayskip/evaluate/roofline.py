@@ -1,8 +1,8 @@
 """What the machine allows: the matrix products of a decode step at the rate measured for them, and the keys and
 values that it reads at the measured bandwidth of memory.
 
-The rest (attention's arithmetic, bookkeeping) is counted as free, and the two as one after the other. Does not know
-how an engine shares out its work: everything runs on all threads.
+The rest is counted as free (where layers run together, all but attention to earlier positions is in their time),
+and the two as one after the other. Does not know how an engine shares out its work: everything runs on all threads.
 """
 
 from __future__ import annotations
@@ -46,19 +46,18 @@ def measure_roofline(decoder: Decoder, rows: int, greedy: bool) -> Roofline:
     """Medians of several measurements, on as many threads as torch has here.
 
     greedy: the highest logits are enough, which takes less than all of them (see Decoder.scores).
-    The layers' products are timed one by one, and in a run of the layers over tokens that attend to themselves
-    alone, which on CPU is one call: with few rows it takes less, although norms and gates are in it.
+    The layers' products are timed one by one, and on CPU, where the layers may be one call, in a run of the layers
+    over tokens that attend to themselves alone: with few rows it takes less, although norms and gates are in it.
     """
     layers = [linear for layer in decoder.layers for linear in layer.linears]
     inputs = {
         width: torch.randn(rows, width, device=decoder.device).to(decoder.dtype)  # [rows, width]
         for width in {linear.in_features for linear in layers}
     }
-    index = torch.arange(rows, device=decoder.device)
-    first = torch.zeros_like(index)
-    batch = TokenBatch(first, first, index, [Group(0, 1, index, key_blocks(1))], index)
+    first = torch.zeros(rows, dtype=torch.long, device=decoder.device)
+    batch = TokenBatch(first, first, first, [Group(0, 1, first, key_blocks(1))], first)
     cache = decoder.new_cache()
-    cache.resize(rows, decoder.ops.slot_length(1))
+    cache.resize(1, decoder.ops.slot_length(1))
     states = inputs[decoder.spec.hidden]
     full = [] if greedy else range(rows)
 
@@ -67,16 +66,19 @@ def measure_roofline(decoder: Decoder, rows: int, greedy: bool) -> Roofline:
             y = linear(inputs[linear.in_features])
         return y
 
+    def layers_together() -> Tensor:
+        return decoder.run_layers(states.clone(), batch, cache, 0, len(decoder.layers))
+
     parts = (
-        products,
-        lambda: decoder.run_layers(states.clone(), batch, cache, 0, len(decoder.layers)),
         lambda: decoder.scores(states, full).best,
+        products,
+        *((layers_together,) if decoder.device.type == "cpu" else ()),
     )
     with torch.inference_mode(), decoder.threads(torch.get_num_threads()):
         # in turns, so that a product finds its weights where a step does: not in a cache
         rounds = [[_seconds(part) for part in parts] for _ in range(REPEATS)]
-    one_by_one, together, head_s = (median(own) for own in zip(*rounds, strict=True))
-    return Roofline(rows, min(one_by_one, together), head_s, read_bandwidth(decoder.device))
+    head_s, *layers_s = (median(own) for own in zip(*rounds, strict=True))
+    return Roofline(rows, min(layers_s), head_s, read_bandwidth(decoder.device))
 
 
 def _seconds(run: Callable[[], Tensor]) -> float:

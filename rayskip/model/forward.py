@@ -108,13 +108,9 @@ class Decoder:
         return KVCache(self.spec, len(self.layers) + extra_layers, self.dtype, self.device)
 
     @torch.inference_mode()
-    def forward(self, batch: TokenBatch, cache: KVCache) -> Tensor:
-        """Run every layer on its active tokens, write their keys and values into `cache`, return logits [R, V]."""
-        return self.logits(self.hidden(batch, cache))
-
-    @torch.inference_mode()
     def hidden(self, batch: TokenBatch, cache: KVCache) -> Tensor:
-        """`forward` up to the head: the outputs' states after the last layer, [R, d]."""
+        """Run every layer on its active tokens and write their keys and values into `cache`; the outputs' states
+        after the last layer, [R, d]."""
         return self.run_layers(self.embed(batch), batch, cache, 0, len(self.layers))[batch.outputs]
 
     def embed(self, batch: TokenBatch) -> Tensor:
@@ -154,10 +150,12 @@ class Decoder:
             x[: len(branch)] += branch
         return x
 
+    @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Logits [R, V] of states [R, d] after the last layer."""
         return self._logits(self._normed(x))
 
+    @torch.inference_mode()
     def scores(self, x: Tensor, full: Seq[int]) -> Scores:
         """The highest logit of states [R, d] after the last layer, and all logits of the rows `full` at least."""
         if self._screen is None or len(full) == len(x):
@@ -179,7 +177,7 @@ class Decoder:
         return best, at
 
     def _normed(self, x: Tensor) -> Tensor:
-        return self.ops.add_normalise(x, None, self.weights.final_norm)
+        return self.ops.add_normalise(x.contiguous(), None, self.weights.final_norm)
 
     def _logits(self, normed: Tensor) -> Tensor:
         logits = self.head(normed)

@@ -26,7 +26,8 @@ MARGIN = 8
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds of a forward over so many tokens: `seconds[i]` for `tokens[i]`, both ascending; linear in between."""
+    """Seconds of a greedy forward over so many tokens: `seconds[i]` for `tokens[i]`, both ascending; linear in
+    between. Rows that need all their logits cost more."""
 
     tokens: tuple[int, ...]
     seconds: tuple[float, ...]

@@ -68,12 +68,11 @@ class DraftModelDrafter(Drafter):
         """Run the chunks, and propose what follows each; the chunks that run it."""
         ordered = sorted(chunks, key=group_key)
         batch = token_batch(ordered, self._full, self._model.device)
-        tokens = self._model.scores(self._model.hidden(batch, self._cache), []).at.tolist()
+        logits = self._model.logits(self._model.hidden(batch, self._cache))
+        tokens = logits[:, : self._vocab].argmax(-1).tolist()
         further = []
         for chunk, token in zip([chunk for chunk in ordered if chunk.last], tokens, strict=True):
             row = chunk.sequence
-            if token >= self._vocab:
-                continue  # padding of its own embeddings
             row.draft.add(len(row.draft) - 1 if len(row.draft) else NEWEST, token, DRAFT_MODEL)
             if len(row.draft) < min(self._config.tokens, row.draft_room):
                 place = row.length + len(row.draft) - 1
