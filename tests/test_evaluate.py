@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from rayskip.errors import ConfigError, InputError
 from rayskip.evaluate.bench import run_bench
 from rayskip.evaluate.peer_process import PeerArguments, running_peer
 from rayskip.evaluate.roofline import Roofline, measure_roofline
-from rayskip.evaluate.spec_bench import TASKS, format_scores, run_spec_bench
+from rayskip.evaluate.spec_bench import TASKS, error_of_ratio, format_scores, run_spec_bench
 from rayskip.evaluate.timing import format_timings
 from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
@@ -220,6 +222,33 @@ def test_spec_bench_scores_every_subtask(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "spec_bench.html").read_text()
     assert "speedup.png" in page
     assert (tmp_path / "out" / "acceptance.png").stat().st_size > 0
+
+
+def test_a_spec_bench_that_is_stopped_has_had_of_every_subtask_alike(tmp_path: Path) -> None:
+    questions = tmp_path / "question.jsonl"
+    rows = [{"category": task, "turns": [f"Say {n} of {task}."]} for task in TASKS[1:] for n in range(3)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def stop_after_two(line: str) -> None:
+        if "question 3 of 3" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_spec_bench(_spec_bench(questions, batch_rows=[1]), stop_after_two)
+    saved = json.loads((tmp_path / "out" / "spec_bench.json").read_text())
+    assert {(score["task"], score["answers"]) for score in saved} == {
+        *((task, 2) for task in TASKS[1:]),
+        ("overall", 10),
+    }
+
+
+def test_the_error_of_a_speedup_is_the_jackknife_s() -> None:
+    chance = random.Random(0)
+    base = [chance.uniform(80, 90) for _ in range(200)]
+    drafted = [rate * chance.gauss(1.3, 0.2) for rate in base]
+    ratios = [(sum(drafted) - mine) / (sum(base) - other) for mine, other in zip(drafted, base, strict=True)]
+    jackknife = (statistics.pvariance(ratios) * (len(base) - 1)) ** 0.5
+    assert error_of_ratio(drafted, base) == pytest.approx(jackknife, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,22 @@
 Six subtasks, MT-Bench's questions in two turns, greedy, one row at a time, prefill included in the time. The
 speed-up is the mean over questions of tokens per second over the same mean without a drafter; mean accepted tokens
 are per verification, 1 without a drafter. Drafters take turns at every question, so that drift of the machine's
-speed hits all. The same with more rows at once, which Spec-Bench lacks: all questions of a subtask together.
+speed hits all, and subtasks too: what is stopped has had equally many questions of each, drawn at random. The same
+with more rows at once, which Spec-Bench lacks: all questions of a subtask together.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
+from math import sqrt
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from rayskip.config import EngineConfig
 from rayskip.engine import Engine
@@ -36,17 +39,20 @@ Chat = list[dict[str, str]]
 class Score:
     """A drafter on a subtask ("overall": on all), at one batch size.
 
-    tok_s: mean over questions and rounds, or over rounds where questions run together. speedup: over the first
-    drafter's, None where that does not run. identical: share of the answers, token by token, that are the first
-    drafter's at the first batch size. prompt_share: of the time, what steps with prompt tokens took; at
-    one row no drafter makes them faster.
+    answers: that were timed. tok_s: mean over questions and rounds, or over rounds where questions run together.
+    speedup: over the first drafter's, and speedup_error, its standard error; None where that does not run, or
+    from one figure alone. identical: share of the answers, token by token, that are the first drafter's at the
+    first batch size. prompt_share: of the time, what steps with prompt tokens took; at one row no drafter makes
+    them faster.
     """
 
     drafter: str
     batch_rows: int
     task: str
+    answers: int
     tok_s: float
     speedup: float | None
+    speedup_error: float | None
     mean_accepted: float
     drafted: int
     accepted: int
@@ -63,12 +69,12 @@ class _Tally:
 
 
 def run_spec_bench(config: SpecBenchConfig, say: Callable[[str], None] = lambda line: None) -> list[Score]:
-    """Run everything; writes spec_bench.json, after every subtask, then spec_bench.html and its two plots. `say` is
-    told what is done."""
+    """Run everything; writes spec_bench.json, over and over, then spec_bench.html and its two plots. `say` is told
+    what is done."""
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
     questions = _questions(config)
-    say(f"loading {config.model.path}; what is done is told subtask by subtask")
+    say(f"loading {config.model.path}")
     loaded = Engine.load(config.model, EngineConfig(max_batch_rows=1))
     first = config.drafters[0].name
     done: list[Score] = []
@@ -82,12 +88,12 @@ def run_spec_bench(config: SpecBenchConfig, say: Callable[[str], None] = lambda 
             # new engines each time: drafters learn from what they have seen, and must not see a question twice
             _warm_up(config, questions, [_engine(loaded, sizes, drafter) for drafter in drafters])
             engines = [_engine(loaded, sizes, drafter) for drafter in drafters]
-            for task, of_task in questions.items():
-                for together in [[one] for one in of_task] if rows == 1 else [of_task]:
+            for what, portions in _stages(questions, rows):
+                for task, together in portions:
                     turn = turn[1:] + turn[:1]  # none is always the first to meet a question
                     for index in turn:
                         _run(config, engines[index], together, tallies[drafters[index].name, task])
-                say(f"batch {rows}, round {round_index + 1} of {config.rounds}: {task}")
+                say(f"batch {rows}, round {round_index + 1} of {config.rounds}: {what}")
                 ran = {at: tally for at, tally in tallies.items() if tally.rates}
                 answers = expected or {at: ran[name, at].answers for name, at in ran if name == first}
                 scores = done + _scores(rows, first, ran, answers)
@@ -98,13 +104,16 @@ def run_spec_bench(config: SpecBenchConfig, say: Callable[[str], None] = lambda 
 
 
 def format_scores(scores: Sequence[Score]) -> str:
-    """Tables for a terminal: speed-up and, in brackets, mean accepted tokens."""
+    """Tables for a terminal: speed-up and, in brackets, mean accepted tokens; of all, the speed-up's standard error
+    too."""
     lines = []
     for rows in dict.fromkeys(score.batch_rows for score in scores):
         own = [score for score in scores if score.batch_rows == rows]
         tasks = list(dict.fromkeys(score.task for score in own))
         lines.append(
-            f"batch {rows:<12}" + "".join(f"{task:>16}" for task in tasks) + f"{'tok/s':>8}{'same':>6}"
+            f"batch {rows:<12}"
+            + "".join(f"{task:>16}" for task in tasks)
+            + f"{'error':>7}{'tok/s':>8}{'same':>6}"
         )
         for name in dict.fromkeys(score.drafter for score in own):
             by_task = {score.task: score for score in own if score.drafter == name}
@@ -116,7 +125,7 @@ def format_scores(scores: Sequence[Score]) -> str:
             lines.append(
                 f"{name:<18}"
                 + "".join(f"{cell:>16}" for cell in cells)
-                + f"{overall.tok_s:>8.0f}{overall.identical:>6.0%}"
+                + f"{or_dash(overall.speedup_error, '.2f'):>7}{overall.tok_s:>8.0f}{overall.identical:>6.0%}"
             )
     return "\n".join(lines)
 
@@ -138,9 +147,25 @@ def _questions(config: SpecBenchConfig) -> dict[str, list[list[str]]]:
 
 
 def _spread(questions: list[list[str]], count: int) -> list[list[str]]:
-    """`count` of them, evenly spread: MT-Bench's eight categories stand one after the other."""
+    """`count` of them, evenly spread, since MT-Bench's eight categories stand one after the other; in a random
+    order, the same in every run."""
     count = min(count, len(questions))
-    return [questions[at * len(questions) // count] for at in range(count)]
+    spread = [questions[at * len(questions) // count] for at in range(count)]
+    random.Random(0).shuffle(spread)
+    return spread
+
+
+def _stages(
+    questions: Mapping[str, list[list[str]]], rows: int
+) -> Iterator[tuple[str, list[tuple[str, list[list[str]]]]]]:
+    """What is run before the next report, and its (subtask, questions that run together)."""
+    if rows > 1:
+        yield from ((task, [(task, of_task)]) for task, of_task in questions.items())
+        return
+    most = max(map(len, questions.values()))
+    for at in range(most):
+        portions = [(task, [of_task[at]]) for task, of_task in questions.items() if at < len(of_task)]
+        yield f"question {at + 1} of {most} of every subtask", portions
 
 
 def _engine(loaded: Engine, sizes: EngineConfig, drafter: SpecBenchDrafter) -> Engine:
@@ -205,10 +230,8 @@ def _score(
             at: tally for (own, at), tally in tallies.items() if own == drafter and task in (at, "overall")
         }
 
-    def rate(some: Mapping[str, _Tally]) -> float:
-        return mean(rate for tally in some.values() for rate in tally.rates)
-
     own, base = of(name), of(first)
+    rates, base_rates = ([rate for tally in some.values() for rate in tally.rates] for some in (own, base))
     stats = sum((tally.stats for tally in own.values()), Stats())
     pairs = [
         (mine, wanted)
@@ -219,8 +242,10 @@ def _score(
         drafter=name,
         batch_rows=rows,
         task=task,
-        tok_s=rate(own),
-        speedup=rate(own) / rate(base) if base else None,
+        answers=sum(len(tally.answers) for tally in own.values()),
+        tok_s=mean(rates),
+        speedup=mean(rates) / mean(base_rates) if base else None,
+        speedup_error=error_of_ratio(rates, base_rates) if len(base_rates) > 1 else None,
         mean_accepted=stats.mean_accepted or 1.0,
         drafted=stats.drafted,
         accepted=stats.accepted,
@@ -228,6 +253,13 @@ def _score(
         identical=mean(mine == wanted for mine, wanted in pairs),
         prompt_share=stats.seconds["prefill"] / sum(stats.seconds.values()),
     )
+
+
+def error_of_ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """Standard error of the ratio of two means over the same questions, to first order."""
+    ratio = mean(over) / mean(under)
+    left = [mine - ratio * base for mine, base in zip(over, under, strict=True)]
+    return stdev(left) / sqrt(len(left)) / mean(under)
 
 
 def _save(scores: Sequence[Score], output: Path) -> None:
