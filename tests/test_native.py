@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qw
 
 from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.kv_cache import KVCache, Panels
 from rayskip.model.native import kernels as native
 from rayskip.model.native.ops import highest, native_ops
 from rayskip.model.native.product import Screen, native_product, rough_product, screen
@@ -46,6 +46,14 @@ def _both(spec: Spec, dtype: torch.dtype) -> tuple[Ops, Ops]:
     return fast, Ops(spec)
 
 
+def _fill(cache: KVCache, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Keys and values [Hkv, T, D] become a slot's first T positions."""
+    positions = torch.arange(keys.shape[1])
+    cache.write(
+        layer, torch.full_like(positions, slot), positions, keys.transpose(0, 1), values.transpose(0, 1)
+    )
+
+
 def _assert_close(found: torch.Tensor, expected: torch.Tensor) -> None:
     tolerance = TOLERANCE[found.dtype]
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
@@ -76,13 +84,14 @@ def test_attention(
 
     results = []
     for ops in _both(spec, dtype):
-        cache = KVCache(spec, 2, dtype, CPU)
+        cache = KVCache(spec, 2, dtype, CPU, ops.panels)
         cache.resize(4, 128)
-        cache.keys[1], cache.values[1] = stored[0], stored[1]
+        for slot in range(4):
+            _fill(cache, 1, slot, *stored[:, slot])
         q, k, v = torch.split(packed.clone(), [heads, kv_heads, kv_heads], dim=1)
         out = ops.attention(q, k, v, rope, 1, window, batch, cache)
         assert not cache.keys[0].any()
-        results.append((out, cache.keys[1], cache.values[1]))
+        results.append((out, *cache.read(1, torch.arange(4), 128)))
 
     for found, expected in zip(*results, strict=True):
         _assert_close(found, expected)
@@ -124,11 +133,11 @@ def test_tokens_of_a_row_attend_to_the_same_bits_together_and_one_by_one(
     packed = torch.randn(
         len(slots), heads + 2 * kv_heads, dim, generator=torch.Generator().manual_seed(0)
     ).to(dtype)
-    cache = KVCache(ops.spec, 1, dtype, CPU)
+    cache = KVCache(ops.spec, 1, dtype, CPU, ops.panels)
     cache.resize(3, 192)
-    cache.keys[0, :, :, :100], cache.values[0, :, :, :100] = torch.randn(
-        2, 3, kv_heads, 100, dim, generator=torch.Generator().manual_seed(1)
-    ).to(dtype)
+    stored = torch.randn(2, 3, kv_heads, 100, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for slot in range(3):
+        _fill(cache, 0, slot, *stored[:, slot])
     place, row = torch.tensor(positions), torch.tensor(slots)
 
     def attend(first: int, last: int) -> torch.Tensor:
@@ -186,16 +195,55 @@ def test_likeliest(width: int, count: int, dtype: torch.dtype) -> None:
         assert places[1].tolist() == list(range(count))
 
 
-def test_a_broken_row_leaves_nothing_behind_when_the_cache_is_resized() -> None:
-    cache = KVCache(_spec(), 2, torch.bfloat16, CPU)
+LAYOUTS = [None, Panels(1, 1), Panels(32, 2), Panels(16, 1)]
+
+
+@pytest.mark.parametrize("panels", LAYOUTS)
+def test_a_broken_row_leaves_nothing_behind_when_the_cache_is_resized(panels: Panels | None) -> None:
+    cache = KVCache(_spec(), 2, torch.bfloat16, CPU, panels)
     cache.resize(2, 256)
-    cache.keys[:, 0, :, :9] = 3.0
-    cache.keys[:, 1, :, :100] = torch.nan
+    for layer in range(2):
+        _fill(cache, layer, 0, *torch.full((2, 1, 9, 64), 3.0, dtype=torch.bfloat16))
+        _fill(cache, layer, 1, *torch.full((2, 1, 100, 64), torch.nan, dtype=torch.bfloat16))
     cache.resize(4, 128, [1, 0])
-    assert (cache.keys[:, 1, :, :9] == 3.0).all()
+    assert (cache.slots, cache.length) == (4, 128)
+    for layer in range(2):
+        keys, values = cache.read(layer, torch.tensor([1]), 64)
+        assert (keys[:, :, :9] == 3.0).all()
+        assert (values[:, :, :9] == 3.0).all()
     cache.clear(0)
     assert cache.keys.isfinite().all()
+    assert cache.values.isfinite().all()
     assert cache.keys.data_ptr() % 64 == cache.values.data_ptr() % 64 == 0
+
+
+@pytest.mark.parametrize("panels", LAYOUTS[1:])
+def test_positions_are_where_they_are_asked_for_however_they_lie(panels: Panels) -> None:
+    """Reads, moves, copies and clearing give what a cache without panels gives."""
+    spec, generator = _spec(6, 3, 16), torch.Generator().manual_seed(0)
+    stored = torch.randn(2, 2, 3, 100, 16, generator=generator)
+    found = []
+    for own in (None, panels):
+        cache = KVCache(spec, 2, torch.float32, CPU, own)
+        cache.resize(3, 128)
+        for layer in range(2):
+            _fill(cache, layer, 2, *stored[layer])
+        cache.move(2, [70, 71, 75], 68)
+        cache.copy(2, 0, 64)
+        cache.clear(2, 90)
+        places = torch.tensor([[3, 68, 69, 70], [1, 0, 63, 40]])
+        found.append(
+            [
+                part
+                for layer in range(2)
+                for part in (
+                    *cache.read(layer, torch.tensor([2, 0, 1]), 128),
+                    *cache.read_places(layer, torch.tensor([2, 0]), places),
+                )
+            ]
+        )
+    for mine, own in zip(found[1], found[0], strict=True):
+        assert torch.equal(mine, own)
 
 
 @needs_kernels

@@ -105,7 +105,7 @@ class Decoder:
 
     def new_cache(self, extra_layers: int = 0) -> KVCache:
         """An empty cache; extra_layers: more layers than the model has, for what a drafter keeps."""
-        return KVCache(self.spec, len(self.layers) + extra_layers, self.dtype, self.device)
+        return KVCache(self.spec, len(self.layers) + extra_layers, self.dtype, self.device, self.ops.panels)
 
     @torch.inference_mode()
     def hidden(self, batch: TokenBatch, cache: KVCache) -> Tensor:

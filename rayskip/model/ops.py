@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayskip.model.kv_cache import KVCache, key_blocks
+from rayskip.model.kv_cache import KVCache, Panels, key_blocks
 from rayskip.model.spec import Activation, Norm, Rope, Spec
 
 Made = TypeVar("Made")
@@ -106,6 +106,8 @@ class Ops:
     a token's own elements are contiguous."""
 
     name = "torch"
+    panels: Panels | None = None
+    """How the cache is laid out for `attention`."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec

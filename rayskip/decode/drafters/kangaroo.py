@@ -25,6 +25,9 @@ from rayskip.skip import FOREVER, SkipPolicy, full_depth
 
 KANGAROO = "kangaroo"
 """What its drafts are counted as."""
+LEAST_LEAF = 0.05
+"""Chance below which a leaf of the tree costs more to verify than it saves (measured on two cores: a token more is
+some 3% of a round)."""
 
 
 class KangarooDrafter(Drafter):
@@ -80,7 +83,8 @@ class KangarooDrafter(Drafter):
         for (row, (node, chance)), own, sure in zip(going.items(), tokens, confidences, strict=True):
             for rank, (token, confidence) in enumerate(zip(own, sure, strict=True)):
                 known, place = row.draft.child(node, token), row.length + len(row.draft)
-                if known is None and (chance * confidence < least or not row.draft_places):
+                needed = max(least, LEAST_LEAF) if rank else least
+                if known is None and (chance * confidence < needed or not row.draft_places):
                     continue
                 child = row.draft.add(node, token, KANGAROO)
                 if known is None:

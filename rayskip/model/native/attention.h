@@ -36,10 +36,12 @@ void rotate_and_store(const Shape *shape, element *q, element *k, const element 
             for (int64_t head = 0; head < shape->kv_heads; head++)
                 rotate(k_row + head * dim, k_row + head * dim, cosine, sine, turned);
         }
+        const element *v_row = v + token * stride[2];
+        const int64_t place = step->places[token];
         for (int64_t head = 0; head < shape->kv_heads; head++) {
-            int64_t place = ((step->slots[token] * shape->kv_heads + head) * shape->length + step->places[token]) * dim;
-            memcpy(keys + place, k_row + head * dim, dim * sizeof *keys);
-            memcpy(values + place, v + token * stride[2] + head * dim, dim * sizeof *values);
+            const int64_t begin = (step->slots[token] * shape->kv_heads + head) * shape->length * dim;
+            copy_key(k_row + head * dim, DEPTH, keys + begin + key_at(place, dim), COLUMNS * DEPTH, dim);
+            copy_value(v_row + head * dim, 1, values + begin + value_at(place, dim), DEPTH, dim);
         }
     }
 }
@@ -56,76 +58,52 @@ INLINE Path path_of(const Step *step, int64_t token) {
                   step->starts ? step->after + token * step->branch : NULL};
 }
 
-/* How many tokens from `token` on attend as one: those of its slot, in tiles of like size, enough for all workers, if
- * they are worth it. */
-INLINE int64_t tile_of(const Shape *shape, const Step *step, int64_t token, int64_t tokens, int64_t workers) {
-    int64_t run = 0;
-    if (TILE == 1 || (shape->dim != 64 && shape->dim != 128))
-        return 1;
-    while (run < 4 * TILE && token + run < tokens && step->slots[token + run] == step->slots[token] &&
-           !(shape->window && step->positions[token + run] >= shape->window))
-        run++;
-    if (run < WORTH)
-        return 1;
-    int64_t tiles = (run + TILE - 1) / TILE;
-    if (tiles < workers)
-        tiles = workers < run ? workers : run;
-    const int64_t tile = (run + tiles - 1) / tiles;
-    return tile < WORTH ? 1 : tile;
+/* Query heads of one key-value head that attend together. */
+INLINE int64_t heads_of(const Shape *shape) {
+    const int64_t shared = shape->heads / shape->kv_heads, most = ROWS < 4 ? ROWS : 4;
+    return shared < most ? shared : most;
 }
 
-/* `attend_shared` for several tokens of one slot. */
-static void attend_together(const Shape *shape, const Step *step, int64_t token, int64_t tokens, const element *q,
-                            int64_t stride, const element *keys, const element *values, float *scores, element *out) {
-#ifdef PAIRS
-    const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
-    Path paths[TILE];
-    for (int64_t i = 0; i < tokens; i++)
-        paths[i] = path_of(step, token + i);
-    for (int64_t head = 0; head < shared; head += 4, q += 4 * dim, out += 4 * dim) {
-        const int64_t count = shared - head < 4 ? shared - head : 4;
-#define OF(heads, width) \
-    case heads * 1000 + width: \
-        attend_tile(shape, q, stride, keys, values, paths, tokens, scores, out, heads, width); \
-        break;
-        switch (count * 1000 + dim) {
-            OF(1, 64) OF(2, 64) OF(3, 64) OF(4, 64) OF(1, 128) OF(2, 128) OF(3, 128) OF(4, 128)
-        }
-#undef OF
-    }
-#else
-    for (int64_t i = 0; i < tokens; i++) {
-        const Path path = path_of(step, token + i);
-        attend_shared(shape, q + i * stride, keys, values, &path, keys, scores, out + i * shape->heads * shape->dim);
-    }
-#endif
+/* How many tokens from `token` on attend as one: those of its slot, in tiles of like size, enough for all workers. */
+INLINE int64_t tile_of(const Shape *shape, const Step *step, int64_t token, int64_t tokens, int64_t workers) {
+    const int64_t most = ROWS / heads_of(shape);
+    int64_t run = 1;
+    if (shape->window && step->positions[token] >= shape->window)
+        return 1;
+    while (run < 4 * most && token + run < tokens && step->slots[token + run] == step->slots[token] &&
+           !(shape->window && step->positions[token + run] >= shape->window))
+        run++;
+    int64_t tiles = (run + most - 1) / most;
+    if (tiles < workers)
+        tiles = workers < run ? workers : run;
+    return (run + tiles - 1) / tiles;
 }
 
 /* Causal attention of tokens over their own slots' keys up to their own positions: q [N, H, D] with `stride` elements
- * between tokens, keys and values [slots, K, T, D] of one layer -> out [N, H, D]. D and T: multiples of LANES. Tiles
- * (see tile_of) and key-value heads are numbered; of all, those numbered `item`, `item + every`, and so on. scores:
- * room for [TILE, 4, T]. */
+ * between tokens, keys and values of one layer, [slots, K] times what heads.h has of a head -> out [N, H, D]. D: a
+ * multiple of LANES, T of COLUMNS. Tiles (see tile_of) and key-value heads are numbered; of all, those numbered `item`,
+ * `item + every`, and so on. */
 static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
-                         const element *values, float *scores, element *out, int64_t tokens, int64_t item,
-                         int64_t every) {
+                         const element *values, Room room, element *out, int64_t tokens, int64_t item, int64_t every) {
     const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads, whole = tokens * shape->kv_heads;
     int64_t number = 0;
-    for (int64_t token = 0, tile; token < tokens; token += tile) {
-        tile = tile_of(shape, step, token, tokens, every);
+    for (int64_t token = 0, size; token < tokens; token += size) {
+        Path paths[ROWS];
+        size = tile_of(shape, step, token, tokens, every);
+        for (int64_t i = 0; i < size; i++)
+            paths[i] = path_of(step, token + i);
         for (int64_t kv_head = 0; kv_head < shape->kv_heads; kv_head++) {
             if (number++ % every != item)
                 continue;
             const int64_t own = token * shape->kv_heads + kv_head, place = place_of_item(shape, step, own);
-            const element *from = q + token * stride + kv_head * shared * dim;
-            element *to = out + (token * shape->heads + kv_head * shared) * dim;
-            if (tile > 1) {
-                attend_together(shape, step, token, tile, from, stride, keys + place, values + place, scores, to);
-                continue;
-            }
             const int64_t next = own + every < whole ? own + every : own;
-            const Path path = path_of(step, token);
-            attend_shared(shape, from, keys + place, values + place, &path, keys + place_of_item(shape, step, next),
-                          scores, to);
+            for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
+                count = last - head < heads_of(shape) ? last - head : heads_of(shape);
+                const Tile tile = {shape, q + token * stride + head * dim, keys + place, values + place, paths,
+                                   out + (token * shape->heads + head) * dim, stride, shape->heads * dim, size, count,
+                                   keys + place_of_item(shape, step, next), room};
+                attend_tile(&tile);
+            }
         }
     }
 }

@@ -1,8 +1,11 @@
-/* Attention of one key-value head of one token: scores, their softmax, and the sum of values. */
+/* Attention of some tokens of one slot to the keys of one key-value head: scores, their softmax, and the sum of values.
+ * Both are products with panels, since keys and values lie in the cache as such. */
 #ifndef HEADS_H
 #define HEADS_H
 
-#include "vectors.h"
+#include <stdbool.h>
+
+#include "panels.h"
 
 typedef struct {
     int64_t heads, kv_heads, dim; /* H, K, D */
@@ -27,6 +30,26 @@ typedef struct {
 
 INLINE int64_t place_of(const Path *path, int64_t position) {
     return position < path->start || position >= path->last ? position : path->after[position - path->start];
+}
+
+/* Keys of one head: [T / COLUMNS, D / DEPTH, COLUMNS, DEPTH], panels of which a key is a column. */
+INLINE int64_t key_at(int64_t place, int64_t dim) {
+    return place / COLUMNS * COLUMNS * dim + place % COLUMNS * DEPTH;
+}
+
+/* Values of one head: [T / DEPTH, D, DEPTH], so that any COLUMNS dims are a panel of which a value is a row. */
+INLINE int64_t value_at(int64_t place, int64_t dim) { return place / DEPTH * DEPTH * dim + place % DEPTH; }
+
+/* One key from one place to another: `apart` elements from DEPTH dims to the next. */
+INLINE void copy_key(const element *from, int64_t apart, element *to, int64_t to_apart, int64_t dim) {
+    for (int64_t i = 0; i < dim; i += DEPTH, from += apart, to += to_apart)
+        memcpy(to, from, DEPTH * sizeof *to);
+}
+
+/* One value from one place to another: `apart` elements from a dim to the next. */
+INLINE void copy_value(const element *from, int64_t apart, element *to, int64_t to_apart, int64_t dim) {
+    for (int64_t i = 0; i < dim; i++)
+        to[i * to_apart] = from[i * apart];
 }
 
 /* Softmax weights in place of scores [first, last), not yet divided by their sum, which is returned. Those of keys
@@ -60,60 +83,162 @@ INLINE float weigh(float *scores, int64_t first, int64_t visible, int64_t last, 
     return sum(total);
 }
 
-#if defined(PAIRS)
-#include "heads_pairs.h"
-#elif defined(EIGHTS)
-#include "heads_eights.h"
-#else
-#include "heads_plain.h"
+/* Weights [size] as operands, in place. */
+INLINE const operand *narrow(float *weights, int64_t size) {
+#ifndef WIDENED
+    for (int64_t i = 0; i < size; i += LANES) {
+        floats wide;
+        memcpy(&wide, weights + i, sizeof wide);
+        store((element *)weights + i, wide);
+    }
 #endif
-
-INLINE void attend_heads(const Shape *shape, const element *q, const element *keys, const element *values,
-                         const Path *path, const element *soon, float *scores, element *out, const int count,
-                         const int64_t dim) {
-    const int64_t last = path->last, room = shape->length;
-    const int64_t visible = shape->window && shape->window < last ? last - shape->window : 0;
-    const int64_t first = visible / LANES * LANES;
-    int64_t straight = path->start < last ? path->start / LANES * LANES : last;
-    float totals[4];
-    straight = straight < first ? first : straight;
-    score(q, keys, scores, room, first, first, straight, NULL, values, count, dim, shape->scale);
-    score(q, keys, scores, room, first, straight, last, path, values, count, dim, shape->scale);
-    for (int head = 0; head < count; head++)
-        totals[head] = weigh(scores + head * room, first, visible, last, shape->softcap);
-    blend(scores, room, values, first, last, path, soon, totals, out, count, dim);
+    return (const operand *)weights;
 }
 
-/* The number of heads and, where it is a usual one, the dim are known to the compiler. */
-INLINE void attend_some(const Shape *shape, const element *q, const element *keys, const element *values,
-                        const Path *path, const element *soon, float *scores, element *out, const int count) {
-    if (shape->dim == 64)
-        attend_heads(shape, q, keys, values, path, soon, scores, out, count, 64);
-    else if (shape->dim == 128)
-        attend_heads(shape, q, keys, values, path, soon, scores, out, count, 128);
-    else
-        attend_heads(shape, q, keys, values, path, soon, scores, out, count, shape->dim);
+/* What a worker needs on its way through attention. scores [ROWS, T], queries [ROWS, D]; keys, values: of COLUMNS
+ * positions of a path, put together. */
+typedef struct {
+    float *scores;
+    operand *queries;
+    element *keys, *values;
+} Room;
+
+INLINE int64_t room_bytes(const Shape *shape) {
+    return ROWS * (shape->length + shape->dim) * (int64_t)sizeof(float) +
+           2 * COLUMNS * shape->dim * (int64_t)sizeof(element) + 64;
 }
 
-/* Attention of one key-value head of one token: q [G, D] -> out [G, D]. scores: room for [4, T]. soon: the keys that
- * are read next; a walk fetches what the next one reads, since the processor foresees nothing past a page. */
-static void attend_shared(const Shape *shape, const element *q, const element *keys, const element *values,
-                          const Path *path, const element *soon, float *scores, element *out) {
-    const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
-    for (int64_t head = 0; head < shared; head += 4, q += 4 * dim, out += 4 * dim)
-        switch (shared - head) {
-        case 1:
-            attend_some(shape, q, keys, values, path, soon, scores, out, 1);
-            break;
-        case 2:
-            attend_some(shape, q, keys, values, path, soon, scores, out, 2);
-            break;
-        case 3:
-            attend_some(shape, q, keys, values, path, soon, scores, out, 3);
-            break;
-        default:
-            attend_some(shape, q, keys, values, path, soon, scores, out, 4);
+/* at: 64 bytes aligned. */
+INLINE Room room_at(const Shape *shape, char *at) {
+    Room room = {.scores = (float *)at};
+    room.queries = (operand *)(room.scores + ROWS * shape->length);
+    room.keys = (element *)(room.queries + ROWS * shape->dim);
+    room.values = room.keys + COLUMNS * shape->dim;
+    return room;
+}
+
+/* Tokens that attend together: q, out [tokens, heads, dim], `stride` and `width` elements from one to the next. */
+typedef struct {
+    const Shape *shape;
+    const element *q, *keys, *values;
+    const Path *paths;
+    element *out;
+    int64_t stride, width, tokens, heads;
+    const element *soon; /* the keys that are read next */
+    Room room;
+} Tile;
+
+/* Whether a key of [block, block + COLUMNS) that a token sees lies elsewhere than at its position. */
+INLINE bool strays(const Path *path, int64_t block) {
+    const int64_t last = block + COLUMNS < path->last ? block + COLUMNS : path->last;
+    for (int64_t at = path->start > block ? path->start : block; at < last; at++)
+        if (place_of(path, at) != at)
+            return true;
+    return false;
+}
+
+/* The panel of keys [block, block + COLUMNS), as a path has them. */
+static const element *keys_along(const Tile *tile, const Path *path, int64_t block) {
+    const int64_t dim = tile->shape->dim;
+    const element *panel = tile->keys + block * dim;
+    if (!strays(path, block))
+        return panel;
+    memcpy(tile->room.keys, panel, COLUMNS * dim * sizeof *panel);
+    for (int64_t at = 0; at < COLUMNS; at++)
+        if (place_of(path, block + at) != block + at)
+            copy_key(tile->keys + key_at(place_of(path, block + at), dim), COLUMNS * DEPTH,
+                     tile->room.keys + key_at(at, dim), COLUMNS * DEPTH, dim);
+    return tile->room.keys;
+}
+
+/* Their values. */
+static const element *values_along(const Tile *tile, const Path *path, int64_t block) {
+    const int64_t dim = tile->shape->dim;
+    const element *panel = tile->values + block * dim;
+    if (!strays(path, block))
+        return panel;
+    memcpy(tile->room.values, panel, COLUMNS * dim * sizeof *panel);
+    for (int64_t at = 0; at < COLUMNS; at++)
+        if (place_of(path, block + at) != block + at)
+            copy_value(tile->values + value_at(place_of(path, block + at), dim), DEPTH,
+                       tile->room.values + value_at(at, dim), DEPTH, dim);
+    return tile->room.values;
+}
+
+/* Scores of `rows` queries with the keys [block, block + COLUMNS), from a panel -> scores [rows, T]. */
+static void score(const Tile *tile, const operand *queries, const element *panel, int64_t block, float *scores,
+                  int64_t rows) {
+    const int64_t dim = tile->shape->dim;
+    floats sums[ROWS][2] = {0};
+    const Rows from = {queries, dim, dim, panel, COLUMNS * DEPTH, tile->values + block * dim, COLUMNS * DEPTH};
+    add_products(&from, sums, rows);
+    for (int64_t row = 0; row < rows; row++, scores += tile->shape->length)
+        for (int half = 0; half < 2; half++) {
+            const floats scaled = sums[row][half] * tile->shape->scale;
+            memcpy(scores + half * LANES, &scaled, sizeof scaled);
         }
+}
+
+/* sums [rows, halves] += weights [rows, T] of the keys [first, last) times COLUMNS dims of their values. */
+static void mix(const Tile *tile, const float *weights, int64_t first, int64_t last, const element *values,
+                floats (*sums)[2], int64_t rows) {
+    const int64_t dim = tile->shape->dim, per_float = sizeof(float) / sizeof(operand);
+    const Rows from = {(const operand *)weights, tile->shape->length * per_float, last - first, values, dim * DEPTH,
+                       tile->soon, COLUMNS * DEPTH};
+    add_products(&from, sums, rows);
+}
+
+/* out = attention of the tile's tokens. Where keys of a path lie elsewhere than at their positions, their panel
+ * is put together; those that all tokens see are read for all at once. With a window, there is one token. */
+static void attend_tile(const Tile *tile) {
+    const Shape *shape = tile->shape;
+    const Path *paths = tile->paths;
+    const int64_t dim = shape->dim, heads = tile->heads, tokens = tile->tokens, rows = tokens * heads;
+    const int64_t parts = (dim + COLUMNS - 1) / COLUMNS, length = shape->length;
+    const int64_t visible = shape->window && shape->window < paths->last ? paths->last - shape->window : 0;
+    const int64_t first = visible / COLUMNS * COLUMNS;
+    operand *queries = tile->room.queries;
+    float *scores = tile->room.scores, totals[ROWS];
+    int64_t common = INT64_MAX; /* keys before it all see, at their positions */
+    for (int64_t token = 0; token < tokens; token++) {
+        const int64_t straight = paths[token].start < paths[token].last ? paths[token].start : paths[token].last;
+        common = straight / COLUMNS * COLUMNS < common ? straight / COLUMNS * COLUMNS : common;
+        copy_operands(tile->q + token * tile->stride, queries + token * heads * dim, heads * dim);
+    }
+    common = common < first ? first : common;
+    for (int64_t block = first; block < common; block += COLUMNS)
+        score(tile, queries, tile->keys + block * dim, block, scores + block - first, rows);
+
+    floats sums[parts][ROWS][2];
+    memset(sums, 0, sizeof sums);
+    for (int64_t token = 0; token < tokens; token++) {
+        const Path *path = paths + token;
+        float *own = scores + token * heads * length;
+        for (int64_t block = common; block < path->last; block += COLUMNS)
+            score(tile, queries + token * heads * dim, keys_along(tile, path, block), block, own + block - first, heads);
+        for (int64_t head = 0; head < heads; head++) {
+            totals[token * heads + head] = weigh(own + head * length, first, visible, path->last, shape->softcap);
+            narrow(own + head * length, path->last - first);
+        }
+    }
+    Tile soon = *tile;
+    for (int64_t part = 0; part < parts; part++, soon.soon += (common - first) * COLUMNS)
+        mix(&soon, scores, first, common, tile->values + first * dim + part * COLUMNS * DEPTH, sums[part], rows);
+    for (int64_t token = 0; token < tokens; token++) {
+        const Path *path = paths + token;
+        const int64_t row = token * heads;
+        const operand *weights = (const operand *)(scores + row * length) + common - first;
+        for (int64_t block = common; block < path->last; block += COLUMNS, weights += COLUMNS) {
+            const int64_t last = block + COLUMNS < path->last ? block + COLUMNS : path->last;
+            const element *values = values_along(tile, path, block);
+            for (int64_t part = 0; part < parts; part++)
+                mix(tile, (const float *)weights, block, last, values + part * COLUMNS * DEPTH, sums[part] + row, heads);
+        }
+        for (int64_t head = 0; head < heads; head++)
+            for (int64_t i = 0; i < dim; i += LANES)
+                store(tile->out + token * tile->width + head * dim + i,
+                      sums[i / COLUMNS][row + head][i / LANES % 2] / totals[row + head]);
+    }
 }
 
 #endif

@@ -17,6 +17,8 @@
 #include "attention.h"
 #include "vectors.h"
 
+static int64_t to_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 /* x [rows, width] += branch (NULL: nothing), rounded; out = RMSNorm(x) * weight. width: a multiple of LANES. */
 void add_rms_norm(element *x, const element *branch, const element *weight, element *out, int64_t rows,
                   int64_t width, float eps) {
@@ -115,24 +117,24 @@ void highest(const element *logits, int64_t rows, int64_t width, int64_t *places
 /* Attention of all heads of all tokens, see attend_items. Returns 0, or 1 when memory is out. */
 int attend(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
            const element *values, element *out, int64_t tokens) {
-    float *scores = aligned_alloc(64, TILE * 4 * shape->length * sizeof *scores);
-    if (!scores)
+    char *room = aligned_alloc(64, to_lines(room_bytes(shape)));
+    if (!room)
         return 1;
-    attend_items(shape, step, q, stride, keys, values, scores, out, tokens, 0, 1);
-    free(scores);
+    attend_items(shape, step, q, stride, keys, values, room_at(shape, room), out, tokens, 0, 1);
+    free(room);
     return 0;
 }
 
-#ifdef PRODUCTS
-#include "screen.h"
-#else
-#define COLUMNS 0
-#endif
-
-/* Columns of a panel of packed weights; 0: there are no products. */
+/* Of the panels of weights, keys and values. */
 int64_t panel_columns(void) { return COLUMNS; }
+int64_t panel_depth(void) { return DEPTH; }
 
-#ifdef PRODUCTS
+#ifndef PRODUCTS
+int has_products(void) { return 0; }
+#else
+#include "screen.h"
+
+int has_products(void) { return 1; }
 
 typedef struct {
     const Product *product;
@@ -141,8 +143,6 @@ typedef struct {
     int64_t rows;
     char *room; /* for the operands of each worker */
 } ProductTask;
-
-static int64_t to_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static void work_on_product(void *argument, Team *team, int worker) {
     const ProductTask *task = argument;
@@ -222,7 +222,7 @@ typedef struct {
 } Layer;
 
 /* Layers [first, last) over N tokens: x [N, d], of which a layer runs the first `active` (NULL: all). keys, values
- * [layers, slots, K, T, D]. */
+ * [layers, slots, K] times what heads.h has of a head. */
 typedef struct {
     const Layer *layers;
     int64_t first, last;
@@ -236,7 +236,7 @@ typedef struct {
     int64_t threads;
     /* what a token is on its way through a layer: */
     element *normed, *qkv, *attended, *up, *gated, *branch;
-    float *scores; /* [threads, TILE, 4, T] */
+    char *rooms; /* of each worker's attention */
     char *operands; /* of each worker's products */
 } LayersTask;
 
@@ -271,7 +271,7 @@ static void work_on_layers(void *argument, Team *team, int worker) {
     const int64_t width = task->layers->qkv.in, inner = task->layers->up.out, packed = task->layers->qkv.out;
     const int64_t heads = task->shape.heads * task->shape.dim, kv_heads = task->shape.kv_heads * task->shape.dim;
     const int64_t stride[3] = {packed, packed, packed};
-    float *scores = task->scores + worker * TILE * 4 * task->shape.length;
+    const Room room = room_at(&task->shape, task->rooms + worker * to_lines(room_bytes(&task->shape)));
     operand *own = (operand *)(task->operands + worker * operands_room(task));
     int64_t pending = 0; /* tokens to which the last layer's branch is still to be added */
     for (int64_t index = task->first; index < task->last; index++) {
@@ -298,7 +298,7 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         rotate_and_store(&shape, task->qkv, task->qkv + heads, task->qkv + heads + kv_heads, stride, layer->cosines,
                          layer->sines, layer->turned, &task->step, keys, values, from, to);
         meet(team);
-        attend_items(&shape, &task->step, task->qkv, packed, keys, values, scores, task->attended, tokens, worker,
+        attend_items(&shape, &task->step, task->qkv, packed, keys, values, room, task->attended, tokens, worker,
                      team->count);
         meet(team);
         multiply_share(&layer->out, task->attended, task->branch, tokens, own, team, worker);
@@ -324,15 +324,15 @@ int run_layers(LayersTask *task) {
     element **parts[] = {&task->normed, &task->qkv, &task->attended, &task->up, &task->gated, &task->branch};
     const int64_t widths[] = {layer->qkv.in, layer->qkv.out, layer->out.in, layer->up.out, layer->down.in,
                               layer->out.out};
-    const int64_t scores = task->threads * TILE * 4 * task->shape.length * (int64_t)sizeof(float);
-    int64_t size = scores + task->threads * operands_room(task);
+    const int64_t rooms = task->threads * to_lines(room_bytes(&task->shape));
+    int64_t size = rooms + task->threads * operands_room(task);
     for (int i = 0; i < 6; i++)
         size += to_lines(task->tokens * widths[i] * (int64_t)sizeof(element));
     char *scratch = aligned_alloc(64, size);
     if (!scratch)
         return 1;
-    task->scores = (float *)scratch;
-    task->operands = scratch + scores;
+    task->rooms = scratch;
+    task->operands = scratch + rooms;
     char *next = task->operands + task->threads * operands_room(task);
     for (int i = 0; i < 6; i++) {
         *parts[i] = (element *)next;

@@ -131,7 +131,7 @@ class LayersTask(ctypes.Structure):
         ("threads", c_int64),
         *(
             (name, c_void_p)
-            for name in ("normed", "qkv", "attended", "up", "gated", "branch", "scores", "operands")
+            for name in ("normed", "qkv", "attended", "up", "gated", "branch", "rooms", "operands")
         ),
     )
 
@@ -154,8 +154,8 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     library.highest.argtypes = [pointer] + [number] * 2 + [pointer] * 2
     for name in ("add_rms_norm", "silu_gate", "rotate_and_store", "likeliest", "highest"):
         getattr(library, name).restype = None
-    library.panel_columns.restype = number
-    if library.panel_columns():
+    library.panel_columns.restype = library.panel_depth.restype = number
+    if library.has_products():
         library.pack.argtypes, library.pack.restype = [pointer] * 2 + [number] * 2, None
         library.product.argtypes = [pointer] * 3 + [number] * 2
         library.pack_rough.argtypes, library.pack_rough.restype = [pointer] * 5 + [number] * 2, None

@@ -8,7 +8,7 @@ from ctypes import c_int64
 import torch
 from torch import Tensor
 
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.kv_cache import KVCache, Panels
 from rayskip.model.native.kernels import DEFINES, LANES, Shape, Step, kernels
 from rayskip.model.ops import Ops, TokenBatch
 from rayskip.model.spec import Norm, Rope, Spec
@@ -22,6 +22,7 @@ class NativeOps(Ops):
     def __init__(self, spec: Spec, library: ctypes.CDLL) -> None:
         super().__init__(spec)
         self._library = library
+        self.panels = Panels(library.panel_columns(), library.panel_depth())
 
     def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm) -> Tensor:
         if norm.kind != "rms" or norm.weight.dtype != x.dtype or x.shape[-1] % LANES:

@@ -131,4 +131,4 @@ def _library(weight: Tensor) -> ctypes.CDLL | None:
     if weight.device.type != "cpu" or weight.dtype not in DEFINES or weight.shape[1] % 2:
         return None
     library = kernels(weight.dtype)
-    return library if library is not None and library.panel_columns() else None
+    return library if library is not None and library.has_products() else None

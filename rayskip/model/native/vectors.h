@@ -130,13 +130,6 @@ INLINE floats smaller(floats a, floats b) {
 }
 
 #ifdef EIGHTS
-/* Lane i of the result is the sum over all lanes of x[i]. */
-INLINE floats lane_sums(const floats x[LANES]) {
-    const floats first = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
-    const floats later = _mm256_hadd_ps(_mm256_hadd_ps(x[4], x[5]), _mm256_hadd_ps(x[6], x[7]));
-    return _mm256_permute2f128_ps(first, later, 0x20) + _mm256_permute2f128_ps(first, later, 0x31);
-}
-
 INLINE float sum(floats x) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     four = _mm_hadd_ps(four, four);
@@ -161,14 +154,6 @@ INLINE floats pair_sums(floats a, floats b) {
            SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* Lane i of the result is the sum over all lanes of x[i]; x is used up. */
-INLINE floats lane_sums(floats x[LANES]) {
-    for (int width = LANES; width > 1; width /= 2)
-        for (int i = 0; i < width / 2; i++)
-            x[i] = pair_sums(x[2 * i], x[2 * i + 1]);
-    return x[0];
-}
-
 INLINE float sum(floats x) {
     for (int i = 0; i < 4; i++)
         x = pair_sums(x, x);
@@ -180,26 +165,6 @@ INLINE float maximum(floats x) {
     for (int i = 1; i < LANES; i++)
         best = x[i] > best ? x[i] : best;
     return best;
-}
-#endif
-
-#ifdef PAIRS
-INLINE __m512bh load_pairs(const element *from, int64_t count) {
-    const __mmask32 inside = count < 2 * LANES ? (__mmask32)((1u << count) - 1) : (__mmask32)-1;
-    return (__m512bh)_mm512_maskz_loadu_epi16(inside, from);
-}
-
-/* Lane sums of the result: total of a . b over `count` elements, a multiple of LANES, added to those of `to`. */
-INLINE floats add_dot(floats to, const element *a, const element *b, const int64_t count) {
-    for (int64_t i = 0; i < count; i += 2 * LANES)
-        to = (floats)_mm512_dpbf16_ps((__m512)to, load_pairs(a + i, count - i), load_pairs(b + i, count - i));
-    return to;
-}
-#else
-INLINE floats add_dot(floats to, const element *a, const element *b, const int64_t count) {
-    for (int64_t i = 0; i < count; i += LANES)
-        to = multiply_add(load(a + i), load(b + i), to);
-    return to;
 }
 #endif
 
