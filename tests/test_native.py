@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from rayskip.model import forward
 from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache, Panels
@@ -308,6 +309,46 @@ def test_product(out: int, width: int, bias: bool, dtype: torch.dtype) -> None:
             parts = [product(part) for part in torch.split(x, rows)]
             assert torch.equal(torch.cat(parts), whole), (threads, rows)
     native.use_threads(None)
+
+
+@pytest.mark.parametrize("weights", ["a model's", "of every size", "zeros", "not finite"])
+@pytest.mark.parametrize(("out", "width", "bias"), [(96, 576, False), (33, 130, True), (7, 30, False)])
+def test_packed_weights_are_the_same_weights(weights: str, out: int, width: int, bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    dense = _dense(out, width, torch.bfloat16, bias)
+    weight = dense.weight
+    if weights == "of every size":  # so that no table holds all exponents
+        weight *= 2.0 ** torch.randint(-60, 20, weight.shape, generator=generator)
+    elif weights == "zeros":
+        weight[torch.rand(weight.shape, generator=generator) < 0.5] = 0
+    elif weights == "not finite":
+        weight[3, 7], weight[5, 9], weight[6, width - 1] = torch.nan, torch.inf, -torch.inf
+    product = native_product(dense)
+    if product is None or not product.library.packed_rows():
+        pytest.skip("no packed products here")
+    few = product.library.packed_rows()
+    x = torch.randn(few + 1, width, generator=generator).bfloat16()
+    expected = product(x)
+    product.pack()
+    product._panels.fill_(7.0)  # so that it shows which are read
+    for rows in range(1, few + 1):
+        torch.testing.assert_close(product(x[:rows]), expected[:rows], atol=0, rtol=0, equal_nan=True)
+    assert not torch.equal(product(x), expected)
+
+
+def test_a_decoder_packs_its_layers_if_they_are_not_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    for most, packed in ((2 * 64 * (3 * 96 + 2 * 64 + 2 * 32), True), (100, False)):
+        monkeypatch.setattr(forward, "MOST_PACKED", most)
+        decoder = Decoder(*load(tmp_path, torch.bfloat16, CPU))
+        of_layers = [linear.native for layer in decoder.layers for linear in layer.linears]
+        if None in of_layers or not of_layers[0].library.packed_rows():
+            pytest.skip("no packed products here")
+        assert {product.struct.lows is not None for product in of_layers} == {packed}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 
 from rayskip.config import EngineConfig
 from rayskip.engine.memory import free_bytes
+from rayskip.model.clock import greedy_seconds
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KEY_BLOCK, KVCache
 from rayskip.model.ops import Group, TokenBatch
@@ -90,15 +90,10 @@ def best_rows(decoder: Decoder, threads: int) -> int:
 
 
 def _step_seconds(decoder: Decoder, rows: int) -> float:
-    """Fastest of three greedy decode steps of `rows` rows at one key block."""
+    """Of a greedy decode step of `rows` rows at one key block."""
     cache = decoder.new_cache()
     cache.resize(rows, decoder.ops.slot_length(KEY_BLOCK))
     index = torch.arange(rows, device=decoder.device)
     zeros = torch.zeros_like(index)
     batch = TokenBatch(zeros, zeros, index, [Group(0, 1, index, KEY_BLOCK)], index)
-    best = float("inf")
-    for _ in range(3):
-        start = time.perf_counter()
-        decoder.scores(decoder.hidden(batch, cache), []).best[0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return best
+    return greedy_seconds(decoder, batch, cache)

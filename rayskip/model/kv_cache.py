@@ -22,6 +22,7 @@ another kernel, with another order of addition; past one block, trailing masked 
 
 LINE = 64
 """Bytes of a cache line."""
+ALL = slice(None)
 
 
 def key_blocks(length: int) -> int:
@@ -109,13 +110,13 @@ class KVCache:
         """Forget a row's positions from `start` on, for numbers that are not finite: masked positions are read, and
         0 times NaN is NaN."""
         for stored, at in self._at(torch.arange(start, self.length, device=self.keys.device)):
-            stored[:, slot][:, :, *at] = 0
+            stored[:, slot][_index(ALL, ALL, *at)] = 0
 
     def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys, values [N, Hkv, D] of N tokens at slots [N], positions [N]."""
         for (stored, at), new in zip(self._at(positions), (keys, values), strict=True):
             own = stored[layer]
-            own[slots, :, *at] = new.reshape(*new.shape[:2], *own.shape[2 + len(at) :])
+            own[_index(slots, ALL, *at)] = new.reshape(*new.shape[:2], *own.shape[2 + len(at) :])
 
     def read(self, layer: int, slots: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Copies of the first `length` positions of slots [R], in panels a whole number of them: keys, values
@@ -133,7 +134,8 @@ class KVCache:
         """Copies of places [R, T] of slots [R]: keys, values [R, Hkv, T, D]."""
         rows = slots.unsqueeze(1)
         keys, values = (
-            stored[layer][rows, :, *at].flatten(3).transpose(1, 2) for stored, at in self._at(places)
+            stored[layer][_index(rows, ALL, *at)].flatten(3).transpose(1, 2)
+            for stored, at in self._at(places)
         )
         return keys.contiguous(), values.contiguous()
 
@@ -144,13 +146,17 @@ class KVCache:
         wanted = self._at(torch.arange(target, target + len(sources), device=device))
         for (stored, source), (_, at) in zip(found, wanted, strict=True):
             own = stored[:, slot]
-            own[:, :, *at] = own[:, :, *source]
+            own[_index(ALL, ALL, *at)] = own[_index(ALL, ALL, *source)]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot, and the rest of their panel, to another, in every layer."""
         for stored, block in zip((self.keys, self.values), self._blocks, strict=True):
             whole = -(-length // block)
             stored[:, target, :, :whole] = stored[:, source, :, :whole]
+
+
+def _index(*parts: Tensor | slice) -> tuple[Tensor | slice, ...]:
+    return parts
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch
 
+from rayskip.model.clock import greedy_seconds
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache, key_blocks
 from rayskip.model.ops import Group, TokenBatch
@@ -17,7 +17,6 @@ CPU_MOST, GPU_MOST = 256, 4096
 """Most tokens in a forward whose time is taken: on a CPU the rest is a straight line, on a GPU they are short."""
 LENGTH = 128
 """Positions in the cache while it is, or as many as the model has."""
-REPEATS = 3
 LEARNED, OUTLIER = 0.05, 3.0
 """Share of a later forward's time that is believed, and how many times more or less than expected it may be."""
 MARGIN = 8
@@ -64,19 +63,14 @@ def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepC
 
 
 def _seconds(decoder: Decoder, cache: KVCache, count: int, length: int) -> float:
-    """Fastest of a few forwards of `count` tokens, each attending on its own as in verification."""
+    """Of a forward of `count` tokens, each attending on its own as in verification."""
     index = torch.arange(count, device=decoder.device)
     slots = index % cache.slots
     positions = torch.full_like(index, length - 1)
     batch = TokenBatch(
         torch.zeros_like(index), positions, slots, [Group(0, 1, slots, key_blocks(length))], index
     )
-    best = float("inf")
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        decoder.scores(decoder.hidden(batch, cache), []).best[0].item()  # waits for the device
-        best = min(best, time.perf_counter() - start)
-    return best
+    return greedy_seconds(decoder, batch, cache)
 
 
 def worth_verifying(chances: Seq[Seq[float]], rows: int, costs: StepCosts, base: int) -> list[int]:

@@ -170,7 +170,7 @@ static void score(const Tile *tile, const operand *queries, const element *panel
                   int64_t rows) {
     const int64_t dim = tile->shape->dim;
     floats sums[ROWS][2] = {0};
-    const Rows from = {queries, dim, dim, panel, COLUMNS * DEPTH, tile->values + block * dim, COLUMNS * DEPTH};
+    const Rows from = {queries, dim, dim, panel, COLUMNS * DEPTH, tile->values + block * dim, COLUMNS * DEPTH, {0}};
     add_products(&from, sums, rows);
     for (int64_t row = 0; row < rows; row++, scores += tile->shape->length)
         for (int half = 0; half < 2; half++) {
@@ -184,7 +184,7 @@ static void mix(const Tile *tile, const float *weights, int64_t first, int64_t l
                 floats (*sums)[2], int64_t rows) {
     const int64_t dim = tile->shape->dim, per_float = sizeof(float) / sizeof(operand);
     const Rows from = {(const operand *)weights, tile->shape->length * per_float, last - first, values, dim * DEPTH,
-                       tile->soon, COLUMNS * DEPTH};
+                       tile->soon, COLUMNS * DEPTH, {0}};
     add_products(&from, sums, rows);
 }
 

@@ -136,6 +136,9 @@ int has_products(void) { return 0; }
 
 int has_products(void) { return 1; }
 
+/* Most rows of a product that reads packed weights; 0: none does. */
+int64_t packed_rows(void) { return FEW; }
+
 typedef struct {
     const Product *product;
     const element *x;

@@ -87,9 +87,15 @@ class Step(ctypes.Structure):
 
 
 class Product(ctypes.Structure):
-    """The packed weights of a matrix product: as in kernels.c."""
+    """The weights of a matrix product: as in product.h."""
 
-    _fields_ = (("panels", c_void_p), ("bias", c_void_p), ("out", c_int64), ("in", c_int64))
+    _fields_ = (
+        ("panels", c_void_p),
+        ("bias", c_void_p),
+        ("out", c_int64),
+        ("in", c_int64),
+        *((name, c_void_p) for name in ("lows", "highs", "tables", "odd", "odd_from", "whole")),
+    )
 
 
 class Rough(ctypes.Structure):
@@ -156,6 +162,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         getattr(library, name).restype = None
     library.panel_columns.restype = library.panel_depth.restype = number
     if library.has_products():
+        library.packed_rows.restype = number
         library.pack.argtypes, library.pack.restype = [pointer] * 2 + [number] * 2, None
         library.product.argtypes = [pointer] * 3 + [number] * 2
         library.pack_rough.argtypes, library.pack_rough.restype = [pointer] * 5 + [number] * 2, None

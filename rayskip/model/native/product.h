@@ -5,6 +5,14 @@
 #include "panels.h"
 #include "team.h"
 
+/* FEW: rows for which unpacking weights takes less time than is saved in reading. */
+#if !defined(PACKED)
+#define FEW 0
+#elif defined(EIGHTS)
+#define FEW 3
+#else
+#define FEW ROWS
+#endif
 #define AHEAD 512 /* elements of a panel prefetched, where it is read once; else the next one is */
 
 /* weight [out, in] -> panels [out / COLUMNS, in / DEPTH, COLUMNS, DEPTH], filled up with zeros. in: a multiple of
@@ -17,49 +25,71 @@ void pack(const element *weight, element *panels, int64_t out, int64_t in) {
                     *panels++ = column < out ? weight[column * in + i + j] : (element)0;
 }
 
-/* A product's weights: `panels` as packed, bias [out, filled up to whole panels] or NULL. */
+/* A product's weights: `panels` from `pack`, bias [out, filled up to whole panels] or NULL. lows: NULL, or with what
+ * follows the same weights again, all panels' parts one after the other (see Packed); odd_from: where a panel's lines
+ * begin in `odd`. */
 typedef struct {
     const element *panels, *bias;
     int64_t out, in;
+    const uint8_t *lows, *highs;
+    const uint16_t *tables;
+    const int64_t *odd, *odd_from;
+    const element *whole;
 } Product;
 
-/* x [rows, in] times one panel -> out [rows, width] with `stride` elements between rows. soon, pace: see Rows. */
-INLINE void multiply(const operand *x, const element *panel, const element *soon, int64_t pace, const element *bias,
-                     int64_t in, element *out, int64_t stride, int64_t width, const int rows) {
+INLINE Packed packed_panel(const Product *product, int64_t panel) {
+    const int64_t size = panel * COLUMNS * product->in, begin = product->odd_from[panel];
+    return (Packed){product->lows + size, product->highs + size / 2, product->tables + panel * TABLE, product->odd + begin,
+                    product->whole + (begin - panel) * 2 * HALF};
+}
+
+/* x [rows, in] times one panel -> out [rows, out] from the panel's first column on. packed: whether its packed weights
+ * are read. soon, pace: see Rows. */
+INLINE void multiply(const Product *product, int64_t panel, const operand *x, const element *soon, int64_t pace,
+                     element *out, const bool packed, const int rows) {
+    const int64_t in = product->in, column = panel * COLUMNS, left = product->out - column;
+    const element *bias = product->bias ? product->bias + column : NULL;
     floats sums[ROWS][2];
     for (int row = 0; row < rows; row++)
         sums[row][0] = sums[row][1] = splat(0);
-    const Rows from = {x, in, in, panel, COLUMNS * DEPTH, soon, pace};
-    add_rows(&from, sums, rows);
-    for (int row = 0; row < rows; row++, out += stride) {
+    const Rows from = {x, in, in, product->panels + column * in, COLUMNS * DEPTH, soon, pace,
+                       packed ? packed_panel(product, panel) : (Packed){0}};
+    add_rows(&from, sums, packed, rows);
+    for (int row = 0; row < rows; row++, out += product->out) {
         element filled[COLUMNS];
-        element *to = width == COLUMNS ? out : filled;
+        element *to = left < COLUMNS ? filled : out;
         for (int half = 0; half < 2; half++) {
             floats total = sums[row][half];
             store(to + half * LANES, bias ? total + load(bias + half * LANES) : total);
         }
         if (to == filled)
-            memcpy(out, filled, width * sizeof *out);
+            memcpy(out, filled, left * sizeof *out);
     }
 }
 
 /* x [rows, in] -> out [rows, out], panels [first, last) of it. */
 static void multiply_panels(const Product *product, const operand *x, element *out, int64_t rows, int64_t first,
                             int64_t last) {
-    const int64_t in = product->in, blocks = (rows + ROWS - 1) / ROWS;
+    const int64_t size = COLUMNS * product->in, blocks = (rows + ROWS - 1) / ROWS;
     for (int64_t panel = first; panel < last; panel++) {
-        const int64_t column = panel * COLUMNS;
-        const int64_t width = product->out - column < COLUMNS ? product->out - column : COLUMNS;
-        const element *weights = product->panels + column * in, *bias = product->bias ? product->bias + column : NULL;
-        const int64_t size = COLUMNS * in, pace = blocks == 1 ? COLUMNS * DEPTH : COLUMNS * DEPTH / blocks;
+        const element *weights = product->panels + panel * size;
+        element *to = out + panel * COLUMNS;
+        if (rows <= FEW && product->lows) {
+#define OF(count) \
+    case count: \
+        multiply(product, panel, x, NULL, 0, to, true, count); \
+        break;
+            switch (rows) { COUNTS(OF) }
+#undef OF
+            continue;
+        }
+        const int64_t pace = COLUMNS * DEPTH / blocks;
         for (int64_t block = 0; block < blocks; block++) {
             const element *soon = blocks == 1 ? weights + AHEAD : weights + size + size * block / blocks;
             const int64_t row = rows * block / blocks;
-            const operand *from = x + row * in;
-            element *to = out + row * product->out + column;
 #define OF(count) \
     case count: \
-        multiply(from, weights, soon, pace, bias, in, to, product->out, width, count); \
+        multiply(product, panel, x + row * product->in, soon, pace, to + row * product->out, false, count); \
         break;
             switch (rows * (block + 1) / blocks - row) { COUNTS(OF) }
 #undef OF

@@ -72,10 +72,9 @@ static void work_on_screen(void *argument, Team *team, int worker) {
             if (load_one(round_one(task->most[panel * rows + row])) < least)
                 continue;
             const int64_t column = panel * COLUMNS, left = exact->out - column, width = left < COLUMNS ? left : COLUMNS;
-            const element *weights = exact->panels + column * exact->in;
             element out[COLUMNS];
-            multiply(task->x + row * exact->in, weights, weights + AHEAD, COLUMNS * DEPTH, NULL, exact->in, out, width,
-                     width, 1);
+            const element *soon = exact->panels + column * exact->in + AHEAD;
+            multiply(exact, panel, task->x + row * exact->in, soon, COLUMNS * DEPTH, out, false, 1);
             for (int64_t i = 0; i < width; i++)
                 if (load_one(out[i]) > best) {
                     best = load_one(out[i]);
