@@ -98,13 +98,10 @@ def test_attention(
         _assert_close(found, expected)
 
 
-TREE = Paths(
-    torch.arange(100, 106),
-    torch.full((6,), 100),
-    torch.tensor(
-        [[100, 0, 0], [100, 101, 0], [100, 102, 0], [100, 101, 103], [100, 102, 104], [100, 101, 105]],
-    ),
-)
+def _tree(start: int) -> Paths:
+    """Six drafted tokens from place `start` on: at positions 0, 1, 1, 2, 2, 2 after it."""
+    after = torch.tensor([[0, 0, 0], [0, 1, 0], [0, 2, 0], [0, 1, 3], [0, 2, 4], [0, 1, 5]])
+    return Paths(torch.arange(start, start + 6), torch.full((6,), start), after + start)
 
 
 @needs_kernels
@@ -116,9 +113,11 @@ TREE = Paths(
     [
         ([1] * 150, list(range(150)), None),
         ([1] * 6 + [2] * 3 + [0], [100, 101, 102, 103, 104, 105, 7, 8, 9, 30], None),
-        ([1] * 6, [100, 101, 101, 102, 102, 102], TREE),
+        ([1] * 6, [100, 101, 101, 102, 102, 102], _tree(100)),
+        ([1] * 6, [94, 95, 95, 96, 96, 96], _tree(94)),  # over the border of two panels
     ],
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_of_a_row_attend_to_the_same_bits_together_and_one_by_one(
     slots: list[int],
     positions: list[int],
@@ -128,15 +127,20 @@ def test_tokens_of_a_row_attend_to_the_same_bits_together_and_one_by_one(
     dim: int,
     cap: float | None,
     window: int | None,
+    dtype: torch.dtype,
 ) -> None:
-    dtype = torch.bfloat16
+    """And what lies behind a token, finite or not, is nothing to it."""
     ops, _ = _both(_spec(heads, kv_heads, dim, cap), dtype)
     packed = torch.randn(
         len(slots), heads + 2 * kv_heads, dim, generator=torch.Generator().manual_seed(0)
     ).to(dtype)
     cache = KVCache(ops.spec, 1, dtype, CPU, ops.panels)
     cache.resize(3, 192)
-    stored = torch.randn(2, 3, kv_heads, 100, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    stored = torch.full((2, 3, kv_heads, 192, dim), torch.nan, dtype=dtype)
+    known = min(100, positions[0] or 100)
+    stored[:, :, :, :known] = torch.randn(
+        2, 3, kv_heads, known, dim, generator=torch.Generator().manual_seed(1)
+    ).to(dtype)
     for slot in range(3):
         _fill(cache, 0, slot, *stored[:, slot])
     place, row = torch.tensor(positions), torch.tensor(slots)
@@ -218,6 +222,12 @@ def test_a_broken_row_leaves_nothing_behind_when_the_cache_is_resized(panels: Pa
     assert cache.keys.data_ptr() % 64 == cache.values.data_ptr() % 64 == 0
 
 
+def test_a_slot_is_a_whole_number_of_panels_long() -> None:
+    cache = KVCache(_spec(), 1, torch.bfloat16, CPU, Panels(32, 2))
+    with pytest.raises(ValueError, match="a multiple of 32 is wanted"):
+        cache.resize(2, 100)
+
+
 @pytest.mark.parametrize("panels", LAYOUTS[1:])
 def test_positions_are_where_they_are_asked_for_however_they_lie(panels: Panels) -> None:
     """Reads, moves, copies and clearing give what a cache without panels gives."""
@@ -230,7 +240,8 @@ def test_positions_are_where_they_are_asked_for_however_they_lie(panels: Panels)
         for layer in range(2):
             _fill(cache, layer, 2, *stored[layer])
         cache.move(2, [70, 71, 75], 68)
-        cache.copy(2, 0, 64)
+        cache.copy(2, 0, 37)
+        cache.clear(0, 37)  # what is copied with a panel is not asked for
         cache.clear(2, 90)
         places = torch.tensor([[3, 68, 69, 70], [1, 0, 63, 40]])
         found.append(

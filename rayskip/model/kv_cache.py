@@ -33,7 +33,7 @@ def key_blocks(length: int) -> int:
 @dataclass(frozen=True)
 class Panels:
     """Positions as the kernels multiply them (native/heads.h). columns: whose keys lie side by side. depth: dims of
-    a key, and positions of values, whose products are added at once. Slots are a whole number of both long."""
+    a key, and positions of values, whose products are added at once. A slot's length is a multiple of both."""
 
     columns: int
     depth: int
@@ -82,18 +82,26 @@ class KVCache:
         """Positions in one step along the tensors' fourth axis: of keys, and of values."""
         return (1, 1) if self._panels is None else (self._panels.columns, self._panels.depth)
 
+    @property
+    def _apart(self) -> tuple[Tensor, Tensor]:
+        """Views of keys and of values whose fifth axis are the positions in one step of the fourth."""
+        if self._panels is None:
+            return self.keys.unsqueeze(4), self.values.unsqueeze(4)
+        return self.keys.transpose(4, 5), self.values.transpose(4, 5)
+
     def _at(self, positions: Tensor) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
         """Views of keys and of values, and what to index their axes from the fourth on with for `positions`."""
-        stored = (self.keys, self.values)
         if self._panels is None:
-            return [(each, (positions,)) for each in stored]
+            return [(self.keys, (positions,)), (self.values, (positions,))]
         return [
-            (each.transpose(4, 5), (positions // block, positions % block))
-            for each, block in zip(stored, self._blocks, strict=True)
+            (each, (positions // block, positions % block))
+            for each, block in zip(self._apart, self._blocks, strict=True)
         ]
 
     def resize(self, slots: int, length: int, kept: list[int] | None = None) -> None:
         """Make it `slots` rows of `length` positions. kept: old slots that live on as the first ones."""
+        if left := [block for block in self._blocks if length % block]:
+            raise ValueError(f"slots of {length} positions; a multiple of {left[0]} is wanted")
         kept = kept or []
         shared = min(length, self.length)
         for name, block in zip(("keys", "values"), self._blocks, strict=True):
@@ -109,8 +117,11 @@ class KVCache:
     def clear(self, slot: int, start: int = 0) -> None:
         """Forget a row's positions from `start` on, for numbers that are not finite: masked positions are read, and
         0 times NaN is NaN."""
-        for stored, at in self._at(torch.arange(start, self.length, device=self.keys.device)):
-            stored[:, slot][_index(ALL, ALL, *at)] = 0
+        for stored, block in zip(self._apart, self._blocks, strict=True):
+            whole = -(-start // block)
+            stored[:, slot, :, whole:] = 0
+            if start % block:
+                stored[:, slot, :, start // block, start % block :] = 0
 
     def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys, values [N, Hkv, D] of N tokens at slots [N], positions [N]."""
@@ -140,13 +151,14 @@ class KVCache:
         return keys.contiguous(), values.contiguous()
 
     def move(self, slot: int, sources: list[int], target: int) -> None:
-        """Copy a slot's positions `sources` to those from `target` on, in every layer."""
-        device = self.keys.device
-        found = self._at(torch.tensor(sources, device=device))
-        wanted = self._at(torch.arange(target, target + len(sources), device=device))
-        for (stored, source), (_, at) in zip(found, wanted, strict=True):
-            own = stored[:, slot]
-            own[_index(ALL, ALL, *at)] = own[_index(ALL, ALL, *source)]
+        """Copy a slot's positions `sources` to those from `target` on, in every layer. sources: ascending, and none
+        before its target."""
+        for stored, block in zip(self._apart, self._blocks, strict=True):
+            for at, source in enumerate(sources, target):
+                if at != source:
+                    stored[:, slot, :, at // block, at % block] = stored[
+                        :, slot, :, source // block, source % block
+                    ]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of a slot, and the rest of their panel, to another, in every layer."""

@@ -46,9 +46,8 @@ void rotate_and_store(const Shape *shape, element *q, element *k, const element 
     }
 }
 
-/* Where a token's keys of one key-value head begin, in elements; items are numbered token by token. */
-INLINE int64_t place_of_item(const Shape *shape, const Step *step, int64_t item) {
-    const int64_t token = item / shape->kv_heads, kv_head = item % shape->kv_heads;
+/* Where a token's keys of one key-value head begin, in elements. */
+INLINE int64_t place_of_head(const Shape *shape, const Step *step, int64_t token, int64_t kv_head) {
     return (step->slots[token] * shape->kv_heads + kv_head) * shape->length * shape->dim;
 }
 
@@ -58,10 +57,12 @@ INLINE Path path_of(const Step *step, int64_t token) {
                   step->starts ? step->after + token * step->branch : NULL};
 }
 
-/* Query heads of one key-value head that attend together. */
+/* Query heads of one key-value head that attend together: all, or parts of like size. Where there is room for twelve, four
+ * leave some for three tokens. */
 INLINE int64_t heads_of(const Shape *shape) {
-    const int64_t shared = shape->heads / shape->kv_heads, most = ROWS < 4 ? ROWS : 4;
-    return shared < most ? shared : most;
+    const int64_t shared = shape->heads / shape->kv_heads, most = ROWS == 12 ? 4 : ROWS;
+    const int64_t parts = (shared + most - 1) / most;
+    return (shared + parts - 1) / parts;
 }
 
 /* How many tokens from `token` on attend as one: those of its slot, in tiles of like size, enough for all workers. */
@@ -85,7 +86,7 @@ INLINE int64_t tile_of(const Shape *shape, const Step *step, int64_t token, int6
  * `item + every`, and so on. */
 static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
                          const element *values, Room room, element *out, int64_t tokens, int64_t item, int64_t every) {
-    const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads, whole = tokens * shape->kv_heads;
+    const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
     int64_t number = 0;
     for (int64_t token = 0, size; token < tokens; token += size) {
         Path paths[ROWS];
@@ -95,13 +96,14 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
         for (int64_t kv_head = 0; kv_head < shape->kv_heads; kv_head++) {
             if (number++ % every != item)
                 continue;
-            const int64_t own = token * shape->kv_heads + kv_head, place = place_of_item(shape, step, own);
-            const int64_t next = own + every < whole ? own + every : own;
+            const int64_t place = place_of_head(shape, step, token, kv_head), ahead = kv_head + every;
+            const int64_t later = ahead < shape->kv_heads || token + size == tokens ? token : token + size;
+            const element *soon = keys + place_of_head(shape, step, later, ahead % shape->kv_heads);
             for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
                 count = last - head < heads_of(shape) ? last - head : heads_of(shape);
                 const Tile tile = {shape, q + token * stride + head * dim, keys + place, values + place, paths,
                                    out + (token * shape->heads + head) * dim, stride, shape->heads * dim, size, count,
-                                   keys + place_of_item(shape, step, next), room};
+                                   soon, room};
                 attend_tile(&tile);
             }
         }

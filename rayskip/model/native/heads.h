@@ -84,28 +84,27 @@ INLINE float weigh(float *scores, int64_t first, int64_t visible, int64_t last, 
 }
 
 /* Weights [size] as operands, in place. */
-INLINE const operand *narrow(float *weights, int64_t size) {
-#ifndef WIDENED
+INLINE void narrow(float *weights, int64_t size) {
+#ifdef PAIRS
     for (int64_t i = 0; i < size; i += LANES) {
         floats wide;
         memcpy(&wide, weights + i, sizeof wide);
         store((element *)weights + i, wide);
     }
 #endif
-    return (const operand *)weights;
 }
 
 /* What a worker needs on its way through attention. scores [ROWS, T], queries [ROWS, D]; keys, values: of COLUMNS
- * positions of a path, put together. */
+ * positions of a path, put together; line [D, DEPTH]: of one value. */
 typedef struct {
     float *scores;
     operand *queries;
-    element *keys, *values;
+    element *keys, *values, *line;
 } Room;
 
 INLINE int64_t room_bytes(const Shape *shape) {
     return ROWS * (shape->length + shape->dim) * (int64_t)sizeof(float) +
-           2 * COLUMNS * shape->dim * (int64_t)sizeof(element) + 64;
+           (2 * COLUMNS + DEPTH) * shape->dim * (int64_t)sizeof(element) + 64;
 }
 
 /* at: 64 bytes aligned. */
@@ -114,6 +113,7 @@ INLINE Room room_at(const Shape *shape, char *at) {
     room.queries = (operand *)(room.scores + ROWS * shape->length);
     room.keys = (element *)(room.queries + ROWS * shape->dim);
     room.values = room.keys + COLUMNS * shape->dim;
+    room.line = room.values + COLUMNS * shape->dim;
     return room;
 }
 
@@ -179,17 +179,25 @@ static void score(const Tile *tile, const operand *queries, const element *panel
         }
 }
 
-/* sums [rows, halves] += weights [rows, T] of the keys [first, last) times COLUMNS dims of their values. */
-static void mix(const Tile *tile, const float *weights, int64_t first, int64_t last, const element *values,
+/* sums [rows, halves] += weights [rows, T as floats] of `count` keys times COLUMNS dims of their values. soon: what is to
+ * be fetched meanwhile. */
+static void mix(const Tile *tile, const operand *weights, int64_t count, const element *values, const element *soon,
                 floats (*sums)[2], int64_t rows) {
-    const int64_t dim = tile->shape->dim, per_float = sizeof(float) / sizeof(operand);
-    const Rows from = {(const operand *)weights, tile->shape->length * per_float, last - first, values, dim * DEPTH,
-                       tile->soon, COLUMNS * DEPTH, {0}};
+    const int64_t apart = tile->shape->length * (int64_t)(sizeof(float) / sizeof(operand));
+    const Rows from = {weights, apart, count, values, tile->shape->dim * DEPTH, soon, COLUMNS * DEPTH, {0}};
     add_products(&from, sums, rows);
 }
 
+/* The values of a line up to its `count`th; zeros for the others, which may be not finite, and then so is 0 times them. */
+INLINE const element *first_of_line(const Tile *tile, const element *line, int64_t count) {
+    for (int64_t i = 0; i < tile->shape->dim * DEPTH; i++)
+        tile->room.line[i] = i % DEPTH < count ? line[i] : (element)0;
+    return tile->room.line;
+}
+
 /* out = attention of the tile's tokens. Where keys of a path lie elsewhere than at their positions, their panel
- * is put together; those that all tokens see are read for all at once. With a window, there is one token. */
+ * is put together; those that all tokens see are read for all at once. Of a token that does not see all keys before it
+ * there is no other in the tile. */
 static void attend_tile(const Tile *tile) {
     const Shape *shape = tile->shape;
     const Path *paths = tile->paths;
@@ -221,18 +229,25 @@ static void attend_tile(const Tile *tile) {
             narrow(own + head * length, path->last - first);
         }
     }
-    Tile soon = *tile;
-    for (int64_t part = 0; part < parts; part++, soon.soon += (common - first) * COLUMNS)
-        mix(&soon, scores, first, common, tile->values + first * dim + part * COLUMNS * DEPTH, sums[part], rows);
+    const element *soon = tile->soon + first * dim;
+    for (int64_t part = 0; part < parts; part++, soon += (common - first) * COLUMNS)
+        mix(tile, (operand *)scores, common - first, tile->values + first * dim + part * COLUMNS * DEPTH, soon, sums[part],
+            rows);
     for (int64_t token = 0; token < tokens; token++) {
         const Path *path = paths + token;
         const int64_t row = token * heads;
         const operand *weights = (const operand *)(scores + row * length) + common - first;
         for (int64_t block = common; block < path->last; block += COLUMNS, weights += COLUMNS) {
-            const int64_t last = block + COLUMNS < path->last ? block + COLUMNS : path->last;
+            const int64_t count = block + COLUMNS < path->last ? COLUMNS : path->last - block;
+            const int64_t whole = count / DEPTH * DEPTH;
             const element *values = values_along(tile, path, block);
             for (int64_t part = 0; part < parts; part++)
-                mix(tile, (const float *)weights, block, last, values + part * COLUMNS * DEPTH, sums[part] + row, heads);
+                mix(tile, weights, whole, values + part * COLUMNS * DEPTH, values, sums[part] + row, heads);
+            if (whole == count)
+                continue;
+            const element *line = first_of_line(tile, values + whole * dim, count - whole);
+            for (int64_t part = 0; part < parts; part++)
+                mix(tile, weights + whole, DEPTH, line + part * COLUMNS * DEPTH, line, sums[part] + row, heads);
         }
         for (int64_t head = 0; head < heads; head++)
             for (int64_t i = 0; i < dim; i += LANES)

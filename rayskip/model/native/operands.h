@@ -4,7 +4,7 @@
 
 #include "vectors.h"
 
-/* ROWS that share one reading of a panel: their sums fill the registers. COUNTS: a case for every count of them. */
+/* ROWS that share one reading of a panel: their sums are kept in registers. COUNTS: a case for every count of them. */
 #if defined(EIGHTS)
 #define ROWS 6
 #define COUNTS(OF) OF(1) OF(2) OF(3) OF(4) OF(5) OF(6)

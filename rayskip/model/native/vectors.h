@@ -148,15 +148,15 @@ INLINE float maximum(floats x) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
 #endif
 
-/* Neighbours summed: lanes 0..7 from a, 8..15 from b. */
-INLINE floats pair_sums(floats a, floats b) {
-    return SHUFFLE(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
-           SHUFFLE(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+/* Neighbours summed, twice. */
+INLINE floats pair_sums(floats x) {
+    return SHUFFLE(x, x, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           SHUFFLE(x, x, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
 INLINE float sum(floats x) {
     for (int i = 0; i < 4; i++)
-        x = pair_sums(x, x);
+        x = pair_sums(x);
     return x[0];
 }
 
