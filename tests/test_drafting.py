@@ -21,7 +21,7 @@ from rayskip.config_file import load_config
 from rayskip.data.records import Generation, Prompt
 from rayskip.decode.batch import Chunk
 from rayskip.decode.draft import NEWEST, Draft
-from rayskip.decode.drafters import check_files
+from rayskip.decode.drafters import check_files, kangaroo
 from rayskip.decode.drafters.auto import AutoDrafter, Rounds
 from rayskip.decode.drafters.costs import StepCosts
 from rayskip.decode.drafters.lookup import Copy, Index
@@ -197,18 +197,20 @@ def test_branches_inside_a_window(native: bool, tmp_path: Path) -> None:
     assert engine.take_stats().accepted > 0
 
 
-def test_a_draft_that_is_not_finite_harms_no_row(folder: Path) -> None:
+@pytest.mark.parametrize("native", [True, False])
+def test_a_draft_that_is_not_finite_harms_no_row(folder: Path, native: bool) -> None:
     """A token that the model never chooses has no finite states; a drafter proposes it all the same."""
     prompts, params = _prompts(), SamplingParams(max_tokens=20, ignore_eos=True)
     spec, weights = load(folder, torch.bfloat16, torch.device("cpu"))
-    plain = Decoder(spec, weights, Ops(spec), folder)
+    ops = None if native else Ops(spec)
+    plain = Decoder(spec, weights, ops, folder)
     expected = Engine(plain, None, EngineConfig(max_batch_rows=5)).generate(prompts, params)
     used = {token for prompt in prompts for token in prompt}
     used |= {token for (own,) in expected for token in own.token_ids or []}
     never = next(token for token in range(VOCAB) if token not in used)
     embed = weights.embed.clone()
     embed[never] = float("nan")
-    poisoned = Decoder(spec, replace(weights, embed=embed), Ops(spec), folder)
+    poisoned = Decoder(spec, replace(weights, embed=embed), ops, folder)
 
     class Poison(NoDrafter):
         def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
@@ -249,6 +251,19 @@ def test_rows_at_full_depth_and_at_the_contexts_end_and_on_two_lanes(folder: Pat
     plain = outcome({"kind": "none"})
     assert {reason for ((_, reason, *_),) in plain.values()} == {"length"}
     assert outcome(_draft(kind, folder)) == plain
+
+
+def test_unlikely_tokens_beside_the_likeliest_are_not_drafted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    drafted = []
+    for kind, least in (("kangaroo", 0.0), ("kangaroo tree of 3", 1.0), ("kangaroo tree of 3", 0.0)):
+        monkeypatch.setattr(kangaroo, "LEAST_OTHER", least)
+        engine = _engine(folder, _draft(kind, folder))
+        engine.generate(_prompts(), params)
+        drafted.append(engine.take_stats().drafted)
+    assert drafted[0] == drafted[1] < drafted[2]
 
 
 @pytest.mark.parametrize("kind", ["kangaroo", "medusa"])
