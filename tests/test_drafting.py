@@ -241,7 +241,7 @@ def test_rows_at_full_depth_and_at_the_contexts_end_and_on_two_lanes(folder: Pat
     def outcome(draft: dict[str, Any]) -> dict[int, list[tuple[Any, ...]]]:
         decode = DecodeConfig.model_validate({"draft": draft, "skip": POLICIES["skip"]})
         engine = Engine.load(
-            ModelConfig(path=str(folder)), EngineConfig(max_batch_rows=16, max_model_len=64), decode
+            ModelConfig(path=str(folder)), EngineConfig(max_batch_rows=64, max_model_len=64), decode
         )
         params = SamplingParams(max_tokens=62, ignore_eos=True)
         for index, prompt in enumerate(prompt for prompt in _prompts() * 2 if len(prompt) < 64):
