@@ -137,32 +137,24 @@ INLINE bool strays(const Path *path, int64_t block) {
     return false;
 }
 
-/* The panel of keys [block, block + COLUMNS), as a path has them. */
-static const element *keys_along(const Tile *tile, const Path *path, int64_t block) {
+/* The panel of keys [block, block + COLUMNS), or their values, as a path has them. */
+INLINE const element *along(const Tile *tile, const Path *path, int64_t block, const bool keys) {
     const int64_t dim = tile->shape->dim;
-    const element *panel = tile->keys + block * dim;
+    const element *stored = keys ? tile->keys : tile->values;
+    element *room = keys ? tile->room.keys : tile->room.values;
     if (!strays(path, block))
-        return panel;
-    memcpy(tile->room.keys, panel, COLUMNS * dim * sizeof *panel);
-    for (int64_t at = 0; at < COLUMNS; at++)
-        if (place_of(path, block + at) != block + at)
-            copy_key(tile->keys + key_at(place_of(path, block + at), dim), COLUMNS * DEPTH,
-                     tile->room.keys + key_at(at, dim), COLUMNS * DEPTH, dim);
-    return tile->room.keys;
-}
-
-/* Their values. */
-static const element *values_along(const Tile *tile, const Path *path, int64_t block) {
-    const int64_t dim = tile->shape->dim;
-    const element *panel = tile->values + block * dim;
-    if (!strays(path, block))
-        return panel;
-    memcpy(tile->room.values, panel, COLUMNS * dim * sizeof *panel);
-    for (int64_t at = 0; at < COLUMNS; at++)
-        if (place_of(path, block + at) != block + at)
-            copy_value(tile->values + value_at(place_of(path, block + at), dim), DEPTH,
-                       tile->room.values + value_at(at, dim), DEPTH, dim);
-    return tile->room.values;
+        return stored + block * dim;
+    memcpy(room, stored + block * dim, COLUMNS * dim * sizeof *room);
+    for (int64_t at = 0; at < COLUMNS; at++) {
+        const int64_t place = place_of(path, block + at);
+        if (place == block + at)
+            continue;
+        if (keys)
+            copy_key(stored + key_at(place, dim), COLUMNS * DEPTH, room + key_at(at, dim), COLUMNS * DEPTH, dim);
+        else
+            copy_value(stored + value_at(place, dim), DEPTH, room + value_at(at, dim), DEPTH, dim);
+    }
+    return room;
 }
 
 /* Scores of `rows` queries with the keys [block, block + COLUMNS), from a panel -> scores [rows, T]. */
@@ -223,7 +215,7 @@ static void attend_tile(const Tile *tile) {
         const Path *path = paths + token;
         float *own = scores + token * heads * length;
         for (int64_t block = common; block < path->last; block += COLUMNS)
-            score(tile, queries + token * heads * dim, keys_along(tile, path, block), block, own + block - first, heads);
+            score(tile, queries + token * heads * dim, along(tile, path, block, true), block, own + block - first, heads);
         for (int64_t head = 0; head < heads; head++) {
             totals[token * heads + head] = weigh(own + head * length, first, visible, path->last, shape->softcap);
             narrow(own + head * length, path->last - first);
@@ -240,7 +232,7 @@ static void attend_tile(const Tile *tile) {
         for (int64_t block = common; block < path->last; block += COLUMNS, weights += COLUMNS) {
             const int64_t count = block + COLUMNS < path->last ? COLUMNS : path->last - block;
             const int64_t whole = count / DEPTH * DEPTH;
-            const element *values = values_along(tile, path, block);
+            const element *values = along(tile, path, block, false);
             for (int64_t part = 0; part < parts; part++)
                 mix(tile, weights, whole, values + part * COLUMNS * DEPTH, values, sums[part] + row, heads);
             if (whole == count)
