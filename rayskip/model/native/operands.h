@@ -88,7 +88,7 @@ INLINE void copy_operands(const element *x, operand *to, int64_t size) {
 /* x [size] as operands, in `room` where they are not the elements themselves. */
 INLINE const operand *operands(const element *x, operand *room, int64_t size) {
 #ifdef WIDENED
-    widen(x, room, size);
+    copy_operands(x, room, size);
     return room;
 #else
     return x;

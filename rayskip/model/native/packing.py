@@ -11,8 +11,6 @@ EXPONENTS = 16
 """Of a panel, that have a number."""
 NONE = 255
 """In place of a number."""
-AHEAD = 4096
-"""Bytes after the last panel: the kernels fetch what follows the panel that they are at."""
 
 
 class PackedWeights(NamedTuple):
@@ -51,14 +49,10 @@ def pack(panels: Tensor, depth: int) -> PackedWeights:
     lows = raw.bitwise_right_shift(8).bitwise_and(128) | raw.bitwise_and(127)
     highs = number[:, :, 0].bitwise_and(15) | number[:, :, 1].bitwise_and(15) * 16
     return PackedWeights(
-        _with_more(lows.to(torch.uint8)),
-        _with_more(highs),
+        lows.to(torch.uint8),
+        highs,
         (known.repeat(1, 2) * 128).to(torch.int16),
         odd,
         odd_from,
         raw[panel, line],
     )
-
-
-def _with_more(stored: Tensor) -> Tensor:
-    return torch.cat([stored.flatten(), stored.new_zeros(AHEAD)])

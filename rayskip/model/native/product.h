@@ -70,26 +70,21 @@ INLINE void multiply(const Product *product, int64_t panel, const operand *x, co
 /* x [rows, in] -> out [rows, out], panels [first, last) of it. */
 static void multiply_panels(const Product *product, const operand *x, element *out, int64_t rows, int64_t first,
                             int64_t last) {
-    const int64_t size = COLUMNS * product->in, blocks = (rows + ROWS - 1) / ROWS;
+    const int64_t size = COLUMNS * product->in, blocks = (rows + ROWS - 1) / ROWS, pace = COLUMNS * DEPTH / blocks;
+    const bool packed = rows <= FEW && product->lows;
     for (int64_t panel = first; panel < last; panel++) {
         const element *weights = product->panels + panel * size;
-        element *to = out + panel * COLUMNS;
-        if (rows <= FEW && product->lows) {
-#define OF(count) \
-    case count: \
-        multiply(product, panel, x, NULL, 0, to, true, count); \
-        break;
-            switch (rows) { COUNTS(OF) }
-#undef OF
-            continue;
-        }
-        const int64_t pace = COLUMNS * DEPTH / blocks;
         for (int64_t block = 0; block < blocks; block++) {
             const element *soon = blocks == 1 ? weights + AHEAD : weights + size + size * block / blocks;
             const int64_t row = rows * block / blocks;
+            const operand *from = x + row * product->in;
+            element *to = out + row * product->out + panel * COLUMNS;
 #define OF(count) \
     case count: \
-        multiply(product, panel, x + row * product->in, soon, pace, to + row * product->out, false, count); \
+        if (packed) \
+            multiply(product, panel, from, soon, pace, to, true, count); \
+        else \
+            multiply(product, panel, from, soon, pace, to, false, count); \
         break;
             switch (rows * (block + 1) / blocks - row) { COUNTS(OF) }
 #undef OF
