@@ -172,15 +172,16 @@ class Decoder:
     @torch.inference_mode()
     def scores(self, x: Tensor, full: Seq[int]) -> Scores:
         """The highest logit of states [R, d] after the last layer, and all logits of the rows `full` at least."""
-        if self._screen is None or len(full) == len(x):
+        others = len(x) - len(full)
+        if self._screen is None or not 0 < others <= self._screen.most_rows:
             return Scores.of_all(self.logits(x))
         x = self._normed(x)
         if not full:
             return Scores(*self._screened(x, self._screen), x.new_empty(0, self.spec.vocab), full)
         logits, best, at = self._logits(x[full]), torch.empty(len(x)), torch.empty(len(x), dtype=torch.long)
-        others = sorted(set(range(len(x))).difference(full))
+        rest = sorted(set(range(len(x))).difference(full))
         best[full], at[full] = best_logits(logits)
-        best[others], at[others] = self._screened(x[others], self._screen)
+        best[rest], at[rest] = self._screened(x[rest], self._screen)
         return Scores(best, at, logits, full)
 
     def _screened(self, x: Tensor, screen: Screen) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,13 @@ int has_products(void) { return 0; }
 #else
 #include "screen.h"
 
-int has_products(void) { return 1; }
+int has_products(void) {
+#ifdef TILES
+    return may_use_tiles();
+#else
+    return 1;
+#endif
+}
 
 /* Most rows of a product that reads packed weights; 0: none does. */
 int64_t packed_rows(void) { return FEW; }
@@ -167,7 +173,7 @@ int product(const Product *product, const element *x, element *out, int64_t rows
 /* x [rows, in] -> out [rows, out]. Returns 0, or 1 when memory is out. */
 int rough_product(const Rough *rough, const element *x, element *out, int64_t rows, int64_t threads) {
     RoughRow *each = malloc(rows * sizeof *each + 1);
-    int16_t *whole = malloc(rows * rough->in * sizeof *whole + 1);
+    int16_t *whole = malloc(rows * rough_width(rough->in) * sizeof *whole + 1);
     int failed = 1;
     if (each && whole) {
         round_rows(x, whole, each, rows, rough->in);
@@ -179,13 +185,16 @@ int rough_product(const Rough *rough, const element *x, element *out, int64_t ro
     return failed;
 }
 
+/* Most rows that are worth a call of the next function. */
+int64_t screened_rows(void) { return SCREENED; }
+
 /* The highest of each row's outputs of a product without a bias, x [rows, in], and the first place it stands at; rough:
  * of the same weights. A row whose outputs may not be finite has place -1. Returns 0, or 1 when memory is out. */
 int screen(const Rough *rough, const Product *exact, const element *x, int64_t rows, int64_t threads, float *values,
            int64_t *places) {
     const int64_t size = rows * exact->in, panels = (exact->out + COLUMNS - 1) / COLUMNS;
     RoughRow *each = malloc(rows * sizeof *each + 1);
-    int16_t *whole = malloc(size * sizeof *whole + 1);
+    int16_t *whole = malloc(rows * rough_width(rough->in) * sizeof *whole + 1);
     char *room = aligned_alloc(64, 64 + to_lines(operand_bytes(size)));
     float *bounds = malloc((panels + 2 * threads) * rows * sizeof *bounds + 1);
     int64_t *found = malloc(threads * rows * sizeof *found + 1);

@@ -162,9 +162,10 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         getattr(library, name).restype = None
     library.panel_columns.restype = library.panel_depth.restype = number
     if library.has_products():
-        library.packed_rows.restype = number
+        library.packed_rows.restype = library.screened_rows.restype = number
         library.pack.argtypes, library.pack.restype = [pointer] * 2 + [number] * 2, None
         library.product.argtypes = [pointer] * 3 + [number] * 2
+        library.rough_width.argtypes, library.rough_width.restype = [number], number
         library.pack_rough.argtypes, library.pack_rough.restype = [pointer] * 5 + [number] * 2, None
         library.rough_product.argtypes = [pointer] * 3 + [number] * 2
         library.screen.argtypes = [pointer] * 3 + [number] * 2 + [pointer] * 2

@@ -2,7 +2,7 @@
 #ifndef PRODUCT_H
 #define PRODUCT_H
 
-#include "panels.h"
+#include "blocks.h"
 #include "team.h"
 
 /* FEW: rows for which unpacking weights takes less time than is saved in reading. */
@@ -11,7 +11,7 @@
 #elif defined(EIGHTS)
 #define FEW 3
 #else
-#define FEW ROWS
+#define FEW BLOCK
 #endif
 #define AHEAD 512 /* elements of a panel prefetched, where it is read once; else the next one is */
 
@@ -43,19 +43,11 @@ INLINE Packed packed_panel(const Product *product, int64_t panel) {
                     product->whole + (begin - panel) * 2 * HALF};
 }
 
-/* x [rows, in] times one panel -> out [rows, out] from the panel's first column on. packed: whether its packed weights
- * are read. soon, pace: see Rows. */
-INLINE void multiply(const Product *product, int64_t panel, const operand *x, const element *soon, int64_t pace,
-                     element *out, const bool packed, const int rows) {
-    const int64_t in = product->in, column = panel * COLUMNS, left = product->out - column;
+/* sums [rows, 2 halves of a panel] -> out [rows, out] from the panel's first column on. */
+INLINE void put_outputs(const Product *product, int64_t panel, floats (*sums)[2], int64_t rows, element *out) {
+    const int64_t column = panel * COLUMNS, left = product->out - column;
     const element *bias = product->bias ? product->bias + column : NULL;
-    floats sums[ROWS][2];
-    for (int row = 0; row < rows; row++)
-        sums[row][0] = sums[row][1] = splat(0);
-    const Rows from = {x, in, in, product->panels + column * in, COLUMNS * DEPTH, soon, pace,
-                       packed ? packed_panel(product, panel) : (Packed){0}};
-    add_rows(&from, sums, packed, rows);
-    for (int row = 0; row < rows; row++, out += product->out) {
+    for (int64_t row = 0; row < rows; row++, out += product->out) {
         element filled[COLUMNS];
         element *to = left < COLUMNS ? filled : out;
         for (int half = 0; half < 2; half++) {
@@ -67,28 +59,37 @@ INLINE void multiply(const Product *product, int64_t panel, const operand *x, co
     }
 }
 
-/* x [rows, in] -> out [rows, out], panels [first, last) of it. */
-static void multiply_panels(const Product *product, const operand *x, element *out, int64_t rows, int64_t first,
-                            int64_t last) {
-    const int64_t size = COLUMNS * product->in, blocks = (rows + ROWS - 1) / ROWS, pace = COLUMNS * DEPTH / blocks;
-    const bool packed = rows <= FEW && product->lows;
-    for (int64_t panel = first; panel < last; panel++) {
-        const element *weights = product->panels + panel * size;
-        for (int64_t block = 0; block < blocks; block++) {
-            const element *soon = blocks == 1 ? weights + AHEAD : weights + size + size * block / blocks;
-            const int64_t row = rows * block / blocks;
-            const operand *from = x + row * product->in;
-            element *to = out + row * product->out + panel * COLUMNS;
+/* sums [rows, 2 halves of the panel] = the products of a block's rows. */
+INLINE void multiply_block(const Rows *from, floats (*sums)[2], const bool packed, int64_t rows) {
+#ifdef TILES
+    tile_rows(from, sums, packed, (int)rows);
+#else
+    memset(sums, 0, rows * sizeof *sums);
 #define OF(count) \
     case count: \
-        if (packed) \
-            multiply(product, panel, from, soon, pace, to, true, count); \
-        else \
-            multiply(product, panel, from, soon, pace, to, false, count); \
+        add_rows(from, sums, packed, count); \
         break;
-            switch (rows * (block + 1) / blocks - row) { COUNTS(OF) }
+    switch (rows) { COUNTS(OF) }
 #undef OF
-        }
+#endif
+}
+
+/* x [rows, in] times one panel -> out [rows, out] from the panel's first column on. */
+static void multiply(const Product *product, int64_t panel, const operand *x, int64_t rows, element *out) {
+    const int64_t in = product->in, size = COLUMNS * in, blocks = blocks_of(rows);
+    const element *weights = product->panels + panel * size;
+    const bool packed = rows <= FEW && product->lows;
+    for (int64_t index = 0; index < blocks; index++) {
+        const Block block = block_of(rows, blocks, index);
+        const element *soon = blocks == 1 ? weights + AHEAD : weights + size + size * index / blocks;
+        const Rows from = {x + block.row * in, in, in, weights, COLUMNS * DEPTH, soon, COLUMNS * DEPTH / blocks,
+                           packed ? packed_panel(product, panel) : (Packed){0}};
+        floats sums[BLOCK][2];
+        if (packed)
+            multiply_block(&from, sums, true, block.rows);
+        else
+            multiply_block(&from, sums, false, block.rows);
+        put_outputs(product, panel, sums, block.rows, out + block.row * product->out);
     }
 }
 
@@ -96,8 +97,11 @@ static void multiply_panels(const Product *product, const operand *x, element *o
 static void multiply_share(const Product *product, const element *x, element *out, int64_t rows, operand *room,
                            Team *team, int worker) {
     const int64_t panels = (product->out + COLUMNS - 1) / COLUMNS;
-    multiply_panels(product, operands(x, room, rows * product->in), out, rows, share(panels, team, worker),
-                    share(panels, team, worker + 1));
+    const operand *own = operands(x, room, rows * product->in);
+    begin_blocks(rows, blocks_of(rows), false);
+    for (int64_t panel = share(panels, team, worker); panel < share(panels, team, worker + 1); panel++)
+        multiply(product, panel, own, rows, out + panel * COLUMNS);
+    end_blocks();
 }
 
 #endif

@@ -66,7 +66,7 @@ class RoughProduct:
         self._dtype = dense.weight.dtype
         weight = dense.weight.contiguous()
         filled = self.out_features + -self.out_features % library.panel_columns()
-        self._panels = torch.empty(filled * self.in_features, dtype=torch.int8)
+        self._panels = torch.empty(filled * library.rough_width(self.in_features), dtype=torch.int8)
         self._columns = torch.empty(3, filled)
         places = (self._panels.data_ptr(), *(own.data_ptr() for own in self._columns))
         library.pack_rough(weight.data_ptr(), *places, *weight.shape)
@@ -91,6 +91,8 @@ class Screen:
 
     def __init__(self, product: NativeProduct, rough: RoughProduct) -> None:
         self._product, self._rough = product, rough
+        self.most_rows: int = product.library.screened_rows()
+        """Of more, all outputs take less time."""
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(highest outputs, the first place each stands at), both [N]; place -1: the row may have outputs that are

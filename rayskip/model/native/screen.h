@@ -6,6 +6,12 @@
 
 #include "rough.h"
 
+/* Rows up to which this takes less time than all outputs, which tiles compute for many rows at once. */
+#ifdef TILES
+#define SCREENED 8
+#else
+#define SCREENED INT64_MAX
+#endif
 #define FLUSHED 1e-33f /* more than what the processor takes for zero in the sums of an output */
 
 /* values, places [workers, rows]: the highest exact output among a worker's panels. most [panels, rows]: no output of a
@@ -59,6 +65,7 @@ static void work_on_screen(void *argument, Team *team, int worker) {
         bounds.least[row] = -INFINITY;
     each_rough_panel(task->rough, task->whole, rows, team, worker, store_bounds, &bounds);
     meet(team);
+    begin_blocks(1, 1, false);
     for (int64_t row = 0; row < rows; row++) {
         float least = -INFINITY, best = -INFINITY;
         int64_t place = -1;
@@ -73,8 +80,7 @@ static void work_on_screen(void *argument, Team *team, int worker) {
                 continue;
             const int64_t column = panel * COLUMNS, left = exact->out - column, width = left < COLUMNS ? left : COLUMNS;
             element out[COLUMNS];
-            const element *soon = exact->panels + column * exact->in + AHEAD;
-            multiply(exact, panel, task->x + row * exact->in, soon, COLUMNS * DEPTH, out, false, 1);
+            multiply(exact, panel, task->x + row * exact->in, 1, out);
             for (int64_t i = 0; i < width; i++)
                 if (load_one(out[i]) > best) {
                     best = load_one(out[i]);
@@ -84,6 +90,7 @@ static void work_on_screen(void *argument, Team *team, int worker) {
         task->values[worker * rows + row] = best;
         task->places[worker * rows + row] = place;
     }
+    end_blocks();
 }
 
 #endif

@@ -18,8 +18,12 @@
 #define EIGHTS /* registers hold eight floats */
 #endif
 
-#if (defined(PAIRS) && !defined(__AMX_BF16__)) || (!defined(BF16) && defined(__AVX512BW__)) || defined(EIGHTS)
-#define PRODUCTS /* elsewhere a library's matrix products are faster: it has other kernels, or AMX */
+#if defined(PAIRS) || (!defined(BF16) && defined(__AVX512BW__)) || defined(EIGHTS)
+#define PRODUCTS /* elsewhere a library's matrix products are faster: it has other kernels */
+#endif
+
+#if defined(PAIRS) && defined(__AMX_BF16__)
+#define TILES /* the processor multiplies sixteen rows of bfloat16 with sixteen columns at once */
 #endif
 
 #ifdef EIGHTS

@@ -1,0 +1,45 @@
+/* Rows in blocks that share one reading of a panel. */
+#ifndef BLOCKS_H
+#define BLOCKS_H
+
+#include "tiles.h"
+
+#ifdef TILES
+#define BLOCK (2 * TILE_ROWS) /* rows at most */
+#else
+#define BLOCK ROWS
+#endif
+
+typedef struct {
+    int64_t row, rows;
+} Block;
+
+INLINE int64_t blocks_of(int64_t rows) { return (rows + BLOCK - 1) / BLOCK; }
+
+/* One of `blocks` of `rows`, of like size. With tiles all have the same, since setting it anew takes time: rows in which
+ * two overlap are computed twice. */
+INLINE Block block_of(int64_t rows, int64_t blocks, int64_t index) {
+#ifdef TILES
+    const int64_t size = (rows + blocks - 1) / blocks, last = rows - size;
+    return (Block){index * size < last ? index * size : last, size};
+#else
+    const int64_t row = rows * index / blocks;
+    return (Block){row, rows * (index + 1) / blocks - row};
+#endif
+}
+
+/* Before a thread's first product of so many rows in so many blocks, and after its last one. bytes: see rough.h. */
+INLINE void begin_blocks(int64_t rows, int64_t blocks, const bool bytes) {
+#ifdef TILES
+    const int size = rows ? (int)((rows + blocks - 1) / blocks) : 0, first = bytes ? size : first_rows(size);
+    begin_tiles(first, bytes ? size : size - first);
+#endif
+}
+
+INLINE void end_blocks(void) {
+#ifdef TILES
+    _tile_release();
+#endif
+}
+
+#endif

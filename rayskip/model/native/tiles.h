@@ -1,0 +1,151 @@
+/* Products of up to 32 rows with a panel in tiles (AMX): of a panel's lines, sixteen at once. */
+#ifndef TILES_H
+#define TILES_H
+
+#ifdef TILES
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#define TILE_ROWS 16  /* at most */
+#define TILE_LINES 16 /* of a panel's half */
+#define TILE_BYTES 64 /* of a row or line */
+#define TILE_INPUTS (TILE_LINES * DEPTH)
+
+/* The system keeps tiles for the threads of a process that has asked for it. Returns whether it does. */
+static bool may_use_tiles(void) {
+    const long request_permission = 0x1023, tile_data = 18; /* see arch_prctl */
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+
+/* What was stored before is in memory: GCC does not know that loads of tiles and of their configuration read it. */
+INLINE void settle_memory(void) { __asm__ volatile("" ::: "memory"); }
+
+/* Tiles 4 and 5 hold `first` and `second` rows of inputs, 6 and 7 a panel's halves; 0 and 1 are sums of the first rows with
+ * either half, 2 and 3 of the second ones. */
+static void begin_tiles(int first, int second) {
+    struct {
+        uint8_t palette, start, unused[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config = {.palette = 1};
+    const int rows[8] = {first, first, second, second, first, second, TILE_LINES, TILE_LINES};
+    for (int tile = 0; tile < 8; tile++) {
+        config.rows[tile] = (uint8_t)rows[tile];
+        config.bytes[tile] = rows[tile] ? TILE_BYTES : 0;
+    }
+    settle_memory();
+    _tile_loadconfig(&config);
+}
+
+/* Of a block's rows, those in the first tiles. */
+INLINE int first_rows(int rows) { return rows <= TILE_ROWS ? rows : (rows + 1) / 2; }
+
+INLINE void clear_sums(const bool both) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (both) {
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+}
+
+INLINE void add_tiles(const operand *x, int64_t apart, const element *lines, int64_t step, const int first, const bool both) {
+    _tile_loadd(6, lines, step * sizeof *lines);
+    _tile_loadd(7, lines + HALF, step * sizeof *lines);
+    _tile_loadd(4, x, apart * sizeof *x);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    if (both) {
+        _tile_loadd(5, x + first * apart, apart * sizeof *x);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+/* sums [rows, 2 halves of the panel] = the products, as `add_rows` but for the order in which inputs are added up: it is
+ * the same whatever `rows`, of which begin_tiles has been told. */
+INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, const int rows) {
+    const bool both = rows > TILE_ROWS;
+    const int first = first_rows(rows);
+    const element *panel = from->panel, *soon = from->soon, *whole = from->packed.whole;
+    const uint8_t *lows = from->packed.lows, *highs = from->packed.highs;
+    const int64_t *odd = from->packed.odd;
+    const int64_t in = from->in, apart = from->apart, step = from->step;
+    const Table table = packed ? load_table(from->packed.table) : (Table){0};
+    element own[TILE_LINES * 2 * HALF] __attribute__((aligned(64)));
+    clear_sums(both);
+    for (int64_t i = 0; i < in; i += TILE_INPUTS) {
+        const int64_t left = in - i < TILE_INPUTS ? in - i : TILE_INPUTS;
+        const element *lines = panel;
+        const operand *inputs = from->x + i;
+        int64_t between = apart, line_step = step;
+        operand last[2 * TILE_ROWS * TILE_INPUTS] __attribute__((aligned(64)));
+        if (packed) {
+            for (int64_t line = 0; line < left / DEPTH; line++, lows += 2 * HALF, highs += HALF) {
+                __builtin_prefetch(lows + LINES_AHEAD * 2 * HALF);
+                __builtin_prefetch(highs + LINES_AHEAD * HALF);
+                Line one = unpack(lows, highs, table);
+                if (__builtin_expect(i + line * DEPTH == *odd, 0)) {
+                    one = (Line){load_held(whole), load_held(whole + HALF)};
+                    whole += 2 * HALF;
+                    odd++;
+                }
+                memcpy(own + line * 2 * HALF, &one, sizeof one);
+            }
+            lines = own;
+            line_step = 2 * HALF;
+        } else {
+            for (int64_t at = 0; at < from->pace * TILE_LINES; at += LINE)
+                __builtin_prefetch(soon + at);
+            soon += from->pace * TILE_LINES;
+            panel += step * TILE_LINES;
+        }
+        if (left < TILE_INPUTS) { /* the rest of both are zeros */
+            if (!packed)
+                for (int64_t line = 0; line < left / DEPTH; line++)
+                    memcpy(own + line * 2 * HALF, lines + line * step, 2 * HALF * sizeof *own);
+            memset(own + left / DEPTH * 2 * HALF, 0, (TILE_LINES - left / DEPTH) * 2 * HALF * sizeof *own);
+            memset(last, 0, sizeof last);
+            for (int row = 0; row < rows; row++)
+                memcpy(last + row * TILE_INPUTS, inputs + row * apart, left * sizeof *last);
+            lines = own;
+            line_step = 2 * HALF;
+            inputs = last;
+            between = TILE_INPUTS;
+        }
+        settle_memory();
+        add_tiles(inputs, between, lines, line_step, first, both);
+    }
+    _tile_stored(0, sums[0], sizeof *sums);
+    _tile_stored(1, sums[0] + 1, sizeof *sums);
+    if (both) {
+        _tile_stored(2, sums[first], sizeof *sums);
+        _tile_stored(3, sums[first] + 1, sizeof *sums);
+    }
+}
+
+/* upper, lower [rows, 2 halves of a panel] = inputs [rows, width] of either sign and without one, `apart` bytes from a row
+ * to the next, times the panel [width / 4, COLUMNS, 4]. */
+INLINE void tile_bytes(const int8_t *uppers, const uint8_t *lowers, int64_t apart, const int8_t *panel, int64_t width,
+                       ints (*upper)[2], ints (*lower)[2]) {
+    clear_sums(true);
+    for (int64_t i = 0; i < width; i += TILE_BYTES, panel += COLUMNS * TILE_BYTES) {
+        for (int64_t line = 0; line < COLUMNS * TILE_BYTES; line += 64)
+            __builtin_prefetch(panel + COLUMNS * TILE_BYTES + line);
+        _tile_loadd(6, panel, 2 * TILE_BYTES);
+        _tile_loadd(7, panel + TILE_BYTES, 2 * TILE_BYTES);
+        _tile_loadd(4, uppers + i, apart);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        _tile_loadd(5, lowers + i, apart);
+        _tile_dpbusd(2, 5, 6);
+        _tile_dpbusd(3, 5, 7);
+    }
+    _tile_stored(0, upper[0], sizeof *upper);
+    _tile_stored(1, upper[0] + 1, sizeof *upper);
+    _tile_stored(2, lower[0], sizeof *lower);
+    _tile_stored(3, lower[0] + 1, sizeof *lower);
+}
+#endif
+
+#endif
