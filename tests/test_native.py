@@ -308,7 +308,7 @@ def test_product(out: int, width: int, bias: bool, dtype: torch.dtype) -> None:
     product = native_product(dense)
     if product is None:
         pytest.skip("a library's products are used on this processor")
-    x = torch.randn(61, width, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x = torch.randn(300, width, generator=torch.Generator().manual_seed(2)).to(dtype)
     expected = F.linear(x.float(), dense.weight.float(), None if dense.bias is None else dense.bias.float())
     whole = product(x)
     torch.testing.assert_close(
@@ -316,7 +316,7 @@ def test_product(out: int, width: int, bias: bool, dtype: torch.dtype) -> None:
     )
     for threads in (1, 2, 3, 2):
         native.use_threads(threads)
-        for rows in (1, 2, 5, 11, 12, 13, 25, 61):
+        for rows in (1, 2, 5, 11, 12, 13, 16, 17, 25, 33, 97, 300):
             parts = [product(part) for part in torch.split(x, rows)]
             assert torch.equal(torch.cat(parts), whole), (threads, rows)
     native.use_threads(None)
@@ -413,7 +413,7 @@ def test_a_rough_product_is_that_of_weights_in_255_steps(out: int, width: int, d
     step = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-9) / 127
     rounded = (weight.float() / step).round().double() * step
 
-    for rows in (1, 2, 5, 6, 7, 13):
+    for rows in (1, 2, 5, 6, 7, 13, 16, 17, 40):
         x = torch.randn(rows, width, generator=generator).to(dtype)
         found, expected = product(x).double(), x.double() @ rounded.T
         assert not found[:, 3].any()
@@ -442,7 +442,7 @@ def test_a_screen_finds_what_the_product_has(out: int, width: int, dtype: torch.
     if product is None or screened is None:
         pytest.skip("no products here")
     along = weight[[out - 1, 5, out // 2]]  # whose highest outputs are close
-    for rows in (1, 2, 5, 6, 7, 13):
+    for rows in (1, 2, 5, 6, 7, 13, 16, 17, 40):
         x = torch.randn(rows, width, generator=generator) * torch.rand(rows, 1, generator=generator) * 20
         x[: len(along)] += along[:rows].float()
         x[rows // 2] *= 0 if rows == 13 else 1
