@@ -2,6 +2,8 @@
 #ifndef TILES_H
 #define TILES_H
 
+#include "panels.h"
+
 #ifdef TILES
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -17,7 +19,8 @@ static bool may_use_tiles(void) {
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
-/* What was stored before is in memory: GCC does not know that loads of tiles and of their configuration read it. */
+/* What is stored before is in memory from here on, and what is stored later is not: GCC does not know that loads of tiles
+ * and of their configuration read it. */
 INLINE void settle_memory(void) { __asm__ volatile("" ::: "memory"); }
 
 /* Tiles 4 and 5 hold `first` and `second` rows of inputs, 6 and 7 a panel's halves; 0 and 1 are sums of the first rows with
@@ -49,6 +52,8 @@ INLINE void clear_sums(const bool both) {
     }
 }
 
+/* Sums += rows of inputs, `apart` operands from one to the next, times lines of a panel, `step` elements from one to the
+ * next. */
 INLINE void add_tiles(const operand *x, int64_t apart, const element *lines, int64_t step, const int first, const bool both) {
     _tile_loadd(6, lines, step * sizeof *lines);
     _tile_loadd(7, lines + HALF, step * sizeof *lines);
@@ -115,6 +120,7 @@ INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, co
         }
         settle_memory();
         add_tiles(inputs, between, lines, line_step, first, both);
+        settle_memory();
     }
     _tile_stored(0, sums[0], sizeof *sums);
     _tile_stored(1, sums[0] + 1, sizeof *sums);
