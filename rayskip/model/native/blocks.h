@@ -28,7 +28,8 @@ INLINE Block block_of(int64_t rows, int64_t blocks, int64_t index) {
 #endif
 }
 
-/* Before a thread's first product of so many rows in so many blocks, and after its last one. bytes: see rough.h. */
+/* Before a thread's first product of so many rows in so many blocks, and after its last one. bytes: for tile_bytes,
+ * whose second tiles hold the same rows' lower bytes. */
 INLINE void begin_blocks(int64_t rows, int64_t blocks, const bool bytes) {
 #ifdef TILES
     const int size = rows ? (int)((rows + blocks - 1) / blocks) : 0, first = bytes ? size : first_rows(size);

@@ -113,7 +113,7 @@ INLINE void multiply_rough(const int16_t *x, const int8_t *panel, int64_t width,
     tile_bytes((const int8_t *)x, (const uint8_t *)x + width, 2 * width, panel, width, sums, lower);
     for (int row = 0; row < rows; row++)
         for (int half = 0; half < 2; half++)
-            sums[row][half] = (sums[row][half] << 8) + lower[row][half];
+            sums[row][half] = (ints)(((bits)sums[row][half] << 8) + (bits)lower[row][half]); /* uppers alone may wrap */
 }
 #else
 typedef int16_t shorts __attribute__((vector_size(4 * LANES)));
@@ -160,7 +160,7 @@ INLINE floats rough_outputs(ints sums, const float *scales, float scale) {
     return __builtin_convertvector(sums, floats) * scale * own;
 }
 
-/* What is done with the sums of a panel and `count` rows from `row` on. */
+/* What is done with the sums of a panel and `count` rows from `row` on; some rows may come twice (see block_of). */
 typedef void Take(void *to, int64_t panel, int64_t row, const ints sums[ROUGH_ROWS][2], int count);
 
 /* A worker's part of x [rows, in] times all panels. */

@@ -38,6 +38,7 @@ static void begin_tiles(int first, int second) {
     }
     settle_memory();
     _tile_loadconfig(&config);
+    settle_memory();
 }
 
 /* Of a block's rows, those in the first tiles. */
@@ -130,7 +131,7 @@ INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, co
     }
 }
 
-/* upper, lower [rows, 2 halves of a panel] = inputs [rows, width] of either sign and without one, `apart` bytes from a row
+/* upper, lower [rows, 2 halves of a panel], rows as begin_tiles was told for first and second = inputs [rows, width] of either sign and without one, `apart` bytes from a row
  * to the next, times the panel [width / 4, COLUMNS, 4]. */
 INLINE void tile_bytes(const int8_t *uppers, const uint8_t *lowers, int64_t apart, const int8_t *panel, int64_t width,
                        ints (*upper)[2], ints (*lower)[2]) {
