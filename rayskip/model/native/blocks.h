@@ -16,11 +16,14 @@ typedef struct {
 
 INLINE int64_t blocks_of(int64_t rows) { return (rows + BLOCK - 1) / BLOCK; }
 
+/* Rows of the largest block. */
+INLINE int64_t block_size(int64_t rows, int64_t blocks) { return blocks ? (rows + blocks - 1) / blocks : 0; }
+
 /* One of `blocks` of `rows`, of like size. With tiles all have the same, since setting it anew takes time: rows in which
  * two overlap are computed twice. */
 INLINE Block block_of(int64_t rows, int64_t blocks, int64_t index) {
 #ifdef TILES
-    const int64_t size = (rows + blocks - 1) / blocks, last = rows - size;
+    const int64_t size = block_size(rows, blocks), last = rows - size;
     return (Block){index * size < last ? index * size : last, size};
 #else
     const int64_t row = rows * index / blocks;
@@ -32,7 +35,7 @@ INLINE Block block_of(int64_t rows, int64_t blocks, int64_t index) {
  * whose second tiles hold the same rows' lower bytes. */
 INLINE void begin_blocks(int64_t rows, int64_t blocks, const bool bytes) {
 #ifdef TILES
-    const int size = rows ? (int)((rows + blocks - 1) / blocks) : 0, first = bytes ? size : first_rows(size);
+    const int size = (int)block_size(rows, blocks), first = bytes ? size : first_rows(size);
     begin_tiles(first, bytes ? size : size - first);
 #endif
 }

@@ -67,4 +67,19 @@ INLINE Table load_table(const uint16_t *from) { return 0; }
 INLINE Line unpack(const uint8_t *lows, const uint8_t *highs, Table table) { return (Line){0}; }
 #endif
 
+/* The line of the inputs from `input` on, which is the next one. */
+INLINE Line next_line(Packed *from, Table table, int64_t input) {
+    __builtin_prefetch(from->lows + LINES_AHEAD * 2 * HALF);
+    __builtin_prefetch(from->highs + LINES_AHEAD * HALF);
+    Line line = unpack(from->lows, from->highs, table);
+    from->lows += 2 * HALF;
+    from->highs += HALF;
+    if (__builtin_expect(input == *from->odd, 0)) {
+        line = (Line){load_held(from->whole), load_held(from->whole + HALF)};
+        from->whole += 2 * HALF;
+        from->odd++;
+    }
+    return line;
+}
+
 #endif

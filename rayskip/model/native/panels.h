@@ -24,9 +24,8 @@ typedef struct {
 INLINE void add_rows(const Rows *from, floats (*to)[2], const bool packed, const int rows) {
     floats sums[ROWS][2];
     const operand *x = from->x;
-    const element *panel = from->panel, *soon = from->soon, *whole = from->packed.whole;
-    const uint8_t *lows = from->packed.lows, *highs = from->packed.highs;
-    const int64_t *odd = from->packed.odd;
+    const element *panel = from->panel, *soon = from->soon;
+    Packed lines = from->packed;
     const int64_t in = from->in, apart = from->apart, step = from->step, pace = from->pace;
     const Table table = packed ? load_table(from->packed.table) : (Table){0};
     for (int row = 0; row < rows; row++) {
@@ -41,18 +40,8 @@ INLINE void add_rows(const Rows *from, floats (*to)[2], const bool packed, const
             own = (Line){load_held(panel), load_held(panel + HALF)};
             panel += step;
             soon += pace;
-        } else {
-            __builtin_prefetch(lows + LINES_AHEAD * 2 * HALF);
-            __builtin_prefetch(highs + LINES_AHEAD * HALF);
-            own = unpack(lows, highs, table);
-            lows += 2 * HALF;
-            highs += HALF;
-            if (__builtin_expect(i == *odd, 0)) {
-                own = (Line){load_held(whole), load_held(whole + HALF)};
-                whole += 2 * HALF;
-                odd++;
-            }
-        }
+        } else
+            own = next_line(&lines, table, i);
         for (int part = 0; part < STEPS; part++) {
             factors left = factors_of(own.left, part), right = factors_of(own.right, part);
             for (int row = 0; row < rows; row++) {

@@ -15,7 +15,6 @@
 #define ROUGH_STEP (TILE_LINES * ROUGH_DEPTH)
 #else
 #define ROUGH_ROWS 5
-#define ROUGH_COUNTS(OF) OF(1) OF(2) OF(3) OF(4) OF(5)
 #define ROUGH_DEPTH 2
 #define ROUGH_STEP 2
 #endif
@@ -24,8 +23,8 @@
 int64_t rough_width(int64_t in) { return (in + ROUGH_STEP - 1) / ROUGH_STEP * ROUGH_STEP; }
 
 /* panels [out / COLUMNS, rough_width / ROUGH_DEPTH, COLUMNS, ROUGH_DEPTH], filled up to whole panels with the last column
- * again. Of each column: scales: what a weight of 1 stands for; lengths: of its weights as rounded, and residues: of what rounding took from
- * them, a little more than both, which makes up for what sums of floats are off. in: even. */
+ * again. Of each column: scales: what a weight of 1 stands for; lengths: of its weights as rounded, and residues: of what
+ * rounding took from them, a little more than both, which makes up for what sums of floats are off. in: even. */
 typedef struct {
     const int8_t *panels;
     const float *scales, *lengths, *residues;
@@ -77,8 +76,8 @@ INLINE void put_whole(int16_t *row, int64_t width, int64_t i, int32_t whole) {
 #endif
 }
 
-/* x [rows, in] as whole numbers, [rows, rough_width]. A row that is not finite, or so long that sums may not be, has a scale and a length of
- * NaN. */
+/* x [rows, in] as whole numbers, [rows, rough_width]. A row that is not finite, or so long that sums may not be, has a
+ * scale and a length of NaN. */
 static void round_rows(const element *x, int16_t *to, RoughRow *each, int64_t rows, int64_t in) {
     const int64_t width = rough_width(in);
     const int64_t finest = INT32_MAX / (127 * in) < INT16_MAX ? INT32_MAX / (127 * in) : INT16_MAX;
@@ -106,8 +105,8 @@ static void round_rows(const element *x, int16_t *to, RoughRow *each, int64_t ro
     }
 }
 
-/* What follows multiplies x [rows, rough_width] with one panel -> sums [rows, 2 halves of the panel]. */
 #ifdef TILES
+/* x [rows, rough_width] times one panel -> sums [rows, 2 halves of the panel]. */
 INLINE void multiply_rough(const int16_t *x, const int8_t *panel, int64_t width, ints sums[ROUGH_ROWS][2], int rows) {
     ints lower[ROUGH_ROWS][2];
     tile_bytes((const int8_t *)x, (const uint8_t *)x + width, 2 * width, panel, width, sums, lower);
@@ -135,8 +134,8 @@ INLINE ints add_pairs(ints to, shorts a, shorts b) {
 #endif
 }
 
-INLINE void multiply_rough(const int16_t *x, const int8_t *panel, int64_t width, ints sums[ROUGH_ROWS][2],
-                           const int rows) {
+INLINE void multiply_rough_rows(const int16_t *x, const int8_t *panel, int64_t width, ints sums[ROUGH_ROWS][2],
+                                const int rows) {
     for (int row = 0; row < rows; row++)
         sums[row][0] = sums[row][1] = (ints){0};
     for (int64_t i = 0; i < width; i += 2, panel += 2 * COLUMNS) {
@@ -151,6 +150,17 @@ INLINE void multiply_rough(const int16_t *x, const int8_t *panel, int64_t width,
         }
     }
 }
+
+/* x [rows, rough_width] times one panel -> sums [rows, 2 halves of the panel]. */
+INLINE void multiply_rough(const int16_t *x, const int8_t *panel, int64_t width, ints sums[ROUGH_ROWS][2], int rows) {
+#define OF(count) \
+    case count: \
+        multiply_rough_rows(x, panel, width, sums, count); \
+        break;
+    switch (rows) { OF(1) OF(2) OF(3) OF(4) OF(5) }
+#undef OF
+}
+_Static_assert(ROUGH_ROWS == 5, "a case of multiply_rough for every count of rows");
 #endif
 
 /* The outputs of one half of a panel. */
@@ -173,20 +183,8 @@ INLINE void each_rough_panel(const Rough *rough, const int16_t *x, int64_t rows,
         const int8_t *weights = rough->panels + panel * COLUMNS * width;
         for (int64_t index = 0; index < blocks; index++) {
             const Block block = block_of(rows, blocks, index);
-            const int16_t *from = x + block.row * width;
             ints sums[ROUGH_ROWS][2];
-#define WITH(count) multiply_rough(from, weights, width, sums, count)
-#ifdef TILES
-            WITH((int)block.rows);
-#else
-#define OF(count) \
-    case count: \
-        WITH(count); \
-        break;
-            switch (block.rows) { ROUGH_COUNTS(OF) }
-#undef OF
-#endif
-#undef WITH
+            multiply_rough(x + block.row * width, weights, width, sums, (int)block.rows);
             take(to, panel, block.row, sums, (int)block.rows);
         }
     }

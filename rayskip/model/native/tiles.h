@@ -53,11 +53,19 @@ INLINE void clear_sums(const bool both) {
     }
 }
 
-/* Sums += rows of inputs, `apart` operands from one to the next, times lines of a panel, `step` elements from one to the
- * next. */
-INLINE void add_tiles(const operand *x, int64_t apart, const element *lines, int64_t step, const int first, const bool both) {
-    _tile_loadd(6, lines, step * sizeof *lines);
-    _tile_loadd(7, lines + HALF, step * sizeof *lines);
+INLINE void store_sums(void *first, void *second, const bool both) {
+    _tile_stored(0, first, 2 * TILE_BYTES);
+    _tile_stored(1, (char *)first + TILE_BYTES, 2 * TILE_BYTES);
+    if (both) {
+        _tile_stored(2, second, 2 * TILE_BYTES);
+        _tile_stored(3, (char *)second + TILE_BYTES, 2 * TILE_BYTES);
+    }
+}
+
+/* Sums += rows of inputs, `apart` operands from one to the next, times lines of a panel. */
+INLINE void add_tiles(const operand *x, int64_t apart, const element *lines, const int first, const bool both) {
+    _tile_loadd(6, lines, 2 * TILE_BYTES);
+    _tile_loadd(7, lines + HALF, 2 * TILE_BYTES);
     _tile_loadd(4, x, apart * sizeof *x);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -73,10 +81,9 @@ INLINE void add_tiles(const operand *x, int64_t apart, const element *lines, int
 INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, const int rows) {
     const bool both = rows > TILE_ROWS;
     const int first = first_rows(rows);
-    const element *panel = from->panel, *soon = from->soon, *whole = from->packed.whole;
-    const uint8_t *lows = from->packed.lows, *highs = from->packed.highs;
-    const int64_t *odd = from->packed.odd;
-    const int64_t in = from->in, apart = from->apart, step = from->step;
+    const element *panel = from->panel, *soon = from->soon;
+    const int64_t in = from->in;
+    Packed packed_lines = from->packed;
     const Table table = packed ? load_table(from->packed.table) : (Table){0};
     element own[TILE_LINES * 2 * HALF] __attribute__((aligned(64)));
     clear_sums(both);
@@ -84,55 +91,40 @@ INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, co
         const int64_t left = in - i < TILE_INPUTS ? in - i : TILE_INPUTS;
         const element *lines = panel;
         const operand *inputs = from->x + i;
-        int64_t between = apart, line_step = step;
+        int64_t apart = from->apart;
         operand last[2 * TILE_ROWS * TILE_INPUTS] __attribute__((aligned(64)));
         if (packed) {
-            for (int64_t line = 0; line < left / DEPTH; line++, lows += 2 * HALF, highs += HALF) {
-                __builtin_prefetch(lows + LINES_AHEAD * 2 * HALF);
-                __builtin_prefetch(highs + LINES_AHEAD * HALF);
-                Line one = unpack(lows, highs, table);
-                if (__builtin_expect(i + line * DEPTH == *odd, 0)) {
-                    one = (Line){load_held(whole), load_held(whole + HALF)};
-                    whole += 2 * HALF;
-                    odd++;
-                }
+            for (int64_t line = 0; line < left / DEPTH; line++) {
+                const Line one = next_line(&packed_lines, table, i + line * DEPTH);
                 memcpy(own + line * 2 * HALF, &one, sizeof one);
             }
             lines = own;
-            line_step = 2 * HALF;
         } else {
             for (int64_t at = 0; at < from->pace * TILE_LINES; at += LINE)
                 __builtin_prefetch(soon + at);
             soon += from->pace * TILE_LINES;
-            panel += step * TILE_LINES;
+            panel += 2 * HALF * TILE_LINES;
         }
         if (left < TILE_INPUTS) { /* the rest of both are zeros */
             if (!packed)
-                for (int64_t line = 0; line < left / DEPTH; line++)
-                    memcpy(own + line * 2 * HALF, lines + line * step, 2 * HALF * sizeof *own);
+                memcpy(own, lines, left / DEPTH * 2 * HALF * sizeof *own);
             memset(own + left / DEPTH * 2 * HALF, 0, (TILE_LINES - left / DEPTH) * 2 * HALF * sizeof *own);
             memset(last, 0, sizeof last);
             for (int row = 0; row < rows; row++)
-                memcpy(last + row * TILE_INPUTS, inputs + row * apart, left * sizeof *last);
+                memcpy(last + row * TILE_INPUTS, inputs + row * from->apart, left * sizeof *last);
             lines = own;
-            line_step = 2 * HALF;
             inputs = last;
-            between = TILE_INPUTS;
+            apart = TILE_INPUTS;
         }
         settle_memory();
-        add_tiles(inputs, between, lines, line_step, first, both);
+        add_tiles(inputs, apart, lines, first, both);
         settle_memory();
     }
-    _tile_stored(0, sums[0], sizeof *sums);
-    _tile_stored(1, sums[0] + 1, sizeof *sums);
-    if (both) {
-        _tile_stored(2, sums[first], sizeof *sums);
-        _tile_stored(3, sums[first] + 1, sizeof *sums);
-    }
+    store_sums(sums, sums + first, both);
 }
 
-/* upper, lower [rows, 2 halves of a panel], rows as begin_tiles was told for first and second = inputs [rows, width] of either sign and without one, `apart` bytes from a row
- * to the next, times the panel [width / 4, COLUMNS, 4]. */
+/* upper, lower [rows, 2 halves of a panel] = inputs [rows, width] of either sign and without one, `apart` bytes from a row
+ * to the next, times the panel [width / 4, COLUMNS, 4]. begin_tiles was told of the rows, as first and as second ones. */
 INLINE void tile_bytes(const int8_t *uppers, const uint8_t *lowers, int64_t apart, const int8_t *panel, int64_t width,
                        ints (*upper)[2], ints (*lower)[2]) {
     clear_sums(true);
@@ -148,10 +140,7 @@ INLINE void tile_bytes(const int8_t *uppers, const uint8_t *lowers, int64_t apar
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
     }
-    _tile_stored(0, upper[0], sizeof *upper);
-    _tile_stored(1, upper[0] + 1, sizeof *upper);
-    _tile_stored(2, lower[0], sizeof *lower);
-    _tile_stored(3, lower[0] + 1, sizeof *lower);
+    store_sums(upper, lower, true);
 }
 #endif
 
