@@ -13,7 +13,8 @@
 #else
 #define FEW BLOCK
 #endif
-#define AHEAD 512 /* elements of a panel prefetched, where it is read once; else the next one is */
+#define SLAB (192 << 10) /* bytes of panels that the second cache keeps for the next block of rows */
+#define AHEAD 512 /* elements of a panel prefetched, where it is read once; else the next slab is */
 
 /* weight [out, in] -> panels [out / COLUMNS, in / DEPTH, COLUMNS, DEPTH], filled up with zeros. in: a multiple of
  * DEPTH. */
@@ -74,33 +75,52 @@ INLINE void multiply_block(const Rows *from, floats (*sums)[2], const bool packe
 #endif
 }
 
-/* x [rows, in] times one panel -> out [rows, out] from the panel's first column on. */
-static void multiply(const Product *product, int64_t panel, const operand *x, int64_t rows, element *out) {
-    const int64_t in = product->in, size = COLUMNS * in, blocks = blocks_of(rows);
-    const element *weights = product->panels + panel * size;
-    const bool packed = rows <= FEW && product->lows;
-    for (int64_t index = 0; index < blocks; index++) {
-        const Block block = block_of(rows, blocks, index);
-        const element *soon = blocks == 1 ? weights + AHEAD : weights + size + size * index / blocks;
-        const Rows from = {x + block.row * in, in, in, weights, COLUMNS * DEPTH, soon, COLUMNS * DEPTH / blocks,
-                           packed ? packed_panel(product, panel) : (Packed){0}};
-        floats sums[BLOCK][2];
-        if (packed)
-            multiply_block(&from, sums, true, block.rows);
-        else
-            multiply_block(&from, sums, false, block.rows);
-        put_outputs(product, panel, sums, block.rows, out + block.row * product->out);
-    }
+/* A block of x [rows, in] times one panel -> out [rows, out] from the panel's first column on. soon, pace: see Rows. */
+INLINE void multiply_panel(const Product *product, int64_t panel, const operand *x, Block block, const element *soon,
+                           int64_t pace, const bool packed, element *out) {
+    const int64_t in = product->in;
+    const Rows from = {x + block.row * in, in, in, product->panels + panel * COLUMNS * in, COLUMNS * DEPTH, soon, pace,
+                       packed ? packed_panel(product, panel) : (Packed){0}};
+    floats sums[BLOCK][2];
+    multiply_block(&from, sums, packed, block.rows);
+    put_outputs(product, panel, sums, block.rows, out + block.row * product->out);
+}
+
+/* `multiply_panel` for rows that are one block, which read each panel once. */
+static void multiply_few(const Product *product, int64_t panel, const operand *x, int64_t rows, element *out) {
+    const Block all = {0, rows};
+    const element *soon = product->panels + panel * COLUMNS * product->in + AHEAD;
+    if (rows <= FEW && product->lows)
+        multiply_panel(product, panel, x, all, soon, COLUMNS * DEPTH, true, out);
+    else
+        multiply_panel(product, panel, x, all, soon, COLUMNS * DEPTH, false, out);
+}
+
+/* Rows of several blocks times panels [first, last): each block times a slab of panels, while the next slab is fetched. */
+static void multiply_many(const Product *product, int64_t first, int64_t last, const operand *x, int64_t rows,
+                          element *out) {
+    const int64_t size = COLUMNS * product->in, blocks = blocks_of(rows), pace = COLUMNS * DEPTH / blocks;
+    const int64_t fitting = SLAB / (size * (int64_t)sizeof *product->panels), slab = fitting ? fitting : 1;
+    for (; first < last; first += slab)
+        for (int64_t index = 0; index < blocks; index++)
+            for (int64_t panel = first; panel < last && panel < first + slab; panel++) {
+                const element *soon = product->panels + (panel + slab) * size + size * index / blocks;
+                multiply_panel(product, panel, x, block_of(rows, blocks, index), soon, pace, false, out + panel * COLUMNS);
+            }
 }
 
 /* A worker's part of a product. room: of the worker's own, for operand_bytes(rows * in). */
 static void multiply_share(const Product *product, const element *x, element *out, int64_t rows, operand *room,
                            Team *team, int worker) {
-    const int64_t panels = (product->out + COLUMNS - 1) / COLUMNS;
+    const int64_t panels = (product->out + COLUMNS - 1) / COLUMNS, blocks = blocks_of(rows);
+    const int64_t first = share(panels, team, worker), last = share(panels, team, worker + 1);
     const operand *own = operands(x, room, rows * product->in);
-    begin_blocks(rows, blocks_of(rows), false);
-    for (int64_t panel = share(panels, team, worker); panel < share(panels, team, worker + 1); panel++)
-        multiply(product, panel, own, rows, out + panel * COLUMNS);
+    begin_blocks(rows, blocks, false);
+    if (blocks > 1)
+        multiply_many(product, first, last, own, rows, out);
+    else
+        for (int64_t panel = first; panel < last; panel++)
+            multiply_few(product, panel, own, rows, out + panel * COLUMNS);
     end_blocks();
 }
 

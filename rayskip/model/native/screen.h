@@ -80,7 +80,7 @@ static void work_on_screen(void *argument, Team *team, int worker) {
                 continue;
             const int64_t column = panel * COLUMNS, left = exact->out - column, width = left < COLUMNS ? left : COLUMNS;
             element out[COLUMNS];
-            multiply(exact, panel, task->x + row * exact->in, 1, out);
+            multiply_few(exact, panel, task->x + row * exact->in, 1, out);
             for (int64_t i = 0; i < width; i++)
                 if (load_one(out[i]) > best) {
                     best = load_one(out[i]);

@@ -64,8 +64,8 @@ INLINE void store_sums(void *first, void *second, const bool both) {
 
 /* Sums += rows of inputs, `apart` operands from one to the next, times lines of a panel. */
 INLINE void add_tiles(const operand *x, int64_t apart, const element *lines, const int first, const bool both) {
-    _tile_loadd(6, lines, 2 * TILE_BYTES);
-    _tile_loadd(7, lines + HALF, 2 * TILE_BYTES);
+    _tile_stream_loadd(6, lines, 2 * TILE_BYTES);
+    _tile_stream_loadd(7, lines + HALF, 2 * TILE_BYTES);
     _tile_loadd(4, x, apart * sizeof *x);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -101,7 +101,7 @@ INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, co
             lines = own;
         } else {
             for (int64_t at = 0; at < from->pace * TILE_LINES; at += LINE)
-                __builtin_prefetch(soon + at);
+                __builtin_prefetch(soon + at, 0, 2);
             soon += from->pace * TILE_LINES;
             panel += 2 * HALF * TILE_LINES;
         }
