@@ -14,6 +14,7 @@
 #define FEW BLOCK
 #endif
 #define SLAB (192 << 10) /* bytes of panels that the second cache keeps for the next block of rows */
+#define MANY 128 /* rows of a worker from which on a product is divided by rows */
 #define AHEAD 512 /* elements of a panel prefetched, where it is read once; else the next slab is */
 
 /* weight [out, in] -> panels [out / COLUMNS, in / DEPTH, COLUMNS, DEPTH], filled up with zeros. in: a multiple of
@@ -109,11 +110,10 @@ static void multiply_many(const Product *product, int64_t first, int64_t last, c
             }
 }
 
-/* A worker's part of a product. room: of the worker's own, for operand_bytes(rows * in). */
-static void multiply_share(const Product *product, const element *x, element *out, int64_t rows, operand *room,
-                           Team *team, int worker) {
-    const int64_t panels = (product->out + COLUMNS - 1) / COLUMNS, blocks = blocks_of(rows);
-    const int64_t first = share(panels, team, worker), last = share(panels, team, worker + 1);
+/* x [rows, in] times panels [first, last) -> out [rows, out]. room: for operand_bytes(rows * in). */
+static void multiply_part(const Product *product, int64_t first, int64_t last, const element *x, int64_t rows, operand *room,
+                          element *out) {
+    const int64_t blocks = blocks_of(rows);
     const operand *own = operands(x, room, rows * product->in);
     begin_blocks(rows, blocks, false);
     if (blocks > 1)
@@ -122,6 +122,19 @@ static void multiply_share(const Product *product, const element *x, element *ou
         for (int64_t panel = first; panel < last; panel++)
             multiply_few(product, panel, own, rows, out + panel * COLUMNS);
     end_blocks();
+}
+
+/* A worker's part of a product: some panels for all rows or, of many rows, some for all panels, since then other workers'
+ * rows take longer to read than weights. room: of the worker's own, for operand_bytes(rows * in). */
+static void multiply_share(const Product *product, const element *x, element *out, int64_t rows, operand *room,
+                           Team *team, int worker) {
+    const int64_t panels = (product->out + COLUMNS - 1) / COLUMNS;
+    if (rows < MANY * team->count)
+        multiply_part(product, share(panels, team, worker), share(panels, team, worker + 1), x, rows, room, out);
+    else {
+        const int64_t from = share(rows, team, worker), to = share(rows, team, worker + 1);
+        multiply_part(product, 0, panels, x + from * product->in, to - from, room, out + from * product->out);
+    }
 }
 
 #endif
