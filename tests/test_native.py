@@ -289,6 +289,22 @@ def test_without_a_compiler_torch_serves(
         native.kernels.cache_clear()
 
 
+def test_another_compiler_of_the_same_name_compiles_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "cc"
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setenv("RAYSKIP_CACHE", str(tmp_path / "cache"))
+    try:
+        for line, works in (('for file; do :; done; echo broken > "$file"', False), ('exec cc "$@" -O0', True)):
+            script.write_text(f"#!/bin/sh\n{line}\n")
+            script.chmod(0o755)
+            native.kernels.cache_clear()
+            assert (native.kernels(torch.float32) is not None) == works
+    finally:
+        native.kernels.cache_clear()
+
+
 def test_shapes_without_a_kernel_take_torch() -> None:
     assert native_ops(_spec(dim=24), torch.float32, CPU).name == "torch"
     assert native_ops(_spec(), torch.float16, CPU).name == "torch"

@@ -178,10 +178,12 @@ def _compiled(defines: tuple[str, ...]) -> Path:
     compiler = shlex.split(os.environ.get("CC", "")) or list(filter(None, map(shutil.which, COMPILERS)))[:1]
     if not compiler:
         raise ModelError(f"no C compiler found ({', '.join(COMPILERS)}, or name one in CC)")
+    programs = [found for word in compiler if (found := shutil.which(word))]
     command = [*compiler, *FLAGS, *defines]
     key = hashlib.blake2b(digest_size=10)
-    for part in (*(source.read_text() for source in SOURCES), *command, _cpu()):
-        key.update(part.encode())
+    for part in (*SOURCES, *map(Path, programs)):  # of one name there may be several compilers, or scripts
+        key.update(part.read_bytes())
+    key.update(" ".join([*command, _cpu()]).encode())
     target = cache_root() / "kernels" / key.hexdigest()
 
     def compile_into(draft: Path) -> None:
