@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from copy import copy
 from pathlib import Path
 
@@ -289,6 +291,32 @@ def test_without_a_compiler_torch_serves(
         native.kernels.cache_clear()
 
 
+WITHOUT_TILES = """
+import ctypes, torch
+from rayskip.model.native.product import native_product
+from rayskip.model.spec import Dense
+
+class Stack(ctypes.Structure):
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+small = ctypes.create_string_buffer(4096)  # too small to save tiles on: Linux lets the process have none
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(small), 0, 4096)), None) == 0
+weight, x = torch.randn(40, 64).bfloat16(), torch.randn(3, 64).bfloat16()
+product = native_product(Dense(weight, None))
+found, wanted = product(x) if product else x @ weight.T, x.float() @ weight.float().T
+torch.testing.assert_close(found.float(), wanted, atol=0.2, rtol=0)
+print(product is not None)
+"""
+
+
+@needs_kernels
+def test_a_process_that_may_not_use_tiles_has_other_products() -> None:
+    """Of a processor that has none, too."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TILES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(native_product(_dense(4, 64, torch.bfloat16, bias=False)) is not None)
+
+
 def test_another_compiler_of_the_same_name_compiles_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,7 +324,10 @@ def test_another_compiler_of_the_same_name_compiles_anew(
     monkeypatch.setenv("CC", str(script))
     monkeypatch.setenv("RAYSKIP_CACHE", str(tmp_path / "cache"))
     try:
-        for line, works in (('for file; do :; done; echo broken > "$file"', False), ('exec cc "$@" -O0', True)):
+        for line, works in (
+            ('for file; do :; done; echo broken > "$file"', False),
+            ('exec cc "$@" -O0', True),
+        ):
             script.write_text(f"#!/bin/sh\n{line}\n")
             script.chmod(0o755)
             native.kernels.cache_clear()

@@ -60,14 +60,14 @@ INLINE Path path_of(const Step *step, int64_t token) {
 /* Query heads of one key-value head that attend together: all, or parts of like size. Where there is room for twelve, four
  * leave some for three tokens. */
 INLINE int64_t heads_of(const Shape *shape) {
-    const int64_t shared = shape->heads / shape->kv_heads, most = ROWS == 12 ? 4 : ROWS;
+    const int64_t shared = shape->heads / shape->kv_heads, most = BLOCK == 12 ? 4 : BLOCK < 16 ? BLOCK : 16;
     const int64_t parts = (shared + most - 1) / most;
     return (shared + parts - 1) / parts;
 }
 
 /* How many tokens from `token` on attend as one: those of its slot, in tiles of like size, enough for all workers. */
 INLINE int64_t tile_of(const Shape *shape, const Step *step, int64_t token, int64_t tokens, int64_t workers) {
-    const int64_t most = ROWS / heads_of(shape);
+    const int64_t most = BLOCK / heads_of(shape);
     int64_t run = 1;
     if (shape->window && step->positions[token] >= shape->window)
         return 1;
@@ -89,7 +89,7 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
     const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
     int64_t number = 0;
     for (int64_t token = 0, size; token < tokens; token += size) {
-        Path paths[ROWS];
+        Path paths[BLOCK];
         size = tile_of(shape, step, token, tokens, every);
         for (int64_t i = 0; i < size; i++)
             paths[i] = path_of(step, token + i);
@@ -108,6 +108,7 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
             }
         }
     }
+    end_blocks();
 }
 
 #endif

@@ -6,8 +6,10 @@
 
 #ifdef TILES
 #define BLOCK (2 * TILE_ROWS) /* rows at most */
+#define GRAIN TILE_INPUTS     /* inputs that are added up at once */
 #else
 #define BLOCK ROWS
+#define GRAIN DEPTH
 #endif
 
 typedef struct {
@@ -42,7 +44,23 @@ INLINE void begin_blocks(int64_t rows, int64_t blocks, const bool bytes) {
 
 INLINE void end_blocks(void) {
 #ifdef TILES
-    _tile_release();
+    end_tiles();
+#endif
+}
+
+/* sums [rows, 2 halves of the panel] += the products of a block's rows, or = where they are `fresh`. */
+INLINE void add_block(const Rows *from, floats (*sums)[2], const bool packed, const bool fresh, int64_t rows) {
+#ifdef TILES
+    tile_rows(from, sums, packed, fresh, (int)rows);
+#else
+    if (fresh)
+        memset(sums, 0, rows * sizeof *sums);
+#define OF(count) \
+    case count: \
+        add_rows(from, sums, packed, count); \
+        break;
+    switch (rows) { COUNTS(OF) }
+#undef OF
 #endif
 }
 

@@ -5,7 +5,7 @@
 
 #include <stdbool.h>
 
-#include "panels.h"
+#include "blocks.h"
 
 typedef struct {
     int64_t heads, kv_heads, dim; /* H, K, D */
@@ -52,15 +52,18 @@ INLINE void copy_value(const element *from, int64_t apart, element *to, int64_t 
         to[i * to_apart] = from[i * apart];
 }
 
+/* To whole panels of keys. */
+INLINE int64_t fill_up(int64_t keys) { return (keys + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
 /* Softmax weights in place of scores [first, last), not yet divided by their sum, which is returned. Those of keys
- * before `visible` become 0. */
+ * before `visible` become 0, and those from `last` on to whole panels. */
 INLINE float weigh(float *scores, int64_t first, int64_t visible, int64_t last, float softcap) {
     ints lane;
     for (int i = 0; i < LANES; i++)
         lane[i] = i;
     const int64_t size = last - first;
     floats best = splat(-INFINITY), total = {0};
-    for (int64_t i = 0; i < size; i += LANES) {
+    for (int64_t i = 0; i < fill_up(size); i += LANES) {
         floats x;
         memcpy(&x, scores + i, sizeof x);
         if (softcap > 0)
@@ -73,7 +76,7 @@ INLINE float weigh(float *scores, int64_t first, int64_t visible, int64_t last, 
         memcpy(scores + i, &x, sizeof x);
     }
     float most = maximum(best);
-    for (int64_t i = 0; i < size; i += LANES) {
+    for (int64_t i = 0; i < fill_up(size); i += LANES) {
         floats x;
         memcpy(&x, scores + i, sizeof x);
         x = pick(x == -INFINITY, splat(0), exponential(x - most));
@@ -94,26 +97,29 @@ INLINE void narrow(float *weights, int64_t size) {
 #endif
 }
 
-/* What a worker needs on its way through attention. scores [ROWS, T], queries [ROWS, D]; keys, values: of COLUMNS
- * positions of a path, put together; line [D, DEPTH]: of one value. */
+/* What a worker needs on its way through attention. scores [BLOCK, scores_apart], queries [BLOCK, D]; keys, values: of COLUMNS
+ * positions of a path, put together; last: values of GRAIN positions. */
 typedef struct {
     float *scores;
     operand *queries;
-    element *keys, *values, *line;
+    element *keys, *values, *last;
 } Room;
 
+/* Floats from one query's scores to the next one's: T, and a line more, since rows of 4 KB would share a set of the cache. */
+INLINE int64_t scores_apart(const Shape *shape) { return shape->length + 16; }
+
 INLINE int64_t room_bytes(const Shape *shape) {
-    return ROWS * (shape->length + shape->dim) * (int64_t)sizeof(float) +
-           (2 * COLUMNS + DEPTH) * shape->dim * (int64_t)sizeof(element) + 64;
+    return BLOCK * (scores_apart(shape) + shape->dim) * (int64_t)sizeof(float) +
+           (2 * COLUMNS + GRAIN) * shape->dim * (int64_t)sizeof(element) + 64;
 }
 
 /* at: 64 bytes aligned. */
 INLINE Room room_at(const Shape *shape, char *at) {
     Room room = {.scores = (float *)at};
-    room.queries = (operand *)(room.scores + ROWS * shape->length);
-    room.keys = (element *)(room.queries + ROWS * shape->dim);
+    room.queries = (operand *)(room.scores + BLOCK * scores_apart(shape));
+    room.keys = (element *)(room.queries + BLOCK * shape->dim);
     room.values = room.keys + COLUMNS * shape->dim;
-    room.line = room.values + COLUMNS * shape->dim;
+    room.last = room.values + COLUMNS * shape->dim;
     return room;
 }
 
@@ -157,34 +163,39 @@ INLINE const element *along(const Tile *tile, const Path *path, int64_t block, c
     return room;
 }
 
-/* Scores of `rows` queries with the keys [block, block + COLUMNS), from a panel -> scores [rows, T]. */
+/* Scores of `rows` queries with the keys [block, block + COLUMNS), from a panel -> scores [rows, scores_apart]. */
 static void score(const Tile *tile, const operand *queries, const element *panel, int64_t block, float *scores,
                   int64_t rows) {
     const int64_t dim = tile->shape->dim;
-    floats sums[ROWS][2] = {0};
+    floats sums[BLOCK][2];
     const Rows from = {queries, dim, dim, panel, COLUMNS * DEPTH, tile->values + block * dim, COLUMNS * DEPTH, {0}};
-    add_products(&from, sums, rows);
-    for (int64_t row = 0; row < rows; row++, scores += tile->shape->length)
+    add_block(&from, sums, false, true, rows);
+    for (int64_t row = 0; row < rows; row++, scores += scores_apart(tile->shape))
         for (int half = 0; half < 2; half++) {
             const floats scaled = sums[row][half] * tile->shape->scale;
             memcpy(scores + half * LANES, &scaled, sizeof scaled);
         }
 }
 
-/* sums [rows, halves] += weights [rows, T as floats] of `count` keys times COLUMNS dims of their values. soon: what is to
+/* sums [rows, halves] += weights [rows, scores_apart as floats] of `count` keys times COLUMNS dims of their values. soon: what is to
  * be fetched meanwhile. */
 static void mix(const Tile *tile, const operand *weights, int64_t count, const element *values, const element *soon,
                 floats (*sums)[2], int64_t rows) {
-    const int64_t apart = tile->shape->length * (int64_t)(sizeof(float) / sizeof(operand));
+    const int64_t apart = scores_apart(tile->shape) * (int64_t)(sizeof(float) / sizeof(operand));
     const Rows from = {weights, apart, count, values, tile->shape->dim * DEPTH, soon, COLUMNS * DEPTH, {0}};
-    add_products(&from, sums, rows);
+    add_block(&from, sums, false, false, rows);
 }
 
-/* The values of a line up to its `count`th; zeros for the others, which may be not finite, and then so is 0 times them. */
-INLINE const element *first_of_line(const Tile *tile, const element *line, int64_t count) {
-    for (int64_t i = 0; i < tile->shape->dim * DEPTH; i++)
-        tile->room.line[i] = i % DEPTH < count ? line[i] : (element)0;
-    return tile->room.line;
+/* The first `count` of GRAIN values; zeros for the others, which may be not finite, and then so is 0 times them. */
+INLINE const element *first_values(const Tile *tile, const element *values, int64_t count) {
+    const int64_t line = tile->shape->dim * DEPTH, whole = count / DEPTH * line;
+    element *last = tile->room.last;
+    memcpy(last, values, whole * sizeof *last);
+    memset(last + whole, 0, (GRAIN / DEPTH * line - whole) * sizeof *last);
+    if (count % DEPTH)
+        for (int64_t i = 0; i < line; i += DEPTH)
+            last[whole + i] = values[whole + i];
+    return last;
 }
 
 /* out = attention of the tile's tokens. Where keys of a path lie elsewhere than at their positions, their panel
@@ -194,11 +205,11 @@ static void attend_tile(const Tile *tile) {
     const Shape *shape = tile->shape;
     const Path *paths = tile->paths;
     const int64_t dim = shape->dim, heads = tile->heads, tokens = tile->tokens, rows = tokens * heads;
-    const int64_t parts = (dim + COLUMNS - 1) / COLUMNS, length = shape->length;
+    const int64_t parts = (dim + COLUMNS - 1) / COLUMNS, apart = scores_apart(shape);
     const int64_t visible = shape->window && shape->window < paths->last ? paths->last - shape->window : 0;
     const int64_t first = visible / COLUMNS * COLUMNS;
     operand *queries = tile->room.queries;
-    float *scores = tile->room.scores, totals[ROWS];
+    float *scores = tile->room.scores, totals[BLOCK];
     int64_t common = INT64_MAX; /* keys before it all see, at their positions */
     for (int64_t token = 0; token < tokens; token++) {
         const int64_t straight = paths[token].start < paths[token].last ? paths[token].start : paths[token].last;
@@ -206,40 +217,44 @@ static void attend_tile(const Tile *tile) {
         copy_operands(tile->q + token * tile->stride, queries + token * heads * dim, heads * dim);
     }
     common = common < first ? first : common;
+    begin_blocks(rows, 1, false);
     for (int64_t block = first; block < common; block += COLUMNS)
         score(tile, queries, tile->keys + block * dim, block, scores + block - first, rows);
 
-    floats sums[parts][ROWS][2];
+    floats sums[parts][BLOCK][2];
     memset(sums, 0, sizeof sums);
     for (int64_t token = 0; token < tokens; token++) {
         const Path *path = paths + token;
-        float *own = scores + token * heads * length;
+        float *own = scores + token * heads * apart;
+        begin_blocks(heads, 1, false);
         for (int64_t block = common; block < path->last; block += COLUMNS)
             score(tile, queries + token * heads * dim, along(tile, path, block, true), block, own + block - first, heads);
         for (int64_t head = 0; head < heads; head++) {
-            totals[token * heads + head] = weigh(own + head * length, first, visible, path->last, shape->softcap);
-            narrow(own + head * length, path->last - first);
+            totals[token * heads + head] = weigh(own + head * apart, first, visible, path->last, shape->softcap);
+            narrow(own + head * apart, fill_up(path->last - first));
         }
     }
     const element *soon = tile->soon + first * dim;
+    begin_blocks(rows, 1, false);
     for (int64_t part = 0; part < parts; part++, soon += (common - first) * COLUMNS)
         mix(tile, (operand *)scores, common - first, tile->values + first * dim + part * COLUMNS * DEPTH, soon, sums[part],
             rows);
     for (int64_t token = 0; token < tokens; token++) {
         const Path *path = paths + token;
         const int64_t row = token * heads;
-        const operand *weights = (const operand *)(scores + row * length) + common - first;
+        begin_blocks(heads, 1, false);
+        const operand *weights = (const operand *)(scores + row * apart) + common - first;
         for (int64_t block = common; block < path->last; block += COLUMNS, weights += COLUMNS) {
             const int64_t count = block + COLUMNS < path->last ? COLUMNS : path->last - block;
-            const int64_t whole = count / DEPTH * DEPTH;
+            const int64_t whole = count / GRAIN * GRAIN;
             const element *values = along(tile, path, block, false);
-            for (int64_t part = 0; part < parts; part++)
+            for (int64_t part = 0; part < parts && whole; part++)
                 mix(tile, weights, whole, values + part * COLUMNS * DEPTH, values, sums[part] + row, heads);
             if (whole == count)
                 continue;
-            const element *line = first_of_line(tile, values + whole * dim, count - whole);
+            const element *last = first_values(tile, values + whole * dim, count - whole);
             for (int64_t part = 0; part < parts; part++)
-                mix(tile, weights + whole, DEPTH, line + part * COLUMNS * DEPTH, line, sums[part] + row, heads);
+                mix(tile, weights + whole, GRAIN, last + part * COLUMNS * DEPTH, last, sums[part] + row, heads);
         }
         for (int64_t head = 0; head < heads; head++)
             for (int64_t i = 0; i < dim; i += LANES)

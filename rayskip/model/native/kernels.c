@@ -125,6 +125,15 @@ int attend(const Shape *shape, const Step *step, const element *q, int64_t strid
     return 0;
 }
 
+/* Whether the system lets this process use what the kernels were compiled for. To be asked before anything else. */
+int usable(void) {
+#ifdef TILES
+    return may_use_tiles();
+#else
+    return 1;
+#endif
+}
+
 /* Of the panels of weights, keys and values. */
 int64_t panel_columns(void) { return COLUMNS; }
 int64_t panel_depth(void) { return DEPTH; }
@@ -134,13 +143,7 @@ int has_products(void) { return 0; }
 #else
 #include "screen.h"
 
-int has_products(void) {
-#ifdef TILES
-    return may_use_tiles();
-#else
-    return 1;
-#endif
-}
+int has_products(void) { return 1; }
 
 /* Most rows of a product that reads packed weights; 0: none does. */
 int64_t packed_rows(void) { return FEW; }

@@ -41,6 +41,8 @@ FLAGS = (
 )
 LIBRARY = "kernels.so"
 DEFINES = {torch.bfloat16: ("-DBF16",), torch.float32: ()}
+NO_TILES = "-DNO_TILES"
+"""For systems that do not let a process use the tiles that its processor has."""
 LANES = 16
 """Row lengths the kernels take are multiples of this, as in kernels.c."""
 
@@ -147,6 +149,8 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled kernels for one element type; None, with a warning, where they cannot be had."""
     try:
         library = ctypes.CDLL(str(_compiled(DEFINES[dtype])))
+        if not library.usable():
+            library = ctypes.CDLL(str(_compiled((*DEFINES[dtype], NO_TILES))))
     except (ModelError, OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", "") or error
         _log.warning("no native kernels, torch's operations run instead (slower): %s", detail)

@@ -57,14 +57,4 @@ INLINE void add_rows(const Rows *from, floats (*to)[2], const bool packed, const
     }
 }
 
-/* `add_rows` for up to ROWS of them, of a panel that is not packed. */
-static void add_products(const Rows *from, floats (*sums)[2], int64_t rows) {
-#define OF(count) \
-    case count: \
-        add_rows(from, sums, false, count); \
-        break;
-    switch (rows) { COUNTS(OF) }
-#undef OF
-}
-
 #endif

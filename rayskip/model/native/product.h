@@ -61,21 +61,6 @@ INLINE void put_outputs(const Product *product, int64_t panel, floats (*sums)[2]
     }
 }
 
-/* sums [rows, 2 halves of the panel] = the products of a block's rows. */
-INLINE void multiply_block(const Rows *from, floats (*sums)[2], const bool packed, int64_t rows) {
-#ifdef TILES
-    tile_rows(from, sums, packed, (int)rows);
-#else
-    memset(sums, 0, rows * sizeof *sums);
-#define OF(count) \
-    case count: \
-        add_rows(from, sums, packed, count); \
-        break;
-    switch (rows) { COUNTS(OF) }
-#undef OF
-#endif
-}
-
 /* A block of x [rows, in] times one panel -> out [rows, out] from the panel's first column on. soon, pace: see Rows. */
 INLINE void multiply_panel(const Product *product, int64_t panel, const operand *x, Block block, const element *soon,
                            int64_t pace, const bool packed, element *out) {
@@ -83,7 +68,7 @@ INLINE void multiply_panel(const Product *product, int64_t panel, const operand 
     const Rows from = {x + block.row * in, in, in, product->panels + panel * COLUMNS * in, COLUMNS * DEPTH, soon, pace,
                        packed ? packed_panel(product, panel) : (Packed){0}};
     floats sums[BLOCK][2];
-    multiply_block(&from, sums, packed, block.rows);
+    add_block(&from, sums, packed, true, block.rows);
     put_outputs(product, panel, sums, block.rows, out + block.row * product->out);
 }
 

@@ -23,9 +23,16 @@ static bool may_use_tiles(void) {
  * and of their configuration read it. */
 INLINE void settle_memory(void) { __asm__ volatile("" ::: "memory"); }
 
+/* What the thread's tiles are set to, -1: to nothing. Setting them takes as long as a short product. */
+static _Thread_local int set_first = -1, set_second = -1;
+
 /* Tiles 4 and 5 hold `first` and `second` rows of inputs, 6 and 7 a panel's halves; 0 and 1 are sums of the first rows with
  * either half, 2 and 3 of the second ones. */
 static void begin_tiles(int first, int second) {
+    if (first == set_first && second == set_second)
+        return;
+    set_first = first;
+    set_second = second;
     struct {
         uint8_t palette, start, unused[14];
         uint16_t bytes[16];
@@ -41,6 +48,11 @@ static void begin_tiles(int first, int second) {
     settle_memory();
 }
 
+static void end_tiles(void) {
+    _tile_release();
+    set_first = set_second = -1;
+}
+
 /* Of a block's rows, those in the first tiles. */
 INLINE int first_rows(int rows) { return rows <= TILE_ROWS ? rows : (rows + 1) / 2; }
 
@@ -53,6 +65,15 @@ INLINE void clear_sums(const bool both) {
     }
 }
 
+INLINE void load_sums(const void *first, const void *second, const bool both) {
+    _tile_loadd(0, first, 2 * TILE_BYTES);
+    _tile_loadd(1, (const char *)first + TILE_BYTES, 2 * TILE_BYTES);
+    if (both) {
+        _tile_loadd(2, second, 2 * TILE_BYTES);
+        _tile_loadd(3, (const char *)second + TILE_BYTES, 2 * TILE_BYTES);
+    }
+}
+
 INLINE void store_sums(void *first, void *second, const bool both) {
     _tile_stored(0, first, 2 * TILE_BYTES);
     _tile_stored(1, (char *)first + TILE_BYTES, 2 * TILE_BYTES);
@@ -62,10 +83,12 @@ INLINE void store_sums(void *first, void *second, const bool both) {
     }
 }
 
-/* Sums += rows of inputs, `apart` operands from one to the next, times lines of a panel. */
-INLINE void add_tiles(const operand *x, int64_t apart, const element *lines, const int first, const bool both) {
-    _tile_stream_loadd(6, lines, 2 * TILE_BYTES);
-    _tile_stream_loadd(7, lines + HALF, 2 * TILE_BYTES);
+/* Sums += rows of inputs, `apart` operands from one to the next, times lines of a panel, `step` elements from one to the
+ * next. */
+INLINE void add_tiles(const operand *x, int64_t apart, const element *lines, int64_t step, const int first,
+                      const bool both) {
+    _tile_stream_loadd(6, lines, step * sizeof *lines);
+    _tile_stream_loadd(7, lines + HALF, step * sizeof *lines);
     _tile_loadd(4, x, apart * sizeof *x);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
@@ -76,9 +99,10 @@ INLINE void add_tiles(const operand *x, int64_t apart, const element *lines, con
     }
 }
 
-/* sums [rows, 2 halves of the panel] = the products, as `add_rows` but for the order in which inputs are added up: it is
- * the same whatever `rows`, of which begin_tiles has been told. */
-INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, const int rows) {
+/* sums [rows, 2 halves of the panel] += the products, or = where they are `fresh`; as `add_rows` but for the order in which
+ * inputs are added up: it is the same whatever `rows`, of which begin_tiles has been told, and however whole TILE_INPUTS are
+ * divided among calls. */
+INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, const bool fresh, const int rows) {
     const bool both = rows > TILE_ROWS;
     const int first = first_rows(rows);
     const element *panel = from->panel, *soon = from->soon;
@@ -86,10 +110,16 @@ INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, co
     Packed packed_lines = from->packed;
     const Table table = packed ? load_table(from->packed.table) : (Table){0};
     element own[TILE_LINES * 2 * HALF] __attribute__((aligned(64)));
-    clear_sums(both);
+    if (fresh)
+        clear_sums(both);
+    else {
+        settle_memory();
+        load_sums(sums, sums + first, both);
+    }
     for (int64_t i = 0; i < in; i += TILE_INPUTS) {
         const int64_t left = in - i < TILE_INPUTS ? in - i : TILE_INPUTS;
         const element *lines = panel;
+        int64_t step = from->step;
         const operand *inputs = from->x + i;
         int64_t apart = from->apart;
         operand last[2 * TILE_ROWS * TILE_INPUTS] __attribute__((aligned(64)));
@@ -99,15 +129,17 @@ INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, co
                 memcpy(own + line * 2 * HALF, &one, sizeof one);
             }
             lines = own;
+            step = 2 * HALF;
         } else {
             for (int64_t at = 0; at < from->pace * TILE_LINES; at += LINE)
                 __builtin_prefetch(soon + at, 0, 2);
             soon += from->pace * TILE_LINES;
-            panel += 2 * HALF * TILE_LINES;
+            panel += step * TILE_LINES;
         }
         if (left < TILE_INPUTS) { /* the rest of both are zeros */
             if (!packed)
-                memcpy(own, lines, left / DEPTH * 2 * HALF * sizeof *own);
+                for (int64_t line = 0; line < left / DEPTH; line++)
+                    memcpy(own + line * 2 * HALF, lines + line * step, 2 * HALF * sizeof *own);
             memset(own + left / DEPTH * 2 * HALF, 0, (TILE_LINES - left / DEPTH) * 2 * HALF * sizeof *own);
             memset(last, 0, sizeof last);
             for (int row = 0; row < rows; row++)
@@ -115,9 +147,10 @@ INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, co
             lines = own;
             inputs = last;
             apart = TILE_INPUTS;
+            step = 2 * HALF;
         }
         settle_memory();
-        add_tiles(inputs, apart, lines, first, both);
+        add_tiles(inputs, apart, lines, step, first, both);
         settle_memory();
     }
     store_sums(sums, sums + first, both);

@@ -22,7 +22,7 @@
 #define PRODUCTS /* elsewhere a library's matrix products are faster: it has other kernels */
 #endif
 
-#if defined(PAIRS) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
+#if defined(PAIRS) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && !defined(NO_TILES)
 #define TILES /* the processor multiplies sixteen rows of bfloat16 with sixteen columns at once */
 #endif
 
