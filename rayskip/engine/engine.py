@@ -6,7 +6,6 @@ Does not know files, shards or Ray. Not thread-safe: one thread adds and steps; 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import time
 from collections import deque
@@ -29,6 +28,7 @@ from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
 from rayskip.engine.lane import Lane, StepResult
 from rayskip.engine.memory import keep_freed_memory
+from rayskip.engine.prompts import PromptLike, Prompts
 from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sizes import choose_sizes
 from rayskip.errors import RowError
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
-
-PromptLike = str | Seq[int] | Seq[dict[str, str]]
-"""A prompt as text, as token ids or as chat messages."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +77,11 @@ class Engine:
         engine = engine or EngineConfig()
         self.decoder = decoder
         self.tokenizer = tokenizer
-        self._encoder = Encoder(tokenizer) if tokenizer is not None else None
         self.decode = decode or DecodeConfig()
         longest = decoder.spec.max_positions
         self.max_model_len = min(engine.max_model_len or longest, longest)
+        encoder = Encoder(tokenizer) if tokenizer is not None else None
+        self._prompts = Prompts(encoder, decoder.spec.vocab, self.max_model_len)
         self._waiting: deque[Sequence] = deque()
         self.policy = skip_policy(self.decode.skip, len(decoder.layers))
         self._full_depth = full_depth(len(decoder.layers))
@@ -181,8 +179,8 @@ class Engine:
         full_depth: run every layer for it, whatever the engine's skip policy.
         """
         if not isinstance(prompt, Prompt):
-            prompt = self._prompt(self._next_id, self._token_ids(prompt), params or SamplingParams())
-        self._check(prompt.token_ids, prompt.params)
+            prompt = self._prompts.make(self._next_id, prompt, params or SamplingParams())
+        self._prompts.check(prompt)
         request_id, self._next_id = self._next_id, self._next_id + 1
         self._requests[request_id] = _Request(prompt)
         limit = min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len)
@@ -254,7 +252,7 @@ class Engine:
         try:
             for index, (prompt, own) in enumerate(zip(prompts, every, strict=True)):
                 try:
-                    places[self.add(self._prompt(index, self._token_ids(prompt), own))] = index
+                    places[self.add(self._prompts.make(index, prompt, own))] = index
                 except RowError as error:
                     results[index] = [
                         Generation(index, 0, "error", error_type=error.kind, error_message=str(error))
@@ -269,38 +267,6 @@ class Engine:
             self.abort(places)
             self._kept += others
         return [results[index] for index in range(len(prompts))]
-
-    def _check(self, token_ids: Seq[int], params: SamplingParams) -> None:
-        if params.stop and self.tokenizer is None:
-            raise RowError("no_tokenizer", "stop strings need a tokenizer, and the model's folder has none")
-        if not token_ids:
-            raise RowError("empty_prompt", "the prompt has no tokens")
-        if len(token_ids) >= self.max_model_len:
-            raise RowError(
-                "prompt_too_long",
-                f"the prompt has {len(token_ids)} tokens; the context holds {self.max_model_len}, one of them new",
-            )
-        if not 0 <= min(token_ids) <= max(token_ids) < self.decoder.spec.vocab:
-            raise RowError("bad_token_id", f"token ids must be in [0, {self.decoder.spec.vocab})")
-
-    def _prompt(self, index: int, token_ids: list[int], params: SamplingParams) -> Prompt:
-        """A row that comes from no file; its random key is the hash of (seed, index)."""
-        key = hashlib.blake2b(f"{params.seed}:{index}".encode(), digest_size=8).digest()
-        return Prompt(index, token_ids, params, int.from_bytes(key))
-
-    def _token_ids(self, prompt: PromptLike) -> list[int]:
-        """Text is encoded as it stands, messages through the chat template, both without special tokens of their
-        own (see `Encoder`)."""
-        if not isinstance(prompt, Seq):
-            raise TypeError(f"a prompt is a text, a list of token ids or a list of messages, not {prompt!r}")
-        ids = [part for part in prompt if isinstance(part, int)]
-        if len(ids) == len(prompt):
-            return ids
-        if self._encoder is None:
-            raise RowError("no_tokenizer", "the model's folder has no tokenizer; give token ids")
-        if isinstance(prompt, str):
-            return self._encoder.data(prompt)
-        return self._encoder.chat([part for part in prompt if isinstance(part, dict)])
 
     def _start_steps(self) -> None:
         """Give every idle lane its next step. Rows are shared out evenly, so that no lane sits out the tail."""
