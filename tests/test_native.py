@@ -108,7 +108,8 @@ def _tree(start: int) -> Paths:
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "cap", "window"), [*SHAPES, (9, 3, 64, 20.0, 77), (14, 2, 64, None, None), (24, 1, 32, None, None)]
+    ("heads", "kv_heads", "dim", "cap", "window"),
+    [*SHAPES, (9, 3, 64, 20.0, 77), (14, 2, 64, None, None), (24, 1, 32, None, None)],
 )
 @pytest.mark.parametrize(
     ("slots", "positions", "paths"),
