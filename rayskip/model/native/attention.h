@@ -58,7 +58,7 @@ INLINE Path path_of(const Step *step, int64_t token) {
 }
 
 /* Query heads of one key-value head that attend together: all, or parts of like size. Where there is room for twelve, four
- * leave some for three tokens. */
+ * leave some for three tokens, and in tiles sixteen for two. */
 INLINE int64_t heads_of(const Shape *shape) {
     const int64_t shared = shape->heads / shape->kv_heads, most = BLOCK == 12 ? 4 : BLOCK < 16 ? BLOCK : 16;
     const int64_t parts = (shared + most - 1) / most;

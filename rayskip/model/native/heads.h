@@ -97,15 +97,15 @@ INLINE void narrow(float *weights, int64_t size) {
 #endif
 }
 
-/* What a worker needs on its way through attention. scores [BLOCK, scores_apart], queries [BLOCK, D]; keys, values: of COLUMNS
- * positions of a path, put together; last: values of GRAIN positions. */
+/* What a worker needs on its way through attention. scores [BLOCK, scores_apart], queries [BLOCK, D]; keys, values: of
+ * COLUMNS positions of a path, put together; last: values of GRAIN positions. */
 typedef struct {
     float *scores;
     operand *queries;
     element *keys, *values, *last;
 } Room;
 
-/* Floats from one query's scores to the next one's: T, and a line more, since rows of 4 KB would share a set of the cache. */
+/* Floats from one query's scores to the next one's: T and a line more, since rows 4 KB apart share a set of the cache. */
 INLINE int64_t scores_apart(const Shape *shape) { return shape->length + 16; }
 
 INLINE int64_t room_bytes(const Shape *shape) {
@@ -177,8 +177,8 @@ static void score(const Tile *tile, const operand *queries, const element *panel
         }
 }
 
-/* sums [rows, halves] += weights [rows, scores_apart as floats] of `count` keys times COLUMNS dims of their values. soon: what is to
- * be fetched meanwhile. */
+/* sums [rows, halves] += weights [rows, scores_apart as floats] of `count` keys times COLUMNS dims of their values. soon:
+ * what is to be fetched meanwhile. */
 static void mix(const Tile *tile, const operand *weights, int64_t count, const element *values, const element *soon,
                 floats (*sums)[2], int64_t rows) {
     const int64_t apart = scores_apart(tile->shape) * (int64_t)(sizeof(float) / sizeof(operand));
