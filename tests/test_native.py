@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from copy import copy
@@ -312,22 +314,24 @@ print(product is not None)
 
 @needs_kernels
 def test_a_process_that_may_not_use_tiles_has_other_products() -> None:
-    """Of a processor that has none, too."""
+    """On a processor without tiles it passes as well."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_TILES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(native_product(_dense(4, 64, torch.bfloat16, bias=False)) is not None)
 
 
+@needs_kernels
 def test_another_compiler_of_the_same_name_compiles_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "cc"
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, native.COMPILERS)))
     monkeypatch.setenv("CC", str(script))
     monkeypatch.setenv("RAYSKIP_CACHE", str(tmp_path / "cache"))
     try:
         for line, works in (
             ('for file; do :; done; echo broken > "$file"', False),
-            ('exec cc "$@" -O0', True),
+            (f'exec {compiler} "$@" -O0', True),
         ):
             script.write_text(f"#!/bin/sh\n{line}\n")
             script.chmod(0o755)
@@ -349,22 +353,25 @@ def _dense(out: int, width: int, dtype: torch.dtype, bias: bool) -> Dense:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("out", "width", "bias"), [(96, 64, False), (33, 130, True), (199, 48, True)])
+@pytest.mark.parametrize(
+    ("out", "width", "bias"), [(96, 64, False), (33, 130, True), (199, 48, True), (520, 1538, False)]
+)
 def test_product(out: int, width: int, bias: bool, dtype: torch.dtype) -> None:
     """Close to torch's, and the same bits for a row whatever runs beside it and on however many threads."""
     dense = _dense(out, width, dtype, bias)
     product = native_product(dense)
     if product is None:
         pytest.skip("a library's products are used on this processor")
-    x = torch.randn(300, width, generator=torch.Generator().manual_seed(2)).to(dtype)
+    x = torch.randn(384, width, generator=torch.Generator().manual_seed(2)).to(dtype)
     expected = F.linear(x.float(), dense.weight.float(), None if dense.bias is None else dense.bias.float())
     whole = product(x)
     torch.testing.assert_close(
         whole.float(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2
     )
+    assert product(x[:0]).shape == (0, out)
     for threads in (1, 2, 3, 2):
         native.use_threads(threads)
-        for rows in (1, 2, 5, 11, 12, 13, 16, 17, 25, 33, 97, 300):
+        for rows in (1, 2, 5, 11, 12, 13, 16, 17, 25, 33, 97, 256, 300, 384):
             parts = [product(part) for part in torch.split(x, rows)]
             assert torch.equal(torch.cat(parts), whole), (threads, rows)
     native.use_threads(None)

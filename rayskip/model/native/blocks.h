@@ -33,7 +33,7 @@ INLINE Block block_of(int64_t rows, int64_t blocks, int64_t index) {
 #endif
 }
 
-/* Before a thread's first product of so many rows in so many blocks, and after the last one of any. bytes: for tile_bytes,
+/* Before a thread's products of so many rows in so many blocks; others may follow without an end. bytes: for tile_bytes,
  * whose second tiles hold the same rows' lower bytes. */
 INLINE void begin_blocks(int64_t rows, int64_t blocks, const bool bytes) {
 #ifdef TILES
@@ -42,6 +42,7 @@ INLINE void begin_blocks(int64_t rows, int64_t blocks, const bool bytes) {
 #endif
 }
 
+/* After a thread's last product: nothing that was set outlives a call of the kernels. */
 INLINE void end_blocks(void) {
 #ifdef TILES
     end_tiles();

@@ -56,7 +56,7 @@ INLINE void copy_value(const element *from, int64_t apart, element *to, int64_t 
 INLINE int64_t fill_up(int64_t keys) { return (keys + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 /* Softmax weights in place of scores [first, last), not yet divided by their sum, which is returned. Those of keys
- * before `visible` become 0, and those from `last` on to whole panels. */
+ * before `visible` become 0, and those from `last` on to whole panels, of which all scores are there. */
 INLINE float weigh(float *scores, int64_t first, int64_t visible, int64_t last, float softcap) {
     ints lane;
     for (int i = 0; i < LANES; i++)

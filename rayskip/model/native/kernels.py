@@ -2,7 +2,8 @@
 seconds (half a minute without AVX-512), and kept in the user's cache.
 
 Without a C compiler there are none, and torch's operations serve; the engine's info says which run. Token ids may
-differ between the two in the last bit, as between two kinds of CPU; within one they do not depend on the batch.
+differ between the two in the last bit, as between two kinds of CPU, or a process that may use tiles and one that
+may not; within one they do not depend on the batch.
 """
 
 from __future__ import annotations
@@ -150,6 +151,9 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(_compiled(DEFINES[dtype])))
         if not library.usable():
+            _log.warning(
+                "the system denies this process the processor's tiles (AMX): kernels without run instead"
+            )
             library = ctypes.CDLL(str(_compiled((*DEFINES[dtype], NO_TILES))))
     except (ModelError, OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", "") or error

@@ -14,8 +14,8 @@
 #define FEW BLOCK
 #endif
 #define SLAB (192 << 10) /* bytes of panels that the second cache keeps for the next block of rows */
-#define MANY 128 /* rows of a worker from which on a product is divided by rows */
-#define AHEAD 512 /* elements of a panel prefetched, where it is read once; else the next slab is */
+#define MANY 128          /* rows of a worker from which on a product is divided by rows */
+#define AHEAD 512         /* elements of a panel prefetched, where it is read once; else the next slab is */
 
 /* weight [out, in] -> panels [out / COLUMNS, in / DEPTH, COLUMNS, DEPTH], filled up with zeros. in: a multiple of
  * DEPTH. */
@@ -99,6 +99,8 @@ static void multiply_many(const Product *product, int64_t first, int64_t last, c
 static void multiply_part(const Product *product, int64_t first, int64_t last, const element *x, int64_t rows, operand *room,
                           element *out) {
     const int64_t blocks = blocks_of(rows);
+    if (!blocks)
+        return; /* tiles of no rows may not even be cleared */
     const operand *own = operands(x, room, rows * product->in);
     begin_blocks(rows, blocks, false);
     if (blocks > 1)
