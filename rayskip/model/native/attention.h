@@ -57,16 +57,14 @@ INLINE Path path_of(const Step *step, int64_t token) {
                   step->starts ? step->after + token * step->branch : NULL};
 }
 
-/* Query heads of one key-value head that attend together: all, or parts of like size. Where there is room for twelve, four
- * leave some for three tokens, and in tiles sixteen for two. */
+/* Query heads of one key-value head that attend together: all, or parts of like size. */
 INLINE int64_t heads_of(const Shape *shape) {
-    const int64_t shared = shape->heads / shape->kv_heads, most = BLOCK == 12 ? 4 : BLOCK < 16 ? BLOCK : 16;
-    const int64_t parts = (shared + most - 1) / most;
+    const int64_t shared = shape->heads / shape->kv_heads, parts = (shared + HEADS - 1) / HEADS;
     return (shared + parts - 1) / parts;
 }
 
-/* How many tokens from `token` on attend as one: those of its slot, in tiles of like size, enough for all workers. */
-INLINE int64_t tile_of(const Shape *shape, const Step *step, int64_t token, int64_t tokens, int64_t workers) {
+/* How many tokens from `token` on attend as one: those of its slot, in groups of like size, enough for all workers. */
+INLINE int64_t group_of(const Shape *shape, const Step *step, int64_t token, int64_t tokens, int64_t workers) {
     const int64_t most = BLOCK / heads_of(shape);
     int64_t run = 1;
     if (shape->window && step->positions[token] >= shape->window)
@@ -74,15 +72,15 @@ INLINE int64_t tile_of(const Shape *shape, const Step *step, int64_t token, int6
     while (run < 4 * most && token + run < tokens && step->slots[token + run] == step->slots[token] &&
            !(shape->window && step->positions[token + run] >= shape->window))
         run++;
-    int64_t tiles = (run + most - 1) / most;
-    if (tiles < workers)
-        tiles = workers < run ? workers : run;
-    return (run + tiles - 1) / tiles;
+    int64_t groups = (run + most - 1) / most;
+    if (groups < workers)
+        groups = workers < run ? workers : run;
+    return (run + groups - 1) / groups;
 }
 
 /* Causal attention of tokens over their own slots' keys up to their own positions: q [N, H, D] with `stride` elements
  * between tokens, keys and values of one layer, [slots, K] times what heads.h has of a head -> out [N, H, D]. D: a
- * multiple of LANES, T of COLUMNS. Tiles (see tile_of) and key-value heads are numbered; of all, those numbered `item`,
+ * multiple of LANES, T of COLUMNS. Groups (see group_of) and key-value heads are numbered; of all, those numbered `item`,
  * `item + every`, and so on. */
 static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
                          const element *values, Room room, element *out, int64_t tokens, int64_t item, int64_t every) {
@@ -90,7 +88,7 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
     int64_t number = 0;
     for (int64_t token = 0, size; token < tokens; token += size) {
         Path paths[BLOCK];
-        size = tile_of(shape, step, token, tokens, every);
+        size = group_of(shape, step, token, tokens, every);
         for (int64_t i = 0; i < size; i++)
             paths[i] = path_of(step, token + i);
         for (int64_t kv_head = 0; kv_head < shape->kv_heads; kv_head++) {
@@ -101,10 +99,10 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
             const element *soon = keys + place_of_head(shape, step, later, ahead % shape->kv_heads);
             for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
                 count = last - head < heads_of(shape) ? last - head : heads_of(shape);
-                const Tile tile = {shape, q + token * stride + head * dim, keys + place, values + place, paths,
+                const Group group = {shape, q + token * stride + head * dim, keys + place, values + place, paths,
                                    out + (token * shape->heads + head) * dim, stride, shape->heads * dim, size, count,
                                    soon, room};
-                attend_tile(&tile);
+                attend_group(&group);
             }
         }
     }

@@ -7,9 +7,11 @@
 #ifdef TILES
 #define BLOCK (2 * TILE_ROWS) /* rows at most */
 #define GRAIN TILE_INPUTS     /* inputs that are added up at once */
+#define HEADS TILE_ROWS       /* that attend as one token at most: room is left for several tokens */
 #else
 #define BLOCK ROWS
 #define GRAIN DEPTH
+#define HEADS (ROWS == 12 ? 4 : ROWS)
 #endif
 
 typedef struct {

@@ -106,7 +106,7 @@ typedef struct {
 } Room;
 
 /* Floats from one query's scores to the next one's: T and a line more, since rows 4 KB apart share a set of the cache. */
-INLINE int64_t scores_apart(const Shape *shape) { return shape->length + 16; }
+INLINE int64_t scores_apart(const Shape *shape) { return shape->length + 64 / (int64_t)sizeof(float); }
 
 INLINE int64_t room_bytes(const Shape *shape) {
     return BLOCK * (scores_apart(shape) + shape->dim) * (int64_t)sizeof(float) +
@@ -132,7 +132,7 @@ typedef struct {
     int64_t stride, width, tokens, heads;
     const element *soon; /* the keys that are read next */
     Room room;
-} Tile;
+} Group;
 
 /* Whether a key of [block, block + COLUMNS) that a token sees lies elsewhere than at its position. */
 INLINE bool strays(const Path *path, int64_t block) {
@@ -144,10 +144,10 @@ INLINE bool strays(const Path *path, int64_t block) {
 }
 
 /* The panel of keys [block, block + COLUMNS), or their values, as a path has them. */
-INLINE const element *along(const Tile *tile, const Path *path, int64_t block, const bool keys) {
-    const int64_t dim = tile->shape->dim;
-    const element *stored = keys ? tile->keys : tile->values;
-    element *room = keys ? tile->room.keys : tile->room.values;
+INLINE const element *along(const Group *group, const Path *path, int64_t block, const bool keys) {
+    const int64_t dim = group->shape->dim;
+    const element *stored = keys ? group->keys : group->values;
+    element *room = keys ? group->room.keys : group->room.values;
     if (!strays(path, block))
         return stored + block * dim;
     memcpy(room, stored + block * dim, COLUMNS * dim * sizeof *room);
@@ -164,32 +164,32 @@ INLINE const element *along(const Tile *tile, const Path *path, int64_t block, c
 }
 
 /* Scores of `rows` queries with the keys [block, block + COLUMNS), from a panel -> scores [rows, scores_apart]. */
-static void score(const Tile *tile, const operand *queries, const element *panel, int64_t block, float *scores,
+static void score(const Group *group, const operand *queries, const element *panel, int64_t block, float *scores,
                   int64_t rows) {
-    const int64_t dim = tile->shape->dim;
+    const int64_t dim = group->shape->dim;
     floats sums[BLOCK][2];
-    const Rows from = {queries, dim, dim, panel, COLUMNS * DEPTH, tile->values + block * dim, COLUMNS * DEPTH, {0}};
+    const Rows from = {queries, dim, dim, panel, COLUMNS * DEPTH, group->values + block * dim, COLUMNS * DEPTH, {0}};
     add_block(&from, sums, false, true, rows);
-    for (int64_t row = 0; row < rows; row++, scores += scores_apart(tile->shape))
+    for (int64_t row = 0; row < rows; row++, scores += scores_apart(group->shape))
         for (int half = 0; half < 2; half++) {
-            const floats scaled = sums[row][half] * tile->shape->scale;
+            const floats scaled = sums[row][half] * group->shape->scale;
             memcpy(scores + half * LANES, &scaled, sizeof scaled);
         }
 }
 
 /* sums [rows, halves] += weights [rows, scores_apart as floats] of `count` keys times COLUMNS dims of their values. soon:
  * what is to be fetched meanwhile. */
-static void mix(const Tile *tile, const operand *weights, int64_t count, const element *values, const element *soon,
+static void mix(const Group *group, const operand *weights, int64_t count, const element *values, const element *soon,
                 floats (*sums)[2], int64_t rows) {
-    const int64_t apart = scores_apart(tile->shape) * (int64_t)(sizeof(float) / sizeof(operand));
-    const Rows from = {weights, apart, count, values, tile->shape->dim * DEPTH, soon, COLUMNS * DEPTH, {0}};
+    const int64_t apart = scores_apart(group->shape) * (int64_t)(sizeof(float) / sizeof(operand));
+    const Rows from = {weights, apart, count, values, group->shape->dim * DEPTH, soon, COLUMNS * DEPTH, {0}};
     add_block(&from, sums, false, false, rows);
 }
 
 /* The first `count` of GRAIN values; zeros for the others, which may be not finite, and then so is 0 times them. */
-INLINE const element *first_values(const Tile *tile, const element *values, int64_t count) {
-    const int64_t line = tile->shape->dim * DEPTH, whole = count / DEPTH * line;
-    element *last = tile->room.last;
+INLINE const element *first_values(const Group *group, const element *values, int64_t count) {
+    const int64_t line = group->shape->dim * DEPTH, whole = count / DEPTH * line;
+    element *last = group->room.last;
     memcpy(last, values, whole * sizeof *last);
     memset(last + whole, 0, (GRAIN / DEPTH * line - whole) * sizeof *last);
     if (count % DEPTH)
@@ -198,46 +198,47 @@ INLINE const element *first_values(const Tile *tile, const element *values, int6
     return last;
 }
 
-/* out = attention of the tile's tokens. Where keys of a path lie elsewhere than at their positions, their panel
+/* out = attention of the group's tokens. Where keys of a path lie elsewhere than at their positions, their panel
  * is put together; those that all tokens see are read for all at once. Of a token that does not see all keys before it
- * there is no other in the tile. */
-static void attend_tile(const Tile *tile) {
-    const Shape *shape = tile->shape;
-    const Path *paths = tile->paths;
-    const int64_t dim = shape->dim, heads = tile->heads, tokens = tile->tokens, rows = tokens * heads;
+ * there is no other in the group. */
+static void attend_group(const Group *group) {
+    const Shape *shape = group->shape;
+    const Path *paths = group->paths;
+    const int64_t dim = shape->dim, heads = group->heads, tokens = group->tokens, rows = tokens * heads;
     const int64_t parts = (dim + COLUMNS - 1) / COLUMNS, apart = scores_apart(shape);
     const int64_t visible = shape->window && shape->window < paths->last ? paths->last - shape->window : 0;
     const int64_t first = visible / COLUMNS * COLUMNS;
-    operand *queries = tile->room.queries;
-    float *scores = tile->room.scores, totals[BLOCK];
+    operand *queries = group->room.queries;
+    float *scores = group->room.scores, totals[BLOCK];
     int64_t common = INT64_MAX; /* keys before it all see, at their positions */
     for (int64_t token = 0; token < tokens; token++) {
         const int64_t straight = paths[token].start < paths[token].last ? paths[token].start : paths[token].last;
         common = straight / COLUMNS * COLUMNS < common ? straight / COLUMNS * COLUMNS : common;
-        copy_operands(tile->q + token * tile->stride, queries + token * heads * dim, heads * dim);
+        copy_operands(group->q + token * group->stride, queries + token * heads * dim, heads * dim);
     }
     common = common < first ? first : common;
     begin_blocks(rows, 1, false);
     for (int64_t block = first; block < common; block += COLUMNS)
-        score(tile, queries, tile->keys + block * dim, block, scores + block - first, rows);
+        score(group, queries, group->keys + block * dim, block, scores + block - first, rows);
 
     floats sums[parts][BLOCK][2];
-    memset(sums, 0, sizeof sums);
+    for (int64_t part = 0; part < parts; part++)
+        memset(sums[part], 0, rows * sizeof *sums[part]);
     for (int64_t token = 0; token < tokens; token++) {
         const Path *path = paths + token;
         float *own = scores + token * heads * apart;
         begin_blocks(heads, 1, false);
         for (int64_t block = common; block < path->last; block += COLUMNS)
-            score(tile, queries + token * heads * dim, along(tile, path, block, true), block, own + block - first, heads);
+            score(group, queries + token * heads * dim, along(group, path, block, true), block, own + block - first, heads);
         for (int64_t head = 0; head < heads; head++) {
             totals[token * heads + head] = weigh(own + head * apart, first, visible, path->last, shape->softcap);
             narrow(own + head * apart, fill_up(path->last - first));
         }
     }
-    const element *soon = tile->soon + first * dim;
+    const element *soon = group->soon + first * dim;
     begin_blocks(rows, 1, false);
     for (int64_t part = 0; part < parts; part++, soon += (common - first) * COLUMNS)
-        mix(tile, (operand *)scores, common - first, tile->values + first * dim + part * COLUMNS * DEPTH, soon, sums[part],
+        mix(group, (operand *)scores, common - first, group->values + first * dim + part * COLUMNS * DEPTH, soon, sums[part],
             rows);
     for (int64_t token = 0; token < tokens; token++) {
         const Path *path = paths + token;
@@ -247,18 +248,19 @@ static void attend_tile(const Tile *tile) {
         for (int64_t block = common; block < path->last; block += COLUMNS, weights += COLUMNS) {
             const int64_t count = block + COLUMNS < path->last ? COLUMNS : path->last - block;
             const int64_t whole = count / GRAIN * GRAIN;
-            const element *values = along(tile, path, block, false);
-            for (int64_t part = 0; part < parts && whole; part++)
-                mix(tile, weights, whole, values + part * COLUMNS * DEPTH, values, sums[part] + row, heads);
-            if (whole == count)
-                continue;
-            const element *last = first_values(tile, values + whole * dim, count - whole);
-            for (int64_t part = 0; part < parts; part++)
-                mix(tile, weights + whole, GRAIN, last + part * COLUMNS * DEPTH, last, sums[part] + row, heads);
+            const element *values = along(group, path, block, false);
+            if (whole)
+                for (int64_t part = 0; part < parts; part++)
+                    mix(group, weights, whole, values + part * COLUMNS * DEPTH, values, sums[part] + row, heads);
+            if (whole < count) {
+                const element *last = first_values(group, values + whole * dim, count - whole);
+                for (int64_t part = 0; part < parts; part++)
+                    mix(group, weights + whole, GRAIN, last + part * COLUMNS * DEPTH, last, sums[part] + row, heads);
+            }
         }
         for (int64_t head = 0; head < heads; head++)
             for (int64_t i = 0; i < dim; i += LANES)
-                store(tile->out + token * tile->width + head * dim + i,
+                store(group->out + token * group->width + head * dim + i,
                       sums[i / COLUMNS][row + head][i / LANES % 2] / totals[row + head]);
     }
 }

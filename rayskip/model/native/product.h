@@ -88,11 +88,12 @@ static void multiply_many(const Product *product, int64_t first, int64_t last, c
     const int64_t size = COLUMNS * product->in, blocks = blocks_of(rows), pace = COLUMNS * DEPTH / blocks;
     const int64_t fitting = SLAB / (size * (int64_t)sizeof *product->panels), slab = fitting ? fitting : 1;
     for (; first < last; first += slab)
-        for (int64_t index = 0; index < blocks; index++)
-            for (int64_t panel = first; panel < last && panel < first + slab; panel++) {
-                const element *soon = product->panels + (panel + slab) * size + size * index / blocks;
-                multiply_panel(product, panel, x, block_of(rows, blocks, index), soon, pace, false, out + panel * COLUMNS);
-            }
+        for (int64_t index = 0; index < blocks; index++) {
+            const Block block = block_of(rows, blocks, index);
+            const element *soon = product->panels + (first + slab) * size + size * index / blocks;
+            for (int64_t panel = first; panel < last && panel < first + slab; panel++, soon += size)
+                multiply_panel(product, panel, x, block, soon, pace, false, out + panel * COLUMNS);
+        }
 }
 
 /* x [rows, in] times panels [first, last) -> out [rows, out]. room: for operand_bytes(rows * in). */

@@ -1,0 +1,69 @@
+"""The job's config: frozen pydantic sections, unknown keys refused.
+
+Knows neither torch nor ray: `rayskip schema`, `--help` and every validation answer before they load.
+Field descriptions are the reference documentation; `rayskip schema` prints them.
+"""
+
+from rayskip.config.decode import (
+    AutoDraft,
+    DecodeConfig,
+    DraftConfig,
+    DraftModelDraft,
+    HierarchicalSkip,
+    KangarooDraft,
+    LayersSkip,
+    LookaheadDraft,
+    LookupDraft,
+    MedusaDraft,
+    NoDraft,
+    NoSkip,
+    RetrievalDraft,
+    SkipConfig,
+    SkipDecodeSkip,
+    UnifiedSkip,
+)
+from rayskip.config.job import (
+    ClusterConfig,
+    EngineConfig,
+    InputConfig,
+    JobConfig,
+    OutputConfig,
+    QualityConfig,
+    RetryConfig,
+    SamplingParams,
+)
+from rayskip.config.section import (
+    Dtype,
+    ModelConfig,
+    Section,
+)
+
+__all__ = [
+    "AutoDraft",
+    "ClusterConfig",
+    "DecodeConfig",
+    "DraftConfig",
+    "DraftModelDraft",
+    "Dtype",
+    "EngineConfig",
+    "HierarchicalSkip",
+    "InputConfig",
+    "JobConfig",
+    "KangarooDraft",
+    "LayersSkip",
+    "LookaheadDraft",
+    "LookupDraft",
+    "MedusaDraft",
+    "ModelConfig",
+    "NoDraft",
+    "NoSkip",
+    "OutputConfig",
+    "QualityConfig",
+    "RetrievalDraft",
+    "RetryConfig",
+    "SamplingParams",
+    "Section",
+    "SkipConfig",
+    "SkipDecodeSkip",
+    "UnifiedSkip",
+]

@@ -1,0 +1,24 @@
+"""What every section of a config is, and the one that names a checkpoint, which others hold."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Dtype = Literal["bfloat16", "float32", "float16"]
+
+
+class Section(BaseModel):
+    """A config section: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """Which checkpoint, in which precision."""
+
+    path: str = Field(description="smollm2-135m-instruct, a local folder with safetensors, or a hub id")
+    dtype: Dtype = "bfloat16"
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    adapter: str | None = Field(None, description="local folder with a LoRA adapter to merge")
