@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayskip.decode.drafters.auto import Fortune, Rate, Rounds, round_pays
-from rayskip.decode.drafters.costs import StepCosts, worth_verifying
+from rayskip.decode.drafters.auto import DRAFTING, Fortune, Rate, Rounds, round_pays
+from rayskip.decode.drafters.costs import StepCosts, marginal_chance, worth_verifying
 from rayskip.decode.drafters.trial import Trial, Trials
 
 COSTS = st.lists(st.floats(0.001, 10), min_size=4, max_size=4).map(
@@ -161,14 +161,34 @@ def test_a_round_pays_when_it_gains_more_than_it_costs() -> None:
 
 
 def test_what_does_not_pay_is_tried_again_now_and_then() -> None:
-    rounds, costs = Rounds(), StepCosts((1, 64), (1.0, 1.5))
+    rounds, costs = Rounds.expected(1, agreement=0.5, least=0.1, seconds=0.1), StepCosts((1, 64), (1.0, 1.5))
     tried = []
     for _ in range(400):
-        tried.append(rounds.worth_trying(1, 0, 1, costs))
+        tried.append(rounds.worth_trying(1, 0, 1, 0.0, costs))
         if tried[-1]:
             rounds.count(1, drafted=3, seconds=5.0)
-    assert all(tried[:4])
+    assert tried[0]
     assert 5 <= sum(tried) <= 12
+
+
+@pytest.mark.parametrize(
+    ("rows", "agreement", "late", "pays"),
+    [
+        (1, 0.5, 0.0, True),
+        (1, 0.05, 0.0, False),
+        (1, 0.5, 1.0, False),
+        (64, 0.5, 0.0, False),
+        (64, 0.9, 0.0, True),
+    ],
+)
+def test_the_first_round_is_expected_to_go_as_the_adapters_label_says(
+    rows: int, agreement: float, late: float, pays: bool
+) -> None:
+    """A token more costs nearly nothing beside one row, and beside 64 half of what a row does."""
+    costs = StepCosts((1, 32, 64, 128), (1.0, 1.1, 2.0, 3.0))
+    least = marginal_chance(rows, rows, costs)
+    rounds = Rounds.expected(rows, agreement, least, seconds=DRAFTING * costs(rows))
+    assert rounds.worth_trying(rows, 0, rows, late, costs) == pays
 
 
 def test_a_rows_fortune_bends_what_is_expected_of_it() -> None:

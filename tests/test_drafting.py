@@ -96,7 +96,7 @@ def _save_adapter(model: Path, target: Path, fingerprint: str) -> None:
         "out": layer.out.weight,
         "token_ids": torch.arange(LISTED),
     }
-    save_trained(target, KangarooLabel("tiny", fingerprint, LISTED, 0, 0.0, exit_layer=EXIT), tensors)
+    save_trained(target, KangarooLabel("tiny", fingerprint, LISTED, 0, 0.5, exit_layer=EXIT), tensors)
 
 
 def _draft(kind: str, folder: Path) -> dict[str, Any]:

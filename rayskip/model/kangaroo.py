@@ -36,8 +36,9 @@ class KangarooLabel(Label):
 class Kangaroo:
     """The adapter on a decoder, for drafting. Shared by lanes: it holds no state between calls."""
 
-    def __init__(self, decoder: Decoder, exit_layer: int, tensors: dict[str, Tensor]) -> None:
-        self.exit_layer = exit_layer
+    def __init__(self, decoder: Decoder, label: KangarooLabel, tensors: dict[str, Tensor]) -> None:
+        exit_layer = label.exit_layer
+        self.exit_layer, self.agreement = exit_layer, label.agreement
         self._decoder = decoder
         self._cache_layer = len(decoder.layers)
         own = {name: tensor.to(decoder.device) for name, tensor in tensors.items()}
@@ -92,4 +93,4 @@ def load_kangaroo(decoder: Decoder, folder: Path | None) -> Kangaroo:
     """Read an adapter; without a folder, the one that ships for this model. Raises ModelError as `load_trained`."""
     label, tensors, found = load_trained(KangarooLabel, decoder.folder, folder)
     check_shapes(tensors, {**adapter_shapes(decoder), "token_ids": (label.tokens,)}, found)
-    return Kangaroo(decoder, label.exit_layer, tensors)
+    return Kangaroo(decoder, label, tensors)

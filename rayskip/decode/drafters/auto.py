@@ -37,8 +37,10 @@ FORGET, ROW_FORGETS = 0.99, 0.95
 """What earlier counts are multiplied by at each new one, so that old texts fade, and a row's own past."""
 SUREST = 0.97
 """Highest chance that a copy's first token is given."""
-TRIALS, RETRY = 4, 64
-"""Rounds that a drafter gets to show its worth; steps after which one that did not pay gets another."""
+RETRY = 64
+"""Steps after which a drafter whose rounds do not pay gets another."""
+DRAFTING = 0.15
+"""Share of a step that a round of Kangaroo's is believed to take, before any was timed."""
 DEAR = 0.7
 """Chance that a token must have to pay for its verification, from which on Kangaroo is not asked: few of its tokens
 have it, and what rows have missed in its cache, their prompts too, would have to be computed first."""
@@ -75,18 +77,28 @@ class Rounds:
     seconds: float = 0.0
     idle: int = 0
 
+    @classmethod
+    def expected(cls, rows: int, agreement: float, least: float, seconds: float) -> Rounds:
+        """Before any: with confidences spread evenly, of which those from `least` on are drafted, and that hold as
+        often as they say, but for the adapter's `agreement` (at one half they do)."""
+        drafted, accepted = 1 - least, agreement * (1 - least**2)
+        return cls(BELIEF, BELIEF * rows, BELIEF * rows * drafted, BELIEF * rows * accepted, BELIEF * seconds)
+
     def count(self, rows: int, drafted: int, seconds: float) -> None:
         for name, value in (("rounds", 1), ("rows", rows), ("drafted", drafted), ("seconds", seconds)):
             setattr(self, name, getattr(self, name) * FORGET + value)
         self.accepted *= FORGET
         self.idle = 0
 
-    def worth_trying(self, rows: int, others: float, base: int, costs: StepCosts) -> bool:
-        """Whether a round for `rows` rows is expected to pay, or is due; the rest as in `round_pays`."""
-        if self.rounds < TRIALS or self.idle >= RETRY:
+    def worth_trying(self, rows: int, others: float, base: int, late: float, costs: StepCosts) -> bool:
+        """Whether a round for `rows` rows is expected to pay, or is due.
+
+        late: seconds of catching up that fall to it; the rest as in `round_pays`.
+        """
+        if self.idle >= RETRY:
             return True
         accepted, drafted = self.accepted / self.rows, self.drafted / self.rows
-        pays = round_pays(rows, others, base, accepted, drafted, self.seconds / self.rounds, costs)
+        pays = round_pays(rows, others, base, accepted, drafted, self.seconds / self.rounds + late, costs)
         self.idle += not pays
         return pays
 
@@ -192,8 +204,15 @@ class AutoDrafter(Drafter):
         least = marginal_chance(len(left) + others, base, self._costs)
         if least > DEAR:
             return None
-        self._round = self._rounds.setdefault(len(left).bit_length(), Rounds())
-        if not self._round.worth_trying(len(left), others, base, self._costs):
+        kind = len(left).bit_length()
+        if kind not in self._rounds:
+            seconds = DRAFTING * self._costs(base)
+            self._rounds[kind] = Rounds.expected(len(left), self._kangaroo.agreement, least, seconds)
+        self._round = self._rounds[kind]
+        # what a row has missed it computes once, for the tokens that it has left
+        missed_each = sum(max(row.computed - row.draft_cached, 0) / row.draft_room for row in left)
+        late = missed_each * self._kangaroo.share * self._costs.each
+        if not self._round.worth_trying(len(left), others, base, late, self._costs):
             return None
         began = time.perf_counter()
         before = sum(len(row.draft) for row in left)

@@ -32,8 +32,9 @@ two cores a token more is some 3% of a round; 0.05 against none drafts half as m
 
 class KangarooDrafter(Drafter):
     def __init__(self, gamma: int, eta: float, branches: int, kangaroo: Kangaroo, decoder: Decoder) -> None:
-        """share: of the layers, those that verification is spared."""
+        """share: of the layers, those that verification is spared. agreement: of the adapter, see its label."""
         self.share = kangaroo.exit_layer / len(decoder.layers)
+        self.agreement = kangaroo.agreement
         self._gamma = gamma
         self._eta = eta
         self._branches = branches
