@@ -63,9 +63,9 @@ def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepC
 
 
 def _seconds(decoder: Decoder, cache: KVCache, count: int, length: int) -> float:
-    """Of a forward of `count` tokens, each attending on its own as in verification."""
+    """Of a forward of `count` tokens, a row's side by side as in verification."""
     index = torch.arange(count, device=decoder.device)
-    slots = index % cache.slots
+    slots = (index % cache.slots).sort().values
     positions = torch.full_like(index, length - 1)
     batch = TokenBatch(
         torch.zeros_like(index), positions, slots, [Group(0, 1, slots, key_blocks(length))], index
