@@ -1,9 +1,8 @@
 """Which layers a generated token runs. Plain integers; knows neither torch nor how tokens are batched.
 
-A generated position counts from 0 at the first generated token; prompt tokens have negative ones, and run every
-layer if nothing else is said. Schedules are nested: a layer that a position runs was run by every earlier one, so
-its keys and values are all there (SkipDecode, arXiv 2307.02628, section 3). A layer is therefore told by one
-number: up to which position it runs.
+A generated position counts from 0 at the first generated token; prompt tokens run every layer. Schedules are
+nested: a layer that a position runs was run by every earlier one, so its keys and values are all there (SkipDecode,
+arXiv 2307.02628, section 3). A layer is therefore told by one number: up to which position it runs.
 """
 
 from __future__ import annotations
@@ -18,10 +17,6 @@ from rayskip.errors import ConfigError
 
 FOREVER = 1 << 30
 """`until` of a layer that runs at every position."""
-NEVER = -FOREVER
-"""`until` of a layer that not even prompt tokens run."""
-FULL_DEPTH = NEVER - 1
-"""Position of a token that runs every layer, whatever the policy."""
 
 SPEEDUPS: dict[int, tuple[float, float]] = {2: (22, 11), 3: (14, 8), 4: (10, 6), 5: (8, 5)}
 """Speed-up -> (max_layers, min_layers) of the paper's OPT-6.7B (L = 32), table 2; other depths are scaled. For
@@ -40,12 +35,8 @@ class SkipPolicy:
     until: tuple[int, ...]
 
     @classmethod
-    def of(
-        cls, name: str, schedule: Sequence[Sequence[int]], layers: int, skip_prompt: bool = False
-    ) -> SkipPolicy:
+    def of(cls, name: str, schedule: Sequence[Sequence[int]], layers: int) -> SkipPolicy:
         """From the layers run at positions 0, 1, ...; the last entry holds for all later ones.
-
-        skip_prompt: the first entry holds for the prompt too.
 
         Raises ConfigError that names the position and layer where the schedule is not nested.
         """
@@ -57,13 +48,12 @@ class SkipPolicy:
                     f"{position - 1} does not, so its keys and values would be missing"
                 )
         ends = [sum(layer in entry for entry in sets) for layer in range(layers)]
-        never = NEVER if skip_prompt else 0
-        return cls(name, tuple(FOREVER if end == len(sets) else end or never for end in ends))
+        return cls(name, tuple(FOREVER if end == len(sets) else end for end in ends))
 
     @property
     def depends_on_position(self) -> bool:
         """Whether some layer runs at some generated positions only."""
-        return any(0 < until < FOREVER for until in self.until)
+        return not set(self.until) <= {0, FOREVER}
 
     @property
     def is_full(self) -> bool:
@@ -71,14 +61,12 @@ class SkipPolicy:
         return set(self.until) == {FOREVER}
 
     def layers(self, position: int) -> tuple[int, ...]:
-        """The layers that a token at generated position `position` runs, in order."""
+        """The layers that generated position `position` runs, in order; a prompt token's position is negative."""
         return tuple(layer for layer, until in enumerate(self.until) if position < until)
 
     def depth(self, position: int) -> int:
         """How many layers `position` runs. Also the group key: equal depths are equal layer sets."""
-        if position == FULL_DEPTH:
-            return len(self.until)
-        return self._depths[min(max(position, -1) + 1, len(self._depths) - 1)]
+        return len(self.until) if position < 0 else self._depths[min(position, len(self._depths) - 1)]
 
     def mean_depth(self, tokens: int) -> float | None:
         """Layers run per generated token of a row with `tokens` of them; the last one never runs."""
@@ -88,9 +76,8 @@ class SkipPolicy:
 
     @cached_property
     def _depths(self) -> list[int]:
-        """Of the prompt and of positions 0, 1, ...; the last entry holds for all later ones."""
-        ends = [until for until in self.until if 0 < until < FOREVER]
-        return [len(self.layers(position)) for position in range(-1, max(ends, default=0) + 1)]
+        ends = [until for until in self.until if until < FOREVER]
+        return [len(self.layers(position)) for position in range(max(ends, default=0) + 1)]
 
 
 def full_depth(layers: int) -> SkipPolicy:
@@ -125,9 +112,8 @@ def _skipdecode(config: SkipDecodeSkip, layers: int) -> SkipPolicy:
         share = position / config.horizon
         depth = round((1 - share) * most + share * least)
         schedule.append([*range(warmup), *range(layers - depth + warmup, layers)])
-    prompt = ", skip_prompt" if config.skip_prompt else ""
-    name = f"skipdecode(warmup={warmup}, layers={most}->{least}, horizon={config.horizon}{prompt})"
-    return SkipPolicy.of(name, schedule, layers, config.skip_prompt)
+    name = f"skipdecode(warmup={warmup}, layers={most}->{least}, horizon={config.horizon})"
+    return SkipPolicy.of(name, schedule, layers)
 
 
 def skipdecode_bounds(config: SkipDecodeSkip, layers: int) -> tuple[int, int]:

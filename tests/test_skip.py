@@ -22,7 +22,7 @@ from rayskip.errors import ConfigError
 from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
 from rayskip.model.ops import Ops
-from rayskip.skip import FULL_DEPTH, SkipPolicy, skip_policy
+from rayskip.skip import SkipPolicy, skip_policy
 from rayskip.train.examples import Example, collate
 from rayskip.train.skip import answer_logits
 
@@ -32,13 +32,6 @@ POLICIES: dict[str, dict[str, Any]] = {
     "none": {"kind": "none"},
     "skipdecode": {"kind": "skipdecode", "max_layers": 5, "min_layers": 2, "horizon": 9},
     "skipdecode-speedup": {"kind": "skipdecode", "speedup": 2, "horizon": 6},
-    "skipdecode-prompt": {
-        "kind": "skipdecode",
-        "max_layers": 4,
-        "min_layers": 2,
-        "horizon": 9,
-        "skip_prompt": True,
-    },
     "unified": {"kind": "unified", "speedup": 2},
     "hierarchical": {"kind": "hierarchical", "skip": 1},
     "layers": {"kind": "layers", "layers": [[0, 1, 2, 4, 5], [0, 2, 5], [2, 5]]},
@@ -105,18 +98,8 @@ def test_skipdecode_is_nested_and_has_the_formulas_depths(data: st.DataObject, l
         assert len(policy.layers(position)) == policy.depth(position)
         assert set(policy.layers(position + 1)) <= set(policy.layers(position))
         assert policy.layers(position)[:warmup] == tuple(range(warmup))
-    assert policy.depth(-1) == policy.depth(FULL_DEPTH) == layers
+    assert policy.depth(-1) == layers
     assert policy.is_full == (least == layers)
-
-
-def test_a_prompt_may_run_the_first_positions_layers() -> None:
-    values = {"kind": "skipdecode", "warmup": 1, "max_layers": 4, "min_layers": 2, "horizon": 4}
-    policy = _policy(**values, skip_prompt=True)
-    assert policy.layers(-1) == policy.layers(-99) == policy.layers(0) == (0, 3, 4, 5)
-    assert policy.depth(FULL_DEPTH) == LAYERS
-    assert policy.depends_on_position
-    assert policy.name != _policy(**values).name
-    assert _policy(kind="skipdecode", max_layers=6, min_layers=6, skip_prompt=True).is_full
 
 
 def test_others_keep_what_their_papers_keep() -> None:
@@ -190,10 +173,9 @@ def test_tokens_equal_a_slow_reference(policy: str, ops: str, model_folder: Path
     ideal = sum(len(schedule.layers(position)) for length in lengths for position in range(length - 1))
     assert stats.decode_tokens == sum(lengths) - len(lengths)
     assert stats.decode_layer_tokens == ideal
-    prompt_tokens = sum(PROMPT_LENGTHS) - stats.prefix_tokens
-    assert stats.prompt_layer_tokens == len(schedule.layers(-1)) * prompt_tokens
-    skipped = LAYERS * (stats.decode_tokens + prompt_tokens) - ideal - stats.prompt_layer_tokens
-    assert stats.kv_bytes_saved == skipped * 2 * spec.kv_heads * spec.head_dim * 4
+    assert stats.prompt_layer_tokens == LAYERS * (sum(PROMPT_LENGTHS) - stats.prefix_tokens)
+    saved = (LAYERS * stats.decode_tokens - ideal) * 2 * spec.kv_heads * spec.head_dim * 4
+    assert stats.kv_bytes_saved == saved
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -233,12 +215,11 @@ def test_tokens_under_a_policy_do_not_depend_on_the_batch(smollm2: Path) -> None
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.parametrize("policy", ["skipdecode", "skipdecode-prompt"])
-def test_a_row_can_run_at_full_depth_beside_others(policy: str, model_folder: Path) -> None:
-    """Quality receipts decode the same row both ways in one batch; also where their prompts run unlike layers."""
+def test_a_row_can_run_at_full_depth_beside_others(model_folder: Path) -> None:
+    """Quality receipts decode the same row both ways in one batch."""
     from rayskip.data.records import Prompt
 
-    decode = DecodeConfig(skip=_config(POLICIES[policy]))
+    decode = DecodeConfig(skip=_config(POLICIES["skipdecode"]))
     model = ModelConfig(path=str(model_folder), dtype="float32")
     engine = Engine.load(model, EngineConfig(max_batch_rows=4), decode)
     plain = Engine.load(model, EngineConfig(max_batch_rows=4))

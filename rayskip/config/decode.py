@@ -29,9 +29,6 @@ class SkipDecodeSkip(Section):
     horizon: int = Field(
         128, ge=1, description="position from which min_layers run; the median completion length suits"
     )
-    skip_prompt: bool = Field(
-        False, description="prompt tokens, too, run the first generated position's layers alone, not all"
-    )
 
     @model_validator(mode="after")
     def _one_way(self) -> SkipDecodeSkip:

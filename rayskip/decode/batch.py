@@ -98,7 +98,7 @@ def _paths(positions: Seq[int], branches: Mapping[int, Chunk], device: torch.dev
 
 
 def group_key(chunk: Chunk) -> tuple[int, int, int]:
-    """(position that decides the depth; tokens; key positions read): depends on nothing but the row itself.
+    """(generated position, -1 at full depth; tokens; key positions read): depends on nothing but the row itself.
 
     A chunk is either prompt or one generated token, so its tokens share a depth. Sorted, the deepest come first.
     """

@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from rayskip.config import SamplingParams
 from rayskip.data.records import Prompt, TokenLogprob
 from rayskip.decode.draft import Draft
-from rayskip.skip import FULL_DEPTH
 
 
 @dataclass(eq=False)
@@ -60,8 +59,8 @@ class Sequence:
         return self.computed < len(self.prompt.token_ids)
 
     def skip_position(self, position: int) -> int:
-        """The generated position that decides which layers token `position` runs: -1 for all of the prompt."""
-        return FULL_DEPTH if self.full_depth else max(position - len(self.prompt.token_ids), -1)
+        """The generated position that decides which layers token `position` runs; -1: all of them."""
+        return -1 if self.full_depth else max(position - len(self.prompt.token_ids), -1)
 
     @property
     def draft_room(self) -> int:
@@ -92,9 +91,7 @@ class Sequence:
         )
 
     def common_prefix(self, other: Sequence) -> int:
-        """How many leading prompt tokens two sequences share, and so keys and values; none at unequal depth."""
-        if self.full_depth != other.full_depth:
-            return 0
+        """How many leading prompt tokens two sequences share."""
         size = min(len(self.prompt_array), len(other.prompt_array))
         differs = self.prompt_array[:size] != other.prompt_array[:size]
         return int(differs.argmax()) if differs.any() else size

@@ -199,8 +199,6 @@ class Lane:
             drafted_by.update(ran.draft.drafters)
             accepted_by.update(ran.draft.drafters[node] for node in held)
         tokens = sum(got.values())
-        prompts = sum(chunk.stop - chunk.start for chunk in plan.chunks if not chunk.generated)
-        prompt_layers = sum(result.active) - useful - in_vain
         steady = not plan.prefills
         return Stats(
             steps=1,
@@ -216,10 +214,10 @@ class Lane:
             steady_tokens=tokens if steady else 0,
             steady_seconds=sum(result.seconds) if steady else 0.0,
             decode_layer_tokens=useful,
-            prompt_layer_tokens=prompt_layers,
+            prompt_layer_tokens=sum(result.active) - useful - in_vain,
             draft_layer_tokens=in_vain,
             padding_layer_tokens=sum(rule.padding(count) for count in result.active if count),
             cohort_rows=max(newest.values(), default=0),
-            kv_bytes_saved=(layers * (tokens + prompts) - useful - prompt_layers) * self._layer_kv_bytes,
+            kv_bytes_saved=(layers * tokens - useful) * self._layer_kv_bytes,
             seconds={"decode" if steady else "prefill": result.seconds[0], "sample": result.seconds[1]},
         )

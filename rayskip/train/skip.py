@@ -1,8 +1,8 @@
 """Fine-tuning under a skip schedule: every position runs its own layers, as it will in decoding.
 
-Schedules are nested, so the positions that a layer runs are the prompt and the first so many of the answer, or
-none: with prompts padded on the left they are a prefix of the batch's columns. A layer is given that prefix and the
-rest passes by, so skipped work is not computed in training either (SkipDecode, arXiv 2307.02628, section 3).
+Schedules are nested, so the positions that a layer runs are the prompt and the first so many of the answer: with
+prompts padded on the left they are a prefix of the batch's columns. A layer is given that prefix and the rest
+passes by, so skipped work is not computed in training either (SkipDecode, arXiv 2307.02628, section 3).
 
 Works on any transformers decoder whose layers take hidden_states, attention_mask and position arguments.
 """
@@ -40,7 +40,7 @@ def skipping(model: nn.Module, policy: SkipPolicy, prompt_width: int) -> Iterato
     """Inside the block every layer of `model` runs only the columns that `policy` gives it."""
     hooks = []
     for layer, until in zip(decoder_layers(model), policy.until, strict=True):
-        columns = _Columns(max(prompt_width + until, 0))
+        columns = _Columns(prompt_width + until)
         hooks.append(layer.register_forward_pre_hook(columns.cut, with_kwargs=True))
         hooks.append(layer.register_forward_hook(columns.restore))
     try:
@@ -58,11 +58,11 @@ class _Columns:
         self._rest: Tensor | None = None
 
     def cut(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden, count = args[0], max(self._count, 1)  # no layer runs no columns
+        hidden, count = args[0], self._count
         if count >= hidden.shape[1]:
             self._rest = None
             return None
-        self._rest = hidden[:, self._count :]
+        self._rest = hidden[:, count:]
         kwargs = dict(kwargs)
         if (mask := kwargs.get("attention_mask")) is not None:  # [B, 1, T, T]
             kwargs["attention_mask"] = mask[:, :, :count, :count]
@@ -76,8 +76,8 @@ class _Columns:
         if self._rest is None:
             return None
         if isinstance(output, tuple):
-            return (torch.cat((output[0][:, : self._count], self._rest), dim=1), *output[1:])
-        return torch.cat((output[:, : self._count], self._rest), dim=1)
+            return (torch.cat((output[0], self._rest), dim=1), *output[1:])
+        return torch.cat((output, self._rest), dim=1)
 
 
 def answer_logits(model: nn.Module, batch: Batch, policy: SkipPolicy) -> Tensor:
