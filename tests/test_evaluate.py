@@ -129,7 +129,8 @@ def test_bench_times_a_peer_over_the_same_rows(tmp_path: Path, tiny_llama: Calla
     assert "generate" in format_timings(timings)
 
 
-def test_a_peer_generates_what_its_library_does(tiny_llama: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_peer_generates_what_its_library_does(ignore_eos: bool, tiny_llama: Callable[..., Path]) -> None:
     folder = tiny_llama("peer", 0)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     wanted = [
@@ -137,16 +138,16 @@ def test_a_peer_generates_what_its_library_does(tiny_llama: Callable[..., Path])
         for ids in PROMPTS
     ]
     end = int(wanted[2][3])  # from now on it ends a row
-    stops = [row.tolist().index(end) + 1 if end in row else 6 for row in wanted]
+    stops = [row.tolist().index(end) + 1 if end in row and not ignore_eos else 6 for row in wanted]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
-    arguments = PeerArguments(str(folder), "float32", batch_rows=3, max_tokens=6, longest=12)
+    arguments = PeerArguments(str(folder), "float32", 3, max_tokens=6, ignore_eos=ignore_eos, longest=12)
     with running_peer(BenchPeer(name="generate", kind="transformers"), arguments) as peer:
         for prompts in (PROMPTS, PROMPTS[::-1]):
             seconds, token_ids = peer.generate(prompts)
             order = [PROMPTS.index(ids) for ids in prompts]
             assert token_ids == [wanted[at][: stops[at]].tolist() for at in order]
             assert seconds > 0
-    assert stops[2] < 6
+    assert (stops[2] == 6) == ignore_eos
 
 
 @pytest.mark.parametrize(

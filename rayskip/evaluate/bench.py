@@ -128,7 +128,8 @@ def _run_rounds(
                 folder = str(resolve(config.model.path, config.model.revision))
                 say(f"loading {peer.name}")
                 dtype = peer.dtype or config.model.dtype
-                job = PeerArguments(folder, dtype, places, config.sampling.max_tokens, longest)
+                sampling = config.sampling
+                job = PeerArguments(folder, dtype, places, sampling.max_tokens, sampling.ignore_eos, longest)
                 peers[peer.name] = running.enter_context(running_peer(peer, job))
                 rounds.load_s[peer.name] = peers[peer.name].load_s
                 rounds.peers[peer.name] = []

@@ -40,6 +40,7 @@ class PeerArguments:
     dtype: str
     batch_rows: int
     max_tokens: int
+    ignore_eos: bool
     longest: int
 
 

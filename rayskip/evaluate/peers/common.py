@@ -21,12 +21,13 @@ TokenIds = list[list[int]]
 @dataclass(frozen=True)
 class Arguments:
     """model: folder of a checkpoint. dtype: torch's name of it. batch_rows: most rows at once. max_tokens: of a
-    completion. longest: most tokens of a prompt and its completion together."""
+    completion, and with ignore_eos the least, too. longest: most tokens of a prompt and its completion together."""
 
     model: str
     dtype: str
     batch_rows: int
     max_tokens: int
+    ignore_eos: bool
     longest: int
 
 

@@ -31,7 +31,7 @@ def load(arguments: Arguments) -> Callable[[TokenIds], TokenIds]:
         max_num_seqs=arguments.batch_rows,
         gpu_memory_utilization=GPU_MEMORY,
     )
-    params = SamplingParams(temperature=0, max_tokens=arguments.max_tokens)
+    params = SamplingParams(temperature=0, max_tokens=arguments.max_tokens, ignore_eos=arguments.ignore_eos)
 
     def generate(prompts: TokenIds) -> TokenIds:
         llm.reset_prefix_cache()  # else a round would find the prompts of the one before
