@@ -186,7 +186,7 @@ class BenchConfig(Section):
         by_row = self.input.sampling_params or self.input.format == "openai"
         if self.peers and (by_row or _is_more_than_greedy(self.sampling)):
             raise ValueError(
-                "peers: they are greedy and end at EOS or max_tokens; sampling must have temperature 0, n 1, no "
+                "peers: they are greedy and end at EOS (unless ignore_eos) or max_tokens; sampling must have temperature 0, n 1, no "
                 "stop strings and nothing else that changes tokens, and rows no parameters of their own"
             )
         if self.peers and self.model.adapter:
@@ -196,8 +196,8 @@ class BenchConfig(Section):
 
 def _is_more_than_greedy(sampling: SamplingParams) -> bool:
     """Whether more than the likeliest tokens up to max_tokens is asked for. Some keys do nothing to greedy ones."""
-    plain = SamplingParams(**sampling.model_dump(include={"max_tokens", "top_p", "top_k", "min_p", "seed"}))
-    return sampling != plain
+    kept = {"max_tokens", "ignore_eos", "top_p", "top_k", "min_p", "seed"}
+    return sampling != SamplingParams(**sampling.model_dump(include=kept))
 
 
 class SpecBenchDrafter(Section):
