@@ -186,8 +186,9 @@ class BenchConfig(Section):
         by_row = self.input.sampling_params or self.input.format == "openai"
         if self.peers and (by_row or _is_more_than_greedy(self.sampling)):
             raise ValueError(
-                "peers: they are greedy and end at EOS (unless ignore_eos) or max_tokens; sampling must have temperature 0, n 1, no "
-                "stop strings and nothing else that changes tokens, and rows no parameters of their own"
+                "peers: they are greedy and end at EOS (unless ignore_eos) or max_tokens; sampling must have "
+                "temperature 0, n 1, no stop strings and nothing else that changes tokens, and rows no parameters "
+                "of their own"
             )
         if self.peers and self.model.adapter:
             raise ValueError("peers: they load model.path alone; merge model.adapter into it")
