@@ -32,11 +32,7 @@ from rayskip.config.job import (
     RetryConfig,
     SamplingParams,
 )
-from rayskip.config.section import (
-    Dtype,
-    ModelConfig,
-    Section,
-)
+from rayskip.config.section import Dtype, ModelConfig, Section
 
 __all__ = [
     "AutoDraft",

@@ -37,13 +37,12 @@ class Kangaroo:
     """The adapter on a decoder, for drafting. Shared by lanes: it holds no state between calls."""
 
     def __init__(self, decoder: Decoder, label: KangarooLabel, tensors: dict[str, Tensor]) -> None:
-        exit_layer = label.exit_layer
-        self.exit_layer, self.agreement = exit_layer, label.agreement
+        self.exit_layer, self.agreement = label.exit_layer, label.agreement
         self._decoder = decoder
         self._cache_layer = len(decoder.layers)
         own = {name: tensor.to(decoder.device) for name, tensor in tensors.items()}
         self.token_ids = own["token_ids"].long()
-        like = decoder.layers[exit_layer].own
+        like = decoder.layers[label.exit_layer].own
         eps, dtype = like.attn_norm.eps, decoder.dtype
         self._attn_norm = Norm("rms", own["attn_norm"].to(dtype), None, eps)
         self._final_norm = Norm("rms", own["final_norm"].to(dtype), None, eps)

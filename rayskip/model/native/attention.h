@@ -100,8 +100,8 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
             for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
                 count = last - head < heads_of(shape) ? last - head : heads_of(shape);
                 const Group group = {shape, q + token * stride + head * dim, keys + place, values + place, paths,
-                                   out + (token * shape->heads + head) * dim, stride, shape->heads * dim, size, count,
-                                   soon, room};
+                                     out + (token * shape->heads + head) * dim, stride, shape->heads * dim, size, count,
+                                     soon, room};
                 attend_group(&group);
             }
         }

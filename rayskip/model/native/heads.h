@@ -236,10 +236,12 @@ static void attend_group(const Group *group) {
         }
     }
     const element *soon = group->soon + first * dim;
-    begin_blocks(rows, 1, false);
-    for (int64_t part = 0; part < parts; part++, soon += (common - first) * COLUMNS)
-        mix(group, (operand *)scores, common - first, group->values + first * dim + part * COLUMNS * DEPTH, soon, sums[part],
-            rows);
+    if (common > first) {
+        begin_blocks(rows, 1, false);
+        for (int64_t part = 0; part < parts; part++, soon += (common - first) * COLUMNS)
+            mix(group, (operand *)scores, common - first, group->values + first * dim + part * COLUMNS * DEPTH, soon,
+                sums[part], rows);
+    }
     for (int64_t token = 0; token < tokens; token++) {
         const Path *path = paths + token;
         const int64_t row = token * heads;
