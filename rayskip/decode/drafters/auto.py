@@ -2,8 +2,8 @@
 
 A step's price comes from timings at start-up (costs.py), a draft's worth from how earlier drafts fared: by the
 length of the suffix that lookup found, and, for Kangaroo, over the last rounds (the first are expected to go as its
-label says); whether drafting pays at all, the clock tells (trial.py). When the batch is full the price of a token is
-high and only near-certain copies are verified; as it thins out, drafts get longer by themselves. The clock reads
+label says); whether drafting pays at all, the clock tells (trial.py). When the batch is full the price of a token
+is high and only near-certain copies are verified; as it thins out, drafts get longer by themselves. The clock reads
 steps without prompt tokens alone: where rows are so short that every step has some, nothing is drafted.
 """
 
