@@ -18,7 +18,7 @@ LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, -3.0])
 
 
 def _choose(logits: torch.Tensor, draws: list[Draw]) -> list[Choice]:
-    return choose(Scores.of_all(logits), draws)
+    return choose(Scores.of_all(logits), draws).choices()
 
 
 def _draws(params: SamplingParams, rows: int) -> list[Draw]:
@@ -88,7 +88,7 @@ def test_a_row_is_chosen_alone() -> None:
     # and of the others the highest logit is enough
     full = [row for row, draw in enumerate(draws) if needs_logits(draw.params)]
     assert len(full) == 32
-    assert choose(Scores(*best_logits(logits), logits[full], full), draws) == together
+    assert choose(Scores(*best_logits(logits), logits[full], full), draws).choices() == together
 
 
 def test_uniforms_are_uniform_and_independent_of_order() -> None:

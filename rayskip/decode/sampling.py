@@ -21,6 +21,7 @@ from torch import Tensor
 from rayskip.config import SamplingParams
 from rayskip.data.records import TokenLogprob
 from rayskip.model.scores import Scores
+from rayskip.model.transfer import ToHost, to_device
 
 NUCLEUS = 1024
 """Candidates sorted for top-p before the whole vocabulary is: a nucleus is rarely wider."""
@@ -54,24 +55,53 @@ class Choice:
     logprob: TokenLogprob | None = None
 
 
+class Chosen:
+    """The next tokens of R rows, which the device may still be computing. tokens [R]: on the device."""
+
+    def __init__(self, tokens: Tensor, best: Tensor, logprobs: Sequence[_Logprobs]) -> None:
+        self.tokens = tokens
+        self._tokens, self._best, self._logprobs = ToHost(tokens), ToHost(best), logprobs
+
+    def choices(self) -> list[Choice]:
+        """One for each row, once the device is done."""
+        logprobs: dict[int, TokenLogprob] = {}
+        tokens = self._tokens.tolist()
+        for own in self._logprobs:
+            said = zip(own.rows, own.chosen.tolist(), own.ids.tolist(), own.values.tolist(), strict=True)
+            for row, chosen, ids, values in said:
+                logprobs[row] = TokenLogprob(tokens[row], chosen, list(zip(ids, values, strict=True)))
+        return [
+            Choice(token, logprobs.get(row)) if math.isfinite(best) else Choice(None)
+            for row, (token, best) in enumerate(zip(tokens, self._best.tolist(), strict=True))
+        ]
+
+
+@dataclass(frozen=True)
+class _Logprobs:
+    """Log-probabilities of rows that ask for K of them: of what was chosen [rows], and the highest [rows, K]."""
+
+    rows: Sequence[int]
+    chosen: ToHost
+    ids: ToHost
+    values: ToHost
+
+
 def needs_logits(params: SamplingParams) -> bool:
     """Whether more than the highest logit decides what is chosen or said."""
     return params.temperature != 0 or params.repetition_penalty != 1 or params.logprobs is not None
 
 
-def choose(said: Scores, draws: Sequence[Draw]) -> list[Choice]:
-    """The next token of each of R rows; draws R long, `said` of all rows that `needs_logits` holds for."""
-    tokens: list[int] = said.at.tolist()
-    finite = [math.isfinite(best) for best in said.best.tolist()]
+def choose(said: Scores, draws: Sequence[Draw]) -> Chosen:
+    """The next token of each of R rows; draws R long, `said` of all rows that `needs_logits` holds for.
+
+    Waits for the device only where a nucleus (top_p) may be wider than NUCLEUS.
+    """
+    tokens = said.at
     for width, rows in _by_width(draws, said.logits.shape[-1]).items():
         scores = _scores(said.of(rows), [draws[row] for row in rows])
-        for row, token in zip(rows, _pick(scores, [draws[row] for row in rows], width), strict=True):
-            tokens[row] = token
-    logprobs = _logprobs(said, draws, tokens)
-    return [
-        Choice(token, logprobs.get(row)) if ok else Choice(None)
-        for row, (token, ok) in enumerate(zip(tokens, finite, strict=True))
-    ]
+        picked = _pick(scores, [draws[row] for row in rows], width)
+        tokens = tokens.index_copy(0, to_device(rows, torch.long, tokens.device), picked)
+    return Chosen(tokens, said.best, _logprobs(said, draws, tokens))
 
 
 def _by_width(draws: Sequence[Draw], vocab: int) -> dict[int, list[int]]:
@@ -99,34 +129,32 @@ def _scores(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     scores = logits.to(torch.float32, copy=True).nan_to_num_()
     for row, draw in enumerate(draws):
         if draw.params.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(draw.seen)), device=scores.device)
+            seen = to_device(sorted(set(draw.seen)), torch.long, scores.device)
             score = scores[row, seen]
             penalty = max(draw.params.repetition_penalty, LEAST)
             scores[row, seen] = torch.where(score < 0, score * penalty, score / penalty)
-    temperature = torch.tensor(
+    temperature = to_device(
         [max(draw.params.temperature, LEAST) if draw.params.temperature else 1.0 for draw in draws],
-        device=scores.device,
+        torch.float32,
+        scores.device,
     )
     scores.clamp_(-MOST, MOST)
     return scores.sub_(scores.amax(dim=-1, keepdim=True)).div_(temperature.unsqueeze(1))
 
 
-def _pick(scores: Tensor, draws: Sequence[Draw], width: int) -> list[int]:
-    """One token per row out of the kept candidates, by its uniform."""
+def _pick(scores: Tensor, draws: Sequence[Draw], width: int) -> Tensor:
+    """One token per row out of the kept candidates, by its uniform, [R]."""
     probs = torch.softmax(scores, dim=-1)
     if width == 0:
         if any(draw.params.min_p for draw in draws):
             probs *= probs >= probs.amax(dim=-1, keepdim=True) * _column(draws, "min_p", probs)
         return _invert(probs, draws)
     kept, ids = probs.topk(width, dim=-1)  # [R, K], descending
-    weights = truncate(kept, draws)
-    tokens: list[int] = ids.gather(1, torch.tensor(_invert(weights, draws), device=ids.device)[:, None])[
-        :, 0
-    ].tolist()
+    tokens = ids.gather(1, _invert(truncate(kept, draws), draws)[:, None])[:, 0]
     for row in _nucleus_too_wide(kept, draws, probs.shape[-1]):
         order = probs[row : row + 1].sort(dim=-1, descending=True, stable=True)
-        index = _invert(truncate(order.values, draws[row : row + 1]), draws[row : row + 1])[0]
-        tokens[row] = int(order.indices[0, index])
+        index = _invert(truncate(order.values, draws[row : row + 1]), draws[row : row + 1])
+        tokens[row] = order.indices[0, index[0]]
     return tokens
 
 
@@ -137,8 +165,8 @@ def truncate(probs: Tensor, draws: Sequence[Draw]) -> Tensor:
     top_p. The first always stays.
     """
     kept = probs.double()
-    has_top_k = torch.tensor([draw.params.top_k > 0 for draw in draws], device=kept.device).unsqueeze(1)
-    kept = torch.where(has_top_k, kept / kept.sum(dim=-1, keepdim=True), kept)
+    has_top_k = to_device([draw.params.top_k > 0 for draw in draws], torch.long, kept.device).unsqueeze(1)
+    kept = torch.where(has_top_k > 0, kept / kept.sum(dim=-1, keepdim=True), kept)
     before = kept.cumsum(dim=-1) - kept
     keep = before < _column(draws, "top_p", kept)
     keep &= kept >= kept[:, :1] * _column(draws, "min_p", kept)
@@ -148,18 +176,19 @@ def truncate(probs: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def _nucleus_too_wide(kept: Tensor, draws: Sequence[Draw], vocab: int) -> list[int]:
     """Rows whose top-p nucleus reaches past the candidates that were ordered."""
-    if kept.shape[1] == vocab:
+    limits = {
+        row: draw.params.top_p
+        for row, draw in enumerate(draws)
+        if draw.params.top_k <= 0 and draw.params.temperature and draw.params.top_p < 1
+    }
+    if kept.shape[1] == vocab or not limits:
         return []
     mass = kept.double().sum(dim=-1).tolist()
-    return [
-        row
-        for row, draw in enumerate(draws)
-        if draw.params.top_k <= 0 and draw.params.temperature and mass[row] < draw.params.top_p
-    ]
+    return [row for row, top_p in limits.items() if mass[row] < top_p]
 
 
-def _invert(weights: Tensor, draws: Sequence[Draw]) -> list[int]:
-    """Index per row where the cumulative weight [R, K] passes uniform x total, of those with weight.
+def _invert(weights: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Index per row where the cumulative weight [R, K] passes uniform x total, of those with weight, [R].
 
     Summed in float64 block by block: only the block with the passage is walked token by token.
     """
@@ -173,8 +202,7 @@ def _invert(weights: Tensor, draws: Sequence[Draw]) -> list[int]:
     rest = target - F.pad(upto, (1, 0)).gather(1, block)
     inside = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].double()
     index = block * BLOCK + _passage(inside, inside.cumsum(dim=-1), rest)
-    result: list[int] = index[:, 0].tolist()
-    return result
+    return index[:, 0]
 
 
 def _passage(weights: Tensor, cumulative: Tensor, target: Tensor) -> Tensor:
@@ -187,16 +215,20 @@ def _passage(weights: Tensor, cumulative: Tensor, target: Tensor) -> Tensor:
 def _column(draws: Sequence[Draw], name: str | None, like: Tensor) -> Tensor:
     """A sampling parameter (or, for None, the uniform) of every row as [R, 1]."""
     values = [draw.uniform if name is None else getattr(draw.params, name) for draw in draws]
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+    return to_device(values, like.dtype, like.device).unsqueeze(1)
 
 
-def _logprobs(said: Scores, draws: Sequence[Draw], tokens: Sequence[int]) -> dict[int, TokenLogprob]:
+def _logprobs(said: Scores, draws: Sequence[Draw], tokens: Tensor) -> list[_Logprobs]:
     """Log-probabilities of the model's own distribution, for the rows that ask for them."""
-    result: dict[int, TokenLogprob] = {}
-    rows = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
-    for row, logits in zip(rows, said.of(rows) if rows else (), strict=True):
-        logprobs = torch.log_softmax(logits.float(), dim=-1)
-        best = logprobs.topk(draws[row].params.logprobs or 0)
-        top = list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-        result[row] = TokenLogprob(tokens[row], float(logprobs[tokens[row]]), top)
-    return result
+    rows_of = defaultdict(list)
+    for row, draw in enumerate(draws):
+        if draw.params.logprobs is not None:
+            rows_of[draw.params.logprobs].append(row)
+    found = []
+    for count, rows in rows_of.items():
+        logprobs = torch.log_softmax(said.of(rows).float(), dim=-1)
+        chosen = tokens[to_device(rows, torch.long, tokens.device)].unsqueeze(1)
+        best = logprobs.topk(count)
+        own = ToHost(logprobs.gather(1, chosen).squeeze(1))
+        found.append(_Logprobs(rows, own, ToHost(best.indices), ToHost(best.values)))
+    return found

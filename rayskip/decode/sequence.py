@@ -11,12 +11,16 @@ from rayskip.config import SamplingParams
 from rayskip.data.records import Prompt, TokenLogprob
 from rayskip.decode.draft import Draft
 
+PENDING = -1
+"""In place of a generated token that a step in flight is choosing."""
+
 
 @dataclass(eq=False)
 class Sequence:
     """Sample `sample` of a prompt.
 
-    computed: tokens whose keys and values are in the cache, at slot `slot`.
+    computed: tokens whose keys and values are in the cache, at slot `slot`, or will be after the steps in flight.
+    pending: so many of the newest generated tokens are PENDING. ended: it got its last token, or was given up.
     limit: tokens it may come to have, prompt and completion together. reserved: positions kept for them.
     full_depth: every layer runs, whatever its position.
     draft: tokens proposed to follow, during a step; they lie in the cache behind the known ones, node by node.
@@ -31,6 +35,8 @@ class Sequence:
     full_depth: bool = False
     slot: int = -1
     computed: int = 0
+    pending: int = 0
+    ended: bool = False
     generated: list[int] = field(default_factory=list)
     draft: Draft = field(default_factory=Draft)
     draft_cached: int = 0
@@ -52,6 +58,22 @@ class Sequence:
     def length(self) -> int:
         """Tokens known so far."""
         return len(self.prompt.token_ids) + len(self.generated)
+
+    @property
+    def missed(self) -> int:
+        """Tokens before the newest one that a drafter's own cache layers lack."""
+        return self.length - 1 - self.draft_cached
+
+    def expect(self, count: int = 1) -> None:
+        """Have so many tokens more, that steps in flight choose."""
+        self.generated += [PENDING] * count
+        self.pending += count
+
+    def forget_pending(self) -> int:
+        """Have known tokens only; how many were pending."""
+        count, self.pending = self.pending, 0
+        del self.generated[len(self.generated) - count :]
+        return count
 
     @property
     def prefilling(self) -> bool:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 from rayskip.decode.draft import NEWEST
 from rayskip.decode.randomness import uniform
-from rayskip.decode.sampling import Choice, Draw, choose
+from rayskip.decode.sampling import Choice, Draw
 from rayskip.decode.sequence import Sequence
-from rayskip.model.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -37,12 +36,11 @@ class Verdict:
         return len(self.path)
 
 
-def verify(scores: Scores, places: Seq[tuple[Sequence, int]]) -> dict[Sequence, Verdict]:
+def verify(choices: Seq[Choice], places: Seq[tuple[Sequence, int]]) -> dict[Sequence, Verdict]:
     """The verdict on every row among `places`.
 
-    scores: of `places`, (row, node of its draft, or NEWEST), in any order; NEWEST and all nodes of each row.
+    choices: of `places`, (row, node of its draft, or NEWEST), in any order; NEWEST and all nodes of each row.
     """
-    choices = choose(scores, [_draw(row, node) for row, node in places]) if places else []
     at = {place: index for index, place in enumerate(places)}
     verdicts = {}
     for row in dict.fromkeys(row for row, _ in places):
@@ -58,7 +56,8 @@ def verify(scores: Scores, places: Seq[tuple[Sequence, int]]) -> dict[Sequence, 
     return verdicts
 
 
-def _draw(row: Sequence, node: int) -> Draw:
+def draw(row: Sequence, node: int) -> Draw:
+    """What the model's token after a node of the row's draft (or NEWEST) depends on, besides its logits."""
     params, path = row.params, row.draft.path(node)
     seen: list[int] = []
     if params.repetition_penalty != 1:

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +26,7 @@ from rayskip.decode.drafters import load_drafters
 from rayskip.decode.sampling import Choice
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
-from rayskip.engine.lane import Lane, StepResult
+from rayskip.engine.lane import Lane, Step, StepResult
 from rayskip.engine.memory import keep_freed_memory
 from rayskip.engine.prompts import PromptLike, Prompts
 from rayskip.engine.scheduler import StepPlan
@@ -98,13 +98,8 @@ class Engine:
             )
             for _ in range(self.sizes.lanes)
         ]
-        self._threads = ThreadPoolExecutor(
-            self.sizes.lanes,
-            "lane",
-            initializer=decoder.use_threads,
-            initargs=(self.sizes.threads_per_lane,),
-        )
-        self._steps: dict[Future[StepResult], tuple[Lane, StepPlan]] = {}
+        self._steps: dict[Future[StepResult], tuple[Lane, Step]] = {}
+        """In flight, each lane's in the order in which they run."""
         self._stopper = Stopper(tokenizer, decoder.spec.eos_token_ids)
         self._requests: dict[int, _Request] = {}
         self._kept: list[Completion] = []
@@ -208,19 +203,21 @@ class Engine:
             done, self._kept = self._kept, []
             return done
         self._start_steps()
-        finished, _ = wait(self._steps, return_when=FIRST_COMPLETED)
+        wait(self._steps, return_when=FIRST_COMPLETED)
         done = []
-        for future in finished:
-            lane, plan = self._steps.pop(future)
+        for future in [future for future in self._steps if future.done()]:
+            if future not in self._steps:
+                continue  # it came after one that failed
+            lane, step = self._steps.pop(future)
             try:
                 result = future.result()
+                done += self._collect(lane, step.plan, result)
             except (torch.OutOfMemoryError, MemoryError) as error:
+                self._drop_steps(lane)
                 if (given_up := lane.halve()) is None:
                     raise
-                self._stats.completion_tokens -= sum(len(row.generated) for row in given_up)
+                self._stats.completion_tokens -= sum(len(row.generated) - row.pending for row in given_up)
                 _log.warning("no memory for so many rows; on with %d (%s)", lane.scheduler.max_rows, error)
-            else:
-                done += self._collect(lane, plan, result)
         return done
 
     def run(self) -> Iterator[Completion]:
@@ -269,53 +266,71 @@ class Engine:
         return [results[index] for index in range(len(prompts))]
 
     def _start_steps(self) -> None:
-        """Give every idle lane its next step. Rows are shared out evenly, so that no lane sits out the tail."""
-        in_flight = sum(len(lane.scheduler.running) for lane in self._lanes)
-        share = -(-(in_flight + len(self._waiting)) // len(self._lanes))
-        busy = {id(lane) for lane, _ in self._steps.values()}
+        """Give every idle lane its next step, and those that run one another, where it need not wait for tokens.
+        Rows are shared out evenly, so that no lane sits out the tail."""
+        running = sum(len(lane.scheduler.running) for lane in self._lanes)
+        share = -(-(running + len(self._waiting)) // len(self._lanes))
         for lane in self._lanes:
-            if id(lane) not in busy and (plan := lane.scheduler.schedule(share)).chunks:
-                self._steps[self._threads.submit(lane.run, plan)] = (lane, plan)
+            in_flight = [step for owner, step in self._steps.values() if owner is lane]
+            while len(in_flight) < self.sizes.steps_ahead + 1 and all(step.follows for step in in_flight):
+                if (step := lane.next(share)) is None:
+                    break
+                self._steps[lane.start(step)] = lane, step
+                in_flight.append(step)
+
+    def _drop_steps(self, lane: Lane) -> None:
+        """Have a lane run nothing any more: what is in flight came after a step that failed."""
+        for future in [future for future, (owner, _) in self._steps.items() if owner is lane]:
+            future.exception()  # waits
+            del self._steps[future]
 
     def _collect(self, lane: Lane, plan: StepPlan, result: StepResult) -> Iterator[Completion]:
         """Append what a step chose, and take out the rows that ended."""
+        found = result.choices()
         began = time.perf_counter()
-        for chunk in plan.chunks:
-            chunk.sequence.computed = chunk.stop
-        gained, ended = {}, []
-        for row, choices in result.choices.items():
-            gained[row], ends = self._advance(row, choices)
-            if ends:
+        gained: dict[Sequence, int] = {}
+        ended: list[Sequence] = []
+        for row, choices in found.items():
+            if row.ended:  # in the step before, when this one was on its way
+                gained[row] = 0
+                continue
+            gained[row] = self._advance(row, choices)
+            if row.ended:
                 ended.append(row)
         self._stats += lane.count(plan, result, gained)
         self._stats.completion_tokens += sum(gained.values())
-        lane.scheduler.retire({row.slot for row in ended})
+        unclean = [row.slot for row in ended if found[row][-1].token_id is None]
+        lane.scheduler.retire({row.slot for row in ended}, unclean)
         requests = dict.fromkeys(row.request_id for row in ended)
         completions = [done for request_id in requests if (done := self._complete(request_id))]
         self._stats.seconds["sample"] += time.perf_counter() - began
         yield from completions
 
-    def _advance(self, row: Sequence, choices: Seq[Choice]) -> tuple[int, bool]:
-        """Append the chosen tokens, up to one that ends the row; how many it got, and whether it ended."""
+    def _advance(self, row: Sequence, choices: Seq[Choice]) -> int:
+        """Append the chosen tokens, up to one that ends the row; how many it got."""
+        later = max(row.forget_pending() - 1, 0)
         if row.request_id not in self._requests:
-            return 0, True
+            row.ended = True
+            return 0
         for count, choice in enumerate(choices):
             if choice.token_id is None:
                 self._finish(row, "error", ("non_finite_logits", "the model's logits are not finite"))
-                return count, True
+                return count
             row.generated.append(choice.token_id)
             if choice.logprob is not None:
                 row.logprobs.append(choice.logprob)
             reason = self._stopper.reason(row.generated, row.params, self.max_model_len - row.length)
             if reason is not None:
                 self._finish(row, reason)
-                return count + 1, True
-        row.computed = row.length - 1
-        return len(choices), False
+                return count + 1
+        row.computed += len(choices) - 1
+        row.expect(later)
+        return len(choices)
 
     def _finish(
         self, row: Sequence, reason: FinishReason, error: tuple[str | None, str | None] = (None, None)
     ) -> None:
+        row.ended = True
         policy = self._full_depth if row.full_depth else self.policy
         self._requests[row.request_id].samples[row.sample] = Generation(
             row_index=row.prompt.row_index,

@@ -3,31 +3,38 @@
 On CPU a replica runs one lane per core, each on one thread: the many small operations of a step then need no
 barrier between threads, which costs more than they do. On a GPU there is one lane.
 
+On a GPU, without a drafter, a step is planned and sent off while the one before still runs: which rows go on is
+known, but for those that end early, and the token that each goes on from is where the device puts it.
+
 Does not know requests, text or how rows are handed out.
 """
 
 from __future__ import annotations
 
-import time
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 
 import torch
 
 from rayskip.decode.batch import Chunk, group_key, token_batch, with_drafts
-from rayskip.decode.draft import NEWEST, Draft
+from rayskip.decode.draft import Draft
 from rayskip.decode.drafters.drafter import Drafter, States
-from rayskip.decode.sampling import Choice, needs_logits
+from rayskip.decode.sampling import Choice, Chosen, Draw, choose, needs_logits
 from rayskip.decode.sequence import Sequence
-from rayskip.decode.verify import Verdict, verify
+from rayskip.decode.verify import Verdict, draw, verify
 from rayskip.engine.scheduler import Scheduler, StepPlan
 from rayskip.engine.sizes import Sizes
+from rayskip.model.clock import Stopwatch
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.ops import TokenBatch
 from rayskip.model.scores import Scores
+from rayskip.model.transfer import to_device
 from rayskip.skip import SkipPolicy
 from rayskip.stats import Stats
 
@@ -44,19 +51,45 @@ class Decoded:
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """choices: what follows every row whose newest token ran. active: tokens that each layer ran. seconds: of
-    drafts and forward, and of choosing."""
+class Packed:
+    """A step's tokens for the forward, as their rows stand when it is made: later changes to those don't matter.
 
-    choices: dict[Sequence, list[Choice]]
+    chunks: of the batch, in its order. places: (row, node of its draft, or NEWEST) of each of R outputs. draws [R]:
+    what their tokens depend on besides logits. unknown [2, P]: tokens of the batch that are PENDING, and which
+    outputs of the lane's step before give them.
+    """
+
+    chunks: list[Chunk]
+    batch: TokenBatch
+    places: list[tuple[Sequence, int]]
+    draws: list[Draw]
+    unknown: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a lane is to run. packed: None where drafts come first. follows: whether the next one may be planned
+    before this one's tokens are known."""
+
+    plan: StepPlan
+    packed: Packed | None
+    follows: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """choices: what follows every row whose newest token ran, once the device is done. active: tokens that each
+    layer ran. seconds: of drafts and forward, and of choosing, once the device is done."""
+
+    choices: Callable[[], dict[Sequence, list[Choice]]]
     decoded: list[Decoded]
     active: list[int]
-    seconds: tuple[float, float]
+    seconds: Callable[[], list[float]]
 
 
 class Lane:
-    """Schedules and runs steps. `plan` and `retire` are bookkeeping, for the engine's thread; `run` is the
-    tensor work, for the lane's own."""
+    """Schedules and runs steps. `next` and what `scheduler` has are bookkeeping, for the engine's thread; `run` is
+    the tensor work, for the lane's own."""
 
     def __init__(
         self,
@@ -72,53 +105,122 @@ class Lane:
         self._sizes = sizes
         self._drafter = drafter
         self._cache = cache
+        self._ahead = sizes.steps_ahead > 0 and not drafter.reads_tokens
+        self._outputs: dict[Sequence, int] = {}
+        """Of the newest step that was packed ahead: row -> index in what it chooses."""
+        self._chosen: torch.Tensor | None = None
+        """What the newest step that ran chose, on the device."""
+        self._thread = ThreadPoolExecutor(
+            1, "lane", initializer=decoder.use_threads, initargs=(sizes.threads_per_lane,)
+        )
         self._layer_kv_bytes = KVCache.bytes_per_position(decoder.spec, 1, decoder.dtype)
         self.scheduler = Scheduler(
             sizes.batch_rows, sizes.batch_tokens, sizes.cache_positions, sizes.cohort, waiting
         )
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
+    def next(self, share: int) -> Step | None:
+        """The next step, if there is something to run. Its rows count as if it had run.
+
+        share: rows past which none is taken from the queue.
+        """
+        plan = self.scheduler.schedule(share)
+        if not plan.chunks:
+            return None
+        packed, follows = None, False
+        if self._ahead:
+            packed = self._pack(plan.chunks)
+            self._outputs = {row: index for index, (row, _) in enumerate(packed.places)}
+            for row in self._outputs:
+                row.expect()
+            follows = all(row.params.repetition_penalty == 1 for row in self._outputs)
+        for chunk in plan.chunks:
+            chunk.sequence.computed = chunk.stop
+        return Step(plan, packed, follows)
+
+    def start(self, step: Step) -> Future[StepResult]:
+        """Run a step, on the lane's own thread, after those before it."""
+        return self._thread.submit(self.run, step)
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> StepResult:
         """Drafts, then one forward over the plan's tokens and the drafts; chooses the tokens that follow each row
         whose newest token ran."""
-        start = time.perf_counter()
+        watch, plan, packed, states = Stopwatch(self._decoder.device), step.plan, step.packed, None
+        for slot in plan.clears:
+            self._cache.clear(slot)
         if plan.resize is not None:
             self._cache.resize(plan.resize.slots, plan.resize.length, plan.resize.kept)
         for copy in plan.copies:
             self._cache.copy(copy.source, copy.target, copy.length)
-        decoding = [chunk.sequence for chunk in plan.chunks if chunk.generated]
+        if packed is None:
+            states = self._draft(plan)
+            packed = self._pack(with_drafts(plan.chunks))
+        elif packed.unknown is not None and self._chosen is not None:
+            at, outputs = packed.unknown
+            packed.batch.token_ids[at] = self._chosen[outputs]
+        batch, places = packed.batch, packed.places
+        hidden = self._hidden(packed.chunks, batch, states)
+        scores = self._scores(hidden, places)
+        watch.lap()
+        chosen = choose(scores, packed.draws)
+        self._chosen = chosen.tokens
+        if step.packed is not None:
+            decoded = [
+                Decoded(chunk.sequence, chunk.start, Draft(), []) for chunk in plan.chunks if chunk.generated
+            ]
+            choices = partial(_one_each, places, chosen)
+        else:
+            verdicts = self._verified(places, chosen, hidden)
+            decoded = [Decoded(row, row.length - 1, row.draft, verdicts[row].path) for row in _decoding(plan)]
+            for row in _decoding(plan):
+                row.draft = Draft()
+            choices = partial(dict, {row: verdict.choices for row, verdict in verdicts.items()})
+        watch.lap()
+        active = batch.active or [len(batch.token_ids)] * len(self._decoder.layers)
+        return StepResult(choices, decoded, active, watch.seconds)
+
+    def _draft(self, plan: StepPlan) -> States | None:
+        """Give the plan's rows their drafts; what verification need not compute again."""
+        decoding = _decoding(plan)
         room = self.scheduler.max_tokens - sum(chunk.stop - chunk.start for chunk in plan.chunks)
         states = self._drafter.draft(plan.chunks, decoding if room else [], self._cache)
         self._fit(decoding, room)
-        chunks = sorted(with_drafts(plan.chunks), key=group_key)
-        batch = token_batch(chunks, self._policy, self._decoder.device)
-        hidden = self._hidden(chunks, batch, states)
-        places = [(chunk.sequence, chunk.stop - 1 - chunk.sequence.length) for chunk in chunks if chunk.last]
-        scores = self._scores(hidden, places)
-        middle = time.perf_counter()
-        verdicts = verify(scores, places)
+        return states
+
+    def _pack(self, chunks: Seq[Chunk]) -> Packed:
+        ordered = sorted(chunks, key=group_key)
+        places = [(chunk.sequence, chunk.stop - 1 - chunk.sequence.length) for chunk in ordered if chunk.last]
+        draws = [draw(row, node) for row, node in places]
+        device = self._decoder.device
+        batch = token_batch(ordered, self._policy, device)
+        ends = accumulate(chunk.stop - chunk.start for chunk in ordered)
+        pending = {
+            end - 1: self._outputs[chunk.sequence]
+            for end, chunk in zip(ends, ordered, strict=True)
+            if chunk.last and chunk.sequence.pending
+        }
+        unknown = to_device([[*pending], [*pending.values()]], torch.long, device) if pending else None
+        return Packed(ordered, batch, places, draws, unknown)
+
+    def _verified(
+        self, places: Seq[tuple[Sequence, int]], chosen: Chosen, hidden: torch.Tensor
+    ) -> dict[Sequence, Verdict]:
+        """What became of the drafts; the cache keeps those that hold."""
+        verdicts = verify(chosen.choices(), places)
         if poisoned := [
             row for row, verdict in verdicts.items() if row.draft and verdict.choices[-1].token_id is None
         ]:
             hidden = self._run_without_drafts(poisoned, verdicts, hidden)
         for row, verdict in verdicts.items():
             if verdict.choices[-1].token_id is None:
-                self._cache.clear(row.slot)
-                continue
+                continue  # it ends, and its slot will be cleared
             if verdict.path != list(range(verdict.accepted)):
                 self._cache.move(row.slot, [row.length + node for node in verdict.path], row.length)
             if None in verdict.guesses:
                 self._cache.clear(row.slot, row.length + verdict.accepted)
         self._drafter.observe(verdicts, hidden)
-        decoded = [Decoded(row, row.length - 1, row.draft, verdicts[row].path) for row in decoding]
-        for row in decoding:
-            row.draft = Draft()
-        return StepResult(
-            {row: verdict.choices for row, verdict in verdicts.items()},
-            decoded,
-            batch.active or [len(batch.token_ids)] * len(self._decoder.layers),
-            (middle - start, time.perf_counter() - middle),
-        )
+        return verdicts
 
     def halve(self) -> list[Sequence] | None:
         """After a step that memory did not suffice for: see Scheduler.halve."""
@@ -139,10 +241,10 @@ class Lane:
             row.draft = Draft()
             row.draft_cached = min(row.draft_cached, row.length - 1)
             self._cache.clear(row.slot, row.length - 1)
-        chunks = sorted((Chunk(row, row.length - 1, row.length) for row in rows), key=group_key)
-        again = self._hidden(chunks, token_batch(chunks, self._policy, self._decoder.device), None)
-        places = [(chunk.sequence, NEWEST) for chunk in chunks]
-        found = verify(self._scores(again, places), places)
+        packed = self._pack([Chunk(row, row.length - 1, row.length) for row in rows])
+        again = self._hidden(packed.chunks, packed.batch, None)
+        chosen = choose(self._scores(again, packed.places), packed.draws)
+        found = verify(chosen.choices(), packed.places)
         for row, verdict in found.items():
             verdicts[row] = replace(verdict, place=len(hidden) + verdict.place)
         return torch.cat([hidden, again])
@@ -176,12 +278,10 @@ class Lane:
                 self._cache.clear(row.slot, row.length + most)
 
     def count(self, plan: StepPlan, result: StepResult, gained: Mapping[Sequence, int]) -> Stats:
-        """What a step ran and what came of it. gained: tokens that each row got; where one ended inside its draft,
-        fewer than verification allowed."""
+        """What a step ran and what came of it. gained: tokens that each row got: where one ended inside its draft,
+        fewer than verification allowed; none where it had ended before."""
         layers, rule = len(self._decoder.layers), self._decoder.row_rule
-        got = {
-            ran.row: max(gained[ran.row], 1) for ran in result.decoded
-        }  # at least the newest token ran for good
+        got = {ran.row: gained[ran.row] for ran in result.decoded}
         useful = in_vain = 0
         newest: Counter[int] = Counter()
         drafted_by: Counter[str] = Counter()
@@ -191,33 +291,41 @@ class Lane:
                 self._policy.depth(ran.row.skip_position(ran.position + offset))
                 for offset in (0, *ran.draft.depths)
             ]
-            held = ran.path[: got[ran.row] - 1]
-            good = depths[0] + sum(depths[1 + node] for node in held)
+            held = ran.path[: max(got[ran.row] - 1, 0)]
+            good = (depths[0] if got[ran.row] else 0) + sum(depths[1 + node] for node in held)
             newest[depths[0]] += 1
             useful += good
             in_vain += sum(depths) - good
             drafted_by.update(ran.draft.drafters)
             accepted_by.update(ran.draft.drafters[node] for node in held)
         tokens = sum(got.values())
-        steady = not plan.prefills
+        steady, seconds = not plan.prefills, result.seconds()
         return Stats(
             steps=1,
             step_rows=len(plan.chunks),
             step_slots=self.scheduler.max_rows,
             prefix_tokens=plan.reused,
-            verify_rows=len(result.decoded),
+            verify_rows=sum(map(bool, got.values())),
             drafted=drafted_by.total(),
             drafted_by=drafted_by,
             accepted_by=accepted_by,
-            accepted_lengths=Counter(str(count - 1) for count in got.values()),
+            accepted_lengths=Counter(str(count - 1) for count in got.values() if count),
             decode_tokens=tokens,
             steady_tokens=tokens if steady else 0,
-            steady_seconds=sum(result.seconds) if steady else 0.0,
+            steady_seconds=sum(seconds) if steady else 0.0,
             decode_layer_tokens=useful,
             prompt_layer_tokens=sum(result.active) - useful - in_vain,
             draft_layer_tokens=in_vain,
             padding_layer_tokens=sum(rule.padding(count) for count in result.active if count),
             cohort_rows=max(newest.values(), default=0),
             kv_bytes_saved=(layers * tokens - useful) * self._layer_kv_bytes,
-            seconds={"decode" if steady else "prefill": result.seconds[0], "sample": result.seconds[1]},
+            seconds={"decode" if steady else "prefill": seconds[0], "sample": seconds[1]},
         )
+
+
+def _decoding(plan: StepPlan) -> list[Sequence]:
+    return [chunk.sequence for chunk in plan.chunks if chunk.generated]
+
+
+def _one_each(places: Seq[tuple[Sequence, int]], chosen: Chosen) -> dict[Sequence, list[Choice]]:
+    return {row: [choice] for (row, _), choice in zip(places, chosen.choices(), strict=True)}

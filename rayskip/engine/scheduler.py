@@ -6,6 +6,7 @@ Every step takes one token of every row that decodes, and as many prompt tokens 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from rayskip.decode.batch import Chunk
@@ -38,11 +39,13 @@ class Resize:
 
 @dataclass
 class StepPlan:
-    """One step: first the resize, then the copies, in order; then the chunks.
+    """One step: first slots are cleared, then come the resize, the copies, in order, and the chunks.
 
-    reused: prompt tokens that a copy spares. admitted: rows that join.
+    clears: slots of rows that left numbers which are not finite. reused: prompt tokens that a copy spares.
+    admitted: rows that join.
     """
 
+    clears: list[int] = field(default_factory=list)
     resize: Resize | None = None
     copies: list[Copy] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
@@ -76,11 +79,13 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._slots = self._length = 0
         self._free: list[int] = []
+        self._unclean: list[int] = []
 
-    def retire(self, finished: set[int]) -> None:
-        """Take rows out, by slot."""
+    def retire(self, finished: set[int], unclean: Collection[int] = ()) -> None:
+        """Take rows out, by slot. unclean: those whose numbers are not finite, which are read even if masked."""
         self.running = [row for row in self.running if row.slot not in finished]
         self._free += finished
+        self._unclean += unclean
 
     def halve(self) -> list[Sequence] | None:
         """Allow half as many rows, positions and tokens, and send what runs back to the queue, to begin anew in an
@@ -96,7 +101,7 @@ class Scheduler:
         self.cache_positions = max(min(self.cache_positions, held) // 2, KEY_BLOCK)
         self.max_tokens = max(self.max_tokens // 2, self.max_rows)
         self.waiting.extendleft(row.anew() for row in reversed(given_up))
-        self.running, self._free = [], []
+        self.running, self._free, self._unclean = [], [], []
         self._slots = self._length = 0
         return given_up
 
@@ -137,6 +142,8 @@ class Scheduler:
         if not plan.chunks:
             for row in held:
                 budget -= self._extend(plan, row, budget)
+        if plan.chunks:
+            plan.clears, self._unclean = self._unclean, []
         return plan
 
     def _held(self, share: int) -> list[Sequence]:
@@ -149,6 +156,8 @@ class Scheduler:
         return [row for row in self.running if len(row.generated) == 1]
 
     def _extend(self, plan: StepPlan, row: Sequence, budget: int) -> int:
+        if row.length >= row.limit:
+            return 0  # its last token is on its way
         stop = min(row.length, row.computed + budget)
         if stop > row.computed:
             plan.chunks.append(Chunk(row, row.computed, stop))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rayskip.model.native.ops import highest
+from rayskip.model.transfer import to_device
 
 BLOCK = 256
 """Logits that are taken together before one of them is looked for."""
@@ -37,8 +38,10 @@ class Scores:
 
     def of(self, rows: Sequence[int]) -> Tensor:
         """Logits of some of the rows `full`, [len(rows), V]."""
+        if rows == list(self.full):
+            return self.logits
         at = {row: index for index, row in enumerate(self.full)}
-        return self.logits[[at[row] for row in rows]]
+        return self.logits[to_device([at[row] for row in rows], torch.long, self.logits.device)]
 
 
 def best_logits(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.ops import Group, Ops, TokenBatch
 from rayskip.model.spec import Rope, Spec
+from rayskip.model.transfer import to_device
 
 PAGE = 256
 """A page's positions are a multiple of this (FlashAttention 2)."""
@@ -52,7 +53,7 @@ def spans_of(batch: TokenBatch, groups: Seq[Group]) -> Spans:
         starts = torch.arange(stop - first + 1, device=device, dtype=torch.int32)
     else:
         begins = [start - first for group in groups for start in range(group.start, group.stop, group.width)]
-        starts = torch.tensor([*begins, stop - first], device=device, dtype=torch.int32)
+        starts = to_device([*begins, stop - first], torch.int32, device)
         positions, slots = positions[starts[1:] - 1], slots[starts[:-1]]
     return Spans(starts, (positions + 1).int(), slots.int().unsqueeze(1), widest)
 

@@ -210,17 +210,17 @@ class AutoDrafter(Drafter):
             self._rounds[kind] = Rounds.expected(len(left), self._kangaroo.agreement, least, seconds)
         self._round = self._rounds[kind]
         # what a row has missed it computes once, for the tokens that it has left
-        missed_each = sum(max(row.computed - row.draft_cached, 0) / row.draft_room for row in left)
+        missed_each = sum(row.missed / row.draft_room for row in left)
         late = missed_each * self._kangaroo.share * self._costs.each
         if not self._round.worth_trying(len(left), others, base, late, self._costs):
             return None
         began = time.perf_counter()
         before = sum(len(row.draft) for row in left)
-        missed = sum(row.computed - row.draft_cached for row in left)
+        missed = sum(row.missed for row in left)
         states = self._kangaroo.draft(chunks, left, cache, least)
         seconds = time.perf_counter() - began
         drafted = sum(len(row.draft) for row in left) - before
-        missed -= sum(max(row.computed - row.draft_cached, 0) for row in left)
+        missed -= sum(max(row.missed, 0) for row in left)
         # verification begins later; and what a row has missed is paid once, not every round
         spared = self._kangaroo.share * (self._costs(base + drafted) + missed * self._costs.each)
         if took_part := sum(row.draft_cached == row.length for row in left):

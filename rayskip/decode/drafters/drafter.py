@@ -35,7 +35,10 @@ class Drafter(ABC):
     """Proposes what may follow. One object per lane; its methods run on the lane's thread.
 
     Proposals may be wrong and may depend on anything: tokens never do.
+    reads_tokens: whether it must know a step's tokens before the next one begins.
     """
+
+    reads_tokens = True
 
     @abstractmethod
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:

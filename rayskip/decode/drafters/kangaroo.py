@@ -51,9 +51,9 @@ class KangarooDrafter(Drafter):
         """
         missed, room = [], MISSED
         for row in rows:
-            if stop := min(row.computed, row.draft_cached + room) - row.draft_cached:
-                missed.append(Chunk(row, row.draft_cached, row.draft_cached + stop))
-                room -= stop
+            if count := min(row.missed, room):
+                missed.append(Chunk(row, row.draft_cached, row.draft_cached + count))
+                room -= count
         ran = _Ran(self._kangaroo, self._decoder, self._full, cache)
         ran.run([*missed, *with_drafts(chunks)])
         for chunk in (*missed, *chunks):

@@ -11,5 +11,7 @@ from rayskip.model.kv_cache import KVCache
 
 
 class NoDrafter(Drafter):
+    reads_tokens = False
+
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
         return None
