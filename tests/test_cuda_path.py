@@ -4,6 +4,7 @@ graphs with calls that are made again. A GPU's own kernels are not tested here."
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
 from rayskip.engine import Engine
 from rayskip.model.checkpoint import load, tensors_fingerprint
+from rayskip.model.compiled import PIECES, compile_pieces
 from rayskip.model.forward import Decoder
 from rayskip.model.graphs import GraphedLayers
 from rayskip.model.medusa import MedusaLabel
@@ -138,3 +140,45 @@ def test_where_flash_attention_cannot_run_torchs_attention_serves(
     assert varlen_ops(spec, torch.bfloat16, CPU).name == "torch"
     assert "does not serve here" in caplog.text
     assert varlen_ops(spec, torch.float32, CPU).name == "torch"
+
+
+def test_compiled_pieces_are_torchs_for_any_number_of_tokens(tiny_llama: Callable[..., Path]) -> None:
+    spec, weights = load(tiny_llama("compiled", 0), torch.bfloat16, CPU)
+    plain, fused = Decoder(spec, weights, Ops(spec)), Decoder(spec, weights, Ops(spec))
+    compile_pieces(fused.ops, torch.bfloat16, CPU)
+    assert "gate" in vars(fused.ops)
+    norm, rope = weights.layers[0].attn_norm, fused.rope("default")
+    assert rope is not None
+    generator = torch.Generator().manual_seed(0)
+    x, branch, up = (torch.randn(9, size, generator=generator).bfloat16() for size in (64, 64, 192))
+    q, k = (torch.randn(9, heads, 16, generator=generator).bfloat16() for heads in (4, 2))
+
+    @torch.inference_mode()
+    def pieces(ops: Ops, tokens: slice) -> list[Tensor]:
+        own = x[tokens].clone()
+        normed = [ops.add_normalise(own, branch[tokens], norm), ops.add_normalise(own, None, norm)]
+        turned = ops.turn(q[tokens], k[tokens], rope, torch.arange(9)[tokens])
+        return [own, *normed, ops.gate(up[tokens]), *turned]
+
+    every = pieces(fused.ops, slice(None))
+    for found, expected in zip(every, pieces(plain.ops, slice(None)), strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+    for tokens in (slice(4, 5), slice(2, 4), slice(0, 8)):
+        for found, together in zip(pieces(fused.ops, tokens), every, strict=True):
+            assert torch.equal(found, together[tokens])
+    assert _generate(fused, {}) == _generate(plain, {})
+
+
+def test_without_a_compiler_nothing_changes(
+    tiny_llama: Callable[..., Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, _ = load(tiny_llama("uncompiled", 0), torch.bfloat16, CPU)
+    ops = Ops(spec)
+
+    def broken(*_: Any) -> Any:
+        raise FileNotFoundError("cc")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
+    compile_pieces(ops, torch.bfloat16, CPU)
+    assert "does not serve here" in caplog.text
+    assert not set(PIECES) & set(vars(ops))

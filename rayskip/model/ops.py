@@ -169,12 +169,15 @@ class Ops:
         cache: KVCache,
     ) -> Tensor:
         """Turn q and k, store k and v in the cache, return q; as in `attention`."""
-        slots, positions = batch.slots[: len(q)], batch.positions[: len(q)]
         if rope is not None:
-            cos, sin = rope.cos[positions].unsqueeze(1), rope.sin[positions].unsqueeze(1)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        cache.write(layer, slots, batch.places[: len(q)], k, v)
+            q, k = self.turn(q, k, rope, batch.positions[: len(q)])
+        cache.write(layer, batch.slots[: len(q)], batch.places[: len(q)], k, v)
         return q
+
+    def turn(self, q: Tensor, k: Tensor, rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Turn q [N, Hq, D] and k [N, Hkv, D] to their positions [N]."""
+        cos, sin = rope.cos[positions].unsqueeze(1), rope.sin[positions].unsqueeze(1)
+        return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def _attend_group(
         self, q: Tensor, layer: int, window: int | None, batch: TokenBatch, index: int, cache: KVCache
