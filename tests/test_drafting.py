@@ -418,30 +418,32 @@ def test_a_damaged_adapter_and_the_folder_above_one_are_named(folder: Path, tmp_
         _engine(folder, {"kind": "kangaroo", "path": str(weights.parent)})
 
 
-def test_the_adapter_as_one_call_does_what_its_operations_do(folder: Path) -> None:
+def test_a_drafts_step_as_one_call_does_what_its_operations_do(folder: Path) -> None:
     decoder = Decoder(*load(folder, torch.bfloat16, torch.device("cpu")), folder=folder)
     whole = load_kangaroo(decoder, folder / "adapter")
-    if whole._fused is None:
+    if whole._native is None:
         pytest.skip("a library's products are used on this processor")
     apart = copy(whole)
-    apart._fused = None
-    slots = torch.tensor([2, 0])
-    index = torch.arange(10)
-    batch = TokenBatch(
-        index, torch.arange(5).repeat(2), slots.repeat_interleave(5), [Group(0, 5, slots, 64)], index
-    )
-    x = torch.randn(10, decoder.spec.hidden, generator=torch.Generator().manual_seed(0)).to(decoder.dtype)
-    before, found = x.clone(), []
-    for one, threads in ((apart, 1), (whole, 1), (whole, 2)):
+    apart._native = None
+    slots, index = torch.tensor([2, 0]), torch.arange(10)
+    ids = torch.randint(VOCAB, (10,), generator=torch.Generator().manual_seed(0))
+    groups = [Group(0, 5, slots, 64)]
+    batch = TokenBatch(ids, torch.arange(5).repeat(2), slots.repeat_interleave(5), groups, index)
+    found = []
+    for one, threads, after in ((apart, 1, [9, 3]), (whole, 1, [9, 3]), (whole, 2, [9, 3]), (whole, 2, [])):
         cache = decoder.new_cache(1)
         cache.resize(3, 64)
         with decoder.threads(threads), torch.inference_mode():
-            found.append((one.attend(x, batch, cache), cache.keys[-1], cache.values[-1]))
-        assert torch.equal(x, before)
-        assert not cache.keys[:-1].any()
-    for mine, own in zip(found[1], found[0], strict=True):
+            x, tokens, chances = one.step(batch, cache, after, 3)
+        used = range(len(decoder.layers))[whole.exit_layer :]
+        assert not any(cache.keys[layer].any() for layer in used)
+        found.append((x, cache.keys, cache.values, torch.tensor(chances), tokens))
+        assert len(tokens) == len(after)
+    for mine, own in zip(found[1][:4], found[0], strict=False):
         torch.testing.assert_close(mine, own, atol=0.03, rtol=0.03)
-    assert all(torch.equal(mine, own) for mine, own in zip(found[2], found[1], strict=True))
+    assert found[1][4] == found[0][4]
+    assert all(torch.equal(mine, own) for mine, own in zip(found[2][:4], found[1], strict=False))
+    assert all(torch.equal(mine, own) for mine, own in zip(found[3][:3], found[1], strict=False))
 
 
 def test_an_adapter_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:

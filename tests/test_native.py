@@ -429,7 +429,7 @@ def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     AutoModelForCausalLM.from_config(config(**sizes, **heads), dtype=dtype).save_pretrained(tmp_path)
     decoder = Decoder(*load(tmp_path, dtype, CPU))
-    if decoder._fused is None:
+    if decoder.fused is None:
         pytest.skip("a library's products are used on this processor")
     slots = torch.tensor([2, 0, 1])
     tokens = torch.arange(15) + 3
@@ -437,7 +437,7 @@ def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
         tokens, torch.arange(5).repeat(3), slots.repeat_interleave(5), [Group(0, 5, slots, 64)], tokens - 3
     )
     apart = copy(decoder)
-    apart._fused = None
+    apart.fused = None
     for active in (None, [15, 10, 0, 5]):
         batch.active = active
         found = []

@@ -61,7 +61,7 @@ class Decoder:
             name: Rope(rope.cos.to(self.device, self.dtype), rope.sin.to(self.device, self.dtype))
             for name, rope in weights.ropes.items()
         }
-        self._fused = self.fuse(weights.layers, [layer.linears for layer in self.layers])
+        self.fused = self.fuse(weights.layers, [layer.linears for layer in self.layers])
         self.graphs = (
             GraphedLayers(cuda_graphs()) if self.device.type == "cuda" and self.ops.name == "varlen" else None
         )
@@ -141,8 +141,8 @@ class Decoder:
 
         A token passes a layer it skips unchanged (SkipDecode, arXiv 2307.02628, section 3).
         """
-        if self._fused is not None and len(x):
-            return self._fused.run(x, batch, cache, first, last)
+        if self.fused is not None and len(x):
+            return self.fused.run(x, batch, cache, first, last)
         if (
             self.graphs is not None
             and (done := self.graphs.run(self.run_each, x, batch, cache, first, last)) is not None

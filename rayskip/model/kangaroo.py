@@ -9,6 +9,7 @@ Shapes: N tokens, d hidden, Hq query heads, D head dim, V' listed tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -19,9 +20,13 @@ from torch import Tensor
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.linear import Linear, rough_linear
+from rayskip.model.native.draft import NativeDraft
+from rayskip.model.native.kernels import LANES
+from rayskip.model.native.product import RoughProduct
 from rayskip.model.ops import TokenBatch, normalise
 from rayskip.model.spec import Dense, Layer, Norm
 from rayskip.model.trained import Label, check_shapes, load_trained
+from rayskip.model.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -48,32 +53,52 @@ class Kangaroo:
         self._final_norm = Norm("rms", own["final_norm"].to(dtype), None, eps)
         qkv, out = Dense(own["qkv"].to(dtype)), Dense(own["out"].to(dtype))
         self._qkv, self._out = Linear(qkv), Linear(out)
+        for linear in (self._qkv, self._out):
+            if linear.native is not None:
+                linear.native.pack()
         self._head = rough_linear(Dense(decoder.weights.head.weight[self.token_ids]))
         self._rope = like.rope
         # the feed-forward that it does not have is only looked at: its kind is the decoder's
         layer = Layer(qkv, out, like.up, like.down, self._attn_norm, like.mlp_norm, rope=like.rope)
-        self._fused = decoder.fuse([layer], [[self._qkv, self._out]], self._cache_layer)
+        fused = decoder.fuse([layer], [[self._qkv, self._out]], self._cache_layer)
+        self._native = None
+        if (
+            decoder.fused is not None
+            and fused is not None
+            and isinstance(self._head, RoughProduct)
+            and label.tokens % LANES == 0
+        ):
+            self._native = NativeDraft(decoder.fused, self.exit_layer, fused, self._final_norm, self._head)
 
-    def attend(self, x: Tensor, batch: TokenBatch, cache: KVCache) -> Tensor:
-        """Store the keys and values of tokens at states x [N, d] after the first layers; their states after the
-        adapter's attention, [N, d]."""
-        if self._fused is not None and len(x):
-            return self._fused.run(x.clone(), batch, cache, 0, 1)
+    def step(
+        self, batch: TokenBatch, cache: KVCache, after: Seq[int], count: int
+    ) -> tuple[Tensor, list[list[int]], list[list[float]]]:
+        """Run N tokens of a draft, and say what may follow some of them: the tokens `after`, by index.
+
+        Stores their keys and values, those of the adapter too. Returns the states after the exit layer, [N, d], and
+        of each of `after` the `count` likeliest next tokens, with their probabilities on the list, descending.
+        """
+        x = self._decoder.embed(batch)
+        if self._native is not None:
+            places, chances = self._native.run(x, batch, cache, after, count)
+        else:
+            x = self._decoder.run_layers(x, batch, cache, 0, self.exit_layer)
+            adapted = self._attend(x, batch, cache)
+            if not after:
+                return x, [], []
+            rows = to_device(after, torch.long, x.device)
+            normed = self._decoder.ops.add_normalise(adapted[rows], None, self._final_norm)
+            places, chances = self._decoder.ops.likeliest(self._head(normed), count)
+        return x, self.token_ids[places].tolist(), chances.tolist()
+
+    def _attend(self, x: Tensor, batch: TokenBatch, cache: KVCache) -> Tensor:
+        """Of tokens at states x [N, d] after the first layers: states after the adapter's attention, [N, d]."""
         spec = self._decoder.spec
         heads = self._qkv(normalise(x, self._attn_norm)).view(len(x), -1, spec.head_dim)
         q, k, v = torch.split(heads, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
         rope = self._decoder.rope(self._rope)
         attended = self._decoder.ops.attention(q, k, v, rope, self._cache_layer, None, batch, cache)
         return x + self._out(attended)
-
-    def propose(self, x: Tensor, count: int) -> tuple[list[list[int]], list[list[float]]]:
-        """The `count` likeliest next tokens after each of N, and their probabilities on the list: [N, count].
-
-        x [N, d]: as returned by `attend`.
-        """
-        ops = self._decoder.ops
-        places, chances = ops.likeliest(self._head(ops.add_normalise(x, None, self._final_norm)), count)
-        return self.token_ids[places].tolist(), chances.tolist()
 
 
 def adapter_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:

@@ -54,12 +54,15 @@ class KangarooDrafter(Drafter):
             if count := min(row.missed, room):
                 missed.append(Chunk(row, row.draft_cached, row.draft_cached + count))
                 room -= count
-        ran = _Ran(self._kangaroo, self._decoder, self._full, cache)
-        ran.run([*missed, *with_drafts(chunks)])
         for chunk in (*missed, *chunks):
             if chunk.start <= chunk.sequence.draft_cached:
                 chunk.sequence.draft_cached = chunk.stop
         going = {row: (NEWEST, 1.0) for row in rows if row.draft_room > 0 and row.draft_cached == row.length}
+        ran = _Ran(self._kangaroo, self._decoder, self._full, cache, self._branches)
+        ran.run(
+            [*missed, *with_drafts(chunks)],
+            [(row, row.length + node) for row in going for node in range(NEWEST, len(row.draft))],
+        )
         while going:
             going = self._go_on(going, ran, least)
         return States(self._kangaroo.exit_layer, ran.x, ran.places)
@@ -77,12 +80,9 @@ class KangarooDrafter(Drafter):
 
         A row that is unsure of its token still has it verified, but goes on no more.
         """
-        tokens, confidences = ran.propose(
-            [(row, row.length + node) for row, (node, _) in going.items()], self._branches
-        )
         chunks, further = [], {}
-        for (row, (node, chance)), own, sure in zip(going.items(), tokens, confidences, strict=True):
-            for rank, (token, confidence) in enumerate(zip(own, sure, strict=True)):
+        for row, (node, chance) in going.items():
+            for rank, (token, confidence) in enumerate(ran.next[row, row.length + node]):
                 known, place = row.draft.child(node, token), row.length + len(row.draft)
                 needed = max(least, LEAST_OTHER) if rank else least
                 if known is None and (chance * confidence < needed or not row.draft_places):
@@ -94,35 +94,41 @@ class KangarooDrafter(Drafter):
                 if rank == 0 and not full and confidence >= self._eta:
                     further[row] = child, chance * confidence
         if chunks:
-            ran.run(chunks)
+            ran.run(chunks, [(row, row.length + node) for row, (node, _) in further.items()])
         return further
 
 
 class _Ran:
-    """Tokens of a step that have run the first layers: x [M, d], and where in it each (row, place) is."""
+    """Tokens of a step that have run the first layers: x [M, d], and where in it each (row, place) is. next: of
+    some of them the likeliest tokens that follow, and their probabilities."""
 
-    def __init__(self, kangaroo: Kangaroo, decoder: Decoder, policy: SkipPolicy, cache: KVCache) -> None:
+    def __init__(
+        self, kangaroo: Kangaroo, decoder: Decoder, policy: SkipPolicy, cache: KVCache, count: int
+    ) -> None:
+        """count: tokens that follow one."""
         self.places: dict[tuple[Sequence, int], int] = {}
-        self._kangaroo, self._decoder, self._policy, self._cache = kangaroo, decoder, policy, cache
-        self.x = self._adapted = decoder.weights.embed.new_empty(0, decoder.spec.hidden)
+        self.next: dict[tuple[Sequence, int], list[tuple[int, float]]] = {}
+        self.x = decoder.weights.embed.new_empty(0, decoder.spec.hidden)
+        self._kangaroo, self._device, self._policy, self._cache = kangaroo, decoder.device, policy, cache
+        self._count = count
 
-    def run(self, chunks: Seq[Chunk]) -> None:
+    def run(self, chunks: Seq[Chunk], after: Seq[tuple[Sequence, int]]) -> None:
+        """Run chunks; after: those of their tokens whose next ones are wanted, if they did not run before."""
+        before = len(self.places)
         ordered = sorted(chunks, key=group_key)
-        batch = token_batch(ordered, self._policy, self._decoder.device)
-        x = self._decoder.embed(batch)
-        x = self._decoder.run_layers(x, batch, self._cache, 0, self._kangaroo.exit_layer)
-        adapted = self._kangaroo.attend(x, batch, self._cache)
-        self.x, self._adapted = torch.cat([self.x, x]), torch.cat([self._adapted, adapted])
         for chunk in ordered:
             for place in range(chunk.start, chunk.stop):
                 self.places[chunk.sequence, place] = len(self.places)
-
-    def propose(
-        self, places: Seq[tuple[Sequence, int]], count: int
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """The adapter's `count` likeliest tokens after each of `places`, and their probabilities."""
-        at = torch.tensor([self.places[place] for place in places], device=self._decoder.device)
-        return self._kangaroo.propose(self._adapted[at], count)
+        wanted = [key for key in after if key not in self.next]
+        x, tokens, chances = self._kangaroo.step(
+            token_batch(ordered, self._policy, self._device),
+            self._cache,
+            [self.places[key] - before for key in wanted],
+            self._count,
+        )
+        self.x = torch.cat([self.x, x]) if before else x
+        for key, own, sure in zip(wanted, tokens, chances, strict=True):
+            self.next[key] = list(zip(own, sure, strict=True))
 
 
 class LayerSkipped(ConfigError):

@@ -333,8 +333,8 @@ static void work_on_layers(void *argument, Team *team, int worker) {
     add_share(task->x, task->branch, pending, width, team, worker);
 }
 
-/* Run the layers, in place. Scratch of the task is filled in here. Returns 0, or 1 when memory is out. */
-int run_layers(LayersTask *task) {
+/* Fill in the task's scratch; returns what to free, or NULL when memory is out. */
+static char *set_up(LayersTask *task) {
     const Layer *layer = task->layers;
     element **parts[] = {&task->normed, &task->qkv, &task->attended, &task->up, &task->gated, &task->branch};
     const int64_t widths[] = {layer->qkv.in, layer->qkv.out, layer->out.in, layer->up.out, layer->down.in,
@@ -345,7 +345,7 @@ int run_layers(LayersTask *task) {
         size += to_lines(task->tokens * widths[i] * (int64_t)sizeof(element));
     char *scratch = aligned_alloc(64, size);
     if (!scratch)
-        return 1;
+        return NULL;
     task->rooms = scratch;
     task->operands = scratch + rooms;
     char *next = task->operands + task->threads * operands_room(task);
@@ -353,8 +353,78 @@ int run_layers(LayersTask *task) {
         *parts[i] = (element *)next;
         next += to_lines(task->tokens * widths[i] * (int64_t)sizeof(element));
     }
+    return scratch;
+}
+
+/* Run the layers, in place. Returns 0, or 1 when memory is out. */
+int run_layers(LayersTask *task) {
+    char *scratch = set_up(task);
+    if (!scratch)
+        return 1;
     const int failed = together((int)task->threads, work_on_layers, task);
     free(scratch);
+    return failed;
+}
+
+/* Tokens on their way through a model's first layers, and what then comes of them through an adapter: `adapter` has its
+ * layer, and an x of its own that is filled in. What follows tokens after [rows], at states of the adapter: places and
+ * chances [rows, count], as `likeliest` has them of the head's outputs. */
+typedef struct {
+    LayersTask *layers, *adapter;
+    const element *norm;
+    float eps;
+    const Rough *head; /* its outputs a multiple of LANES */
+    const int64_t *after;
+    int64_t rows, count, *places;
+    float *chances;
+    /* scratch: */
+    element *normed, *logits;
+    int16_t *whole;
+    RoughRow *each;
+} DraftTask;
+
+static void work_on_draft(void *argument, Team *team, int worker) {
+    const DraftTask *task = argument;
+    const Rough *head = task->head;
+    const int64_t tokens = task->layers->tokens, width = head->in, begin = share(tokens, team, worker) * width;
+    work_on_layers(task->layers, team, worker);
+    memcpy(task->adapter->x + begin, task->layers->x + begin,
+           (share(tokens, team, worker + 1) * width - begin) * sizeof(element));
+    work_on_layers(task->adapter, team, worker); /* begins with the tokens that were this worker's before */
+    if (!task->rows)
+        return;
+    meet(team);
+    const int64_t from = share(task->rows, team, worker), to = share(task->rows, team, worker + 1);
+    for (int64_t row = from; row < to; row++) {
+        element *normed = task->normed + row * width;
+        add_rms_norm(task->adapter->x + task->after[row] * width, NULL, task->norm, normed, 1, width, task->eps);
+        round_rows(normed, task->whole + row * rough_width(width), task->each + row, 1, width);
+    }
+    meet(team);
+    RoughTask product = {head, task->whole, task->each, task->logits, task->rows};
+    work_on_rough_product(&product, team, worker);
+    meet(team);
+    likeliest(task->logits + from * head->out, to - from, head->out, task->count, task->places + from * task->count,
+              task->chances + from * task->count);
+}
+
+/* One step of a draft. Scratch of the task is filled in here. Returns 0, or 1 when memory is out. */
+int draft(DraftTask *task) {
+    const Rough *head = task->head;
+    char *layers = set_up(task->layers), *adapter = set_up(task->adapter);
+    task->normed = malloc(task->rows * head->in * sizeof(element) + 1);
+    task->logits = aligned_alloc(64, 64 + to_lines(task->rows * head->out * (int64_t)sizeof(element)));
+    task->whole = malloc(task->rows * rough_width(head->in) * sizeof *task->whole + 1);
+    task->each = malloc(task->rows * sizeof *task->each + 1);
+    int failed = 1;
+    if (layers && adapter && task->normed && task->logits && task->whole && task->each)
+        failed = together((int)task->layers->threads, work_on_draft, task);
+    free(layers);
+    free(adapter);
+    free(task->normed);
+    free(task->logits);
+    free(task->whole);
+    free(task->each);
     return failed;
 }
 #endif

@@ -145,6 +145,24 @@ class LayersTask(ctypes.Structure):
     )
 
 
+class DraftTask(ctypes.Structure):
+    """One step of a draft: as in kernels.c, which fills in the last four."""
+
+    _fields_ = (
+        ("layers", ctypes.POINTER(LayersTask)),
+        ("adapter", ctypes.POINTER(LayersTask)),
+        ("norm", c_void_p),
+        ("eps", c_float),
+        ("head", ctypes.POINTER(Rough)),
+        ("after", c_void_p),
+        ("rows", c_int64),
+        ("count", c_int64),
+        ("places", c_void_p),
+        ("chances", c_void_p),
+        *((name, c_void_p) for name in ("normed", "logits", "whole", "each")),
+    )
+
+
 @cache
 def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The compiled kernels for one element type; None, with a warning, where they cannot be had."""
@@ -177,7 +195,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         library.pack_rough.argtypes, library.pack_rough.restype = [pointer] * 5 + [number] * 2, None
         library.rough_product.argtypes = [pointer] * 3 + [number] * 2
         library.screen.argtypes = [pointer] * 3 + [number] * 2 + [pointer] * 2
-        library.run_layers.argtypes = [pointer]
+        library.run_layers.argtypes = library.draft.argtypes = [pointer]
     return library
 
 

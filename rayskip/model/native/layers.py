@@ -50,11 +50,19 @@ class NativeLayers:
 
     def run(self, x: Tensor, batch: TokenBatch, cache: KVCache, first: int, last: int) -> Tensor:
         """See Decoder.run_layers."""
+        if self._library.run_layers(ctypes.byref(self.task(x, batch, cache, first, last))):
+            raise MemoryError(f"no memory for {len(x)} tokens on their way through the layers")
+        return x
+
+    def task(self, x: Tensor, batch: TokenBatch, cache: KVCache, first: int, last: int) -> LayersTask:
+        """What kernels.c needs for `run`; valid while all of it lives."""
         width = self._spec.hidden
         if x.dtype != cache.keys.dtype or x.shape[1:] != (width,) or not x.is_contiguous():
             raise ValueError(f"{x.dtype} {tuple(x.shape)} for contiguous {cache.keys.dtype} [N, {width}]")
-        active = None if batch.active is None else (c_int64 * len(batch.active))(*batch.active)
-        task = LayersTask(
+        active = None
+        if (counts := batch.active) is not None:
+            active = batch.once("active", lambda: (c_int64 * len(counts))(*counts))
+        return LayersTask(
             self._layers,
             first,
             last,
@@ -68,9 +76,6 @@ class NativeLayers:
             None if active is None else ctypes.addressof(active),
             threads(),
         )
-        if self._library.run_layers(ctypes.byref(task)):
-            raise MemoryError(f"no memory for {len(x)} tokens on their way through the layers")
-        return x
 
 
 def are_usual(spec: Spec, layers: Seq[Layer]) -> bool:
