@@ -1,6 +1,7 @@
 """Counters that add, so that a job's total is a sum over its shards.
 
-Does not know who prints them. Seconds are wall seconds of the thread that did the work.
+Does not know who prints them. Seconds are wall seconds of the thread that did the work, or on a GPU those
+that the device took for it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class Stats:
     decode_tokens: generated tokens that ran through the decoder for good, one a verified row and every draft that
     held; steady_tokens of them ran in steps without prompt tokens, which took steady_seconds.
     prompt_layer_tokens, decode_layer_tokens: layer executions, one per token and layer, of prompt tokens and of
-    generated ones, as the skip policy wants them; draft_layer_tokens: of drafts that did not hold;
+    generated ones, as the skip policy wants them; draft_layer_tokens: of drafts that did not hold, and of
+    rows that had ended while a step with them was on its way;
     padding_layer_tokens: those only there to fill a row tile.
     receipts: generations also decoded at full depth; receipt_*: sums over them of exact matches and of two
     similarities from 0 to 1 (see data/agreement.py).

@@ -15,9 +15,10 @@ from torch import Tensor
 from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
 from rayskip.engine import Engine
 from rayskip.model.checkpoint import load, tensors_fingerprint
-from rayskip.model.compiled import PIECES, compile_pieces
+from rayskip.model.compiled import compile_pieces
 from rayskip.model.forward import Decoder
 from rayskip.model.graphs import GraphedLayers
+from rayskip.model.invariance import is_batch_invariant
 from rayskip.model.medusa import MedusaLabel
 from rayskip.model.ops import Ops
 from rayskip.model.trained import save_trained
@@ -142,43 +143,66 @@ def test_where_flash_attention_cannot_run_torchs_attention_serves(
     assert varlen_ops(spec, torch.float32, CPU).name == "torch"
 
 
-def test_compiled_pieces_are_torchs_for_any_number_of_tokens(tiny_llama: Callable[..., Path]) -> None:
-    spec, weights = load(tiny_llama("compiled", 0), torch.bfloat16, CPU)
-    plain, fused = Decoder(spec, weights, Ops(spec)), Decoder(spec, weights, Ops(spec))
-    compile_pieces(fused.ops, torch.bfloat16, CPU)
-    assert "gate" in vars(fused.ops)
-    norm, rope = weights.layers[0].attn_norm, fused.rope("default")
+@pytest.fixture
+def fused(tiny_llama: Callable[..., Path]) -> tuple[Decoder, Decoder]:
+    """A model with compiled pieces, and the same without."""
+    spec, weights = load(tiny_llama("compiled", 0, initializer_range=0.3), torch.bfloat16, CPU)
+    fused, plain = (Decoder(spec, weights, Ops(spec)) for _ in range(2))
+    compile_pieces(fused.ops, spec, weights, fused._ropes)
+    assert set(vars(fused.ops)) - set(vars(plain.ops)) == {"normalise", "gate", "turn"}
+    return fused, plain
+
+
+def test_compiled_pieces_are_torchs_for_any_number_of_tokens(fused: tuple[Decoder, Decoder]) -> None:
+    decoder, plain = fused
+    norm, rope = decoder.weights.layers[0].attn_norm, decoder.rope("default")
     assert rope is not None
     generator = torch.Generator().manual_seed(0)
     x, branch, up = (torch.randn(9, size, generator=generator).bfloat16() for size in (64, 64, 192))
-    q, k = (torch.randn(9, heads, 16, generator=generator).bfloat16() for heads in (4, 2))
+    q, k = torch.split(torch.randn(9, 6, 16, generator=generator).bfloat16(), [4, 2], dim=1)
 
     @torch.inference_mode()
     def pieces(ops: Ops, tokens: slice) -> list[Tensor]:
-        own = x[tokens].clone()
-        normed = [ops.add_normalise(own, branch[tokens], norm), ops.add_normalise(own, None, norm)]
+        own, apart = x[tokens].clone(), x[tokens] + branch[tokens]
+        normed = [ops.add_normalise(own, branch[tokens], norm), ops.add_normalise(apart, None, norm)]
+        assert torch.equal(*normed)  # a layer that some tokens skip adds by itself
         turned = ops.turn(q[tokens], k[tokens], rope, torch.arange(9)[tokens])
         return [own, *normed, ops.gate(up[tokens]), *turned]
 
-    every = pieces(fused.ops, slice(None))
+    every = pieces(decoder.ops, slice(None))
     for found, expected in zip(every, pieces(plain.ops, slice(None)), strict=True):
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
     for tokens in (slice(4, 5), slice(2, 4), slice(0, 8)):
-        for found, together in zip(pieces(fused.ops, tokens), every, strict=True):
+        for found, together in zip(pieces(decoder.ops, tokens), every, strict=True):
             assert torch.equal(found, together[tokens])
-    assert _generate(fused, {}) == _generate(plain, {})
+
+
+@pytest.mark.parametrize("decode", [DECODE[0], DECODE[3]])
+def test_compiled_pieces_keep_rows_apart(fused: tuple[Decoder, Decoder], decode: dict[str, Any]) -> None:
+    decoder, _ = fused
+    assert is_batch_invariant(decoder)
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 190, (length,), generator=generator).tolist() for length in (5, 21, 1, 40, 9)]
+    params = SamplingParams(max_tokens=14, logprobs=1, ignore_eos=True)
+    found = []
+    for rows in (1, 5):
+        sizes = EngineConfig(max_batch_rows=rows)
+        engine = Engine(decoder, None, sizes, DecodeConfig.model_validate(decode))
+        found.append([(row[0].token_ids, row[0].logprobs) for row in engine.generate(prompts, params)])
+    assert found[0] == found[1]
 
 
 def test_without_a_compiler_nothing_changes(
     tiny_llama: Callable[..., Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec, _ = load(tiny_llama("uncompiled", 0), torch.bfloat16, CPU)
-    ops = Ops(spec)
+    spec, weights = load(tiny_llama("uncompiled", 0), torch.bfloat16, CPU)
+    decoder = Decoder(spec, weights, Ops(spec))
+    before = dict(vars(decoder.ops))
 
     def broken(*_: Any) -> Any:
         raise FileNotFoundError("cc")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    compile_pieces(ops, torch.bfloat16, CPU)
+    compile_pieces(decoder.ops, spec, weights, decoder._ropes)
     assert "does not serve here" in caplog.text
-    assert not set(PIECES) & set(vars(ops))
+    assert vars(decoder.ops) == before

@@ -41,8 +41,43 @@ class Chunk:
         return self.start >= len(self.sequence.prompt.token_ids)
 
 
+@dataclass(frozen=True)
+class HostBatch:
+    """A TokenBatch as lists, and so without a device.
+
+    tokens [3, N]: ids, positions and slots. spans: of the groups: start, width, keys. paths: places and starts, and
+    `after`, see `Paths`.
+    """
+
+    tokens: list[list[int]]
+    outputs: list[int]
+    spans: list[tuple[int, int, int]]
+    active: list[int] | None
+    paths: tuple[list[list[int]], list[list[int]]] | None
+
+    def to(self, device: torch.device) -> TokenBatch:
+        packed = to_device(self.tokens, torch.long, device)
+        stops = (*(start for start, *_ in self.spans[1:]), packed.shape[1])
+        groups = [
+            Group(start, width, packed[2, start:stop:width], keys)
+            for (start, width, keys), stop in zip(self.spans, stops, strict=True)
+        ]
+        paths = None
+        if self.paths is not None:
+            places, after = self.paths
+            own = to_device(places, torch.long, device)
+            paths = Paths(own[0], own[1], to_device(after, torch.long, device))
+        outputs = to_device(self.outputs, torch.long, device)
+        return TokenBatch(packed[0], packed[1], packed[2], groups, outputs, self.active, paths)
+
+
 def token_batch(chunks: Seq[Chunk], policy: SkipPolicy, device: torch.device) -> TokenBatch:
-    """Chunks as packed tensors. Those of one width, and of one position where depth depends on it, that read
+    """`host_batch`, on a device."""
+    return host_batch(chunks, policy).to(device)
+
+
+def host_batch(chunks: Seq[Chunk], policy: SkipPolicy) -> HostBatch:
+    """Chunks as packed tokens. Those of one width, and of one position where depth depends on it, that read
     equally many key blocks attend as one group.
 
     chunks: in the order of their groups, see `group_key`.
@@ -51,7 +86,7 @@ def token_batch(chunks: Seq[Chunk], policy: SkipPolicy, device: torch.device) ->
     positions: list[int] = []
     slots: list[int] = []
     outputs: list[int] = []
-    spans: list[tuple[int, int, int]] = []  # of the groups: start, width, keys
+    spans: list[tuple[int, int, int]] = []
     skip_positions: list[int] = []
     branches: dict[int, Chunk] = {}
     for (skip_position, width, keys), members in groupby(chunks, group_key):
@@ -67,19 +102,12 @@ def token_batch(chunks: Seq[Chunk], policy: SkipPolicy, device: torch.device) ->
             if chunk.last:
                 outputs.append(len(ids) - 1)
         spans.append((start, width, keys))
-    packed = to_device([ids, positions, slots], torch.long, device)
-    logits_of = to_device(outputs, torch.long, device)
-    stops = (*(start for start, *_ in spans[1:]), len(ids))
-    groups = [
-        Group(start, width, packed[2, start:stop:width], keys)
-        for (start, width, keys), stop in zip(spans, stops, strict=True)
-    ]
     active = None if policy.is_full else np.searchsorted(skip_positions, policy.until).tolist()
-    paths = _paths(positions, branches, device) if branches else None
-    return TokenBatch(packed[0], packed[1], packed[2], groups, logits_of, active, paths)
+    paths = _paths(positions, branches) if branches else None
+    return HostBatch([ids, positions, slots], outputs, spans, active, paths)
 
 
-def _paths(positions: Seq[int], branches: Mapping[int, Chunk], device: torch.device) -> Paths:
+def _paths(positions: Seq[int], branches: Mapping[int, Chunk]) -> tuple[list[list[int]], list[list[int]]]:
     """branches: index in the batch -> chunk."""
     places, starts = list(positions), [position + 1 for position in positions]
     deepest = max(
@@ -90,8 +118,7 @@ def _paths(positions: Seq[int], branches: Mapping[int, Chunk], device: torch.dev
         path = chunk.sequence.path(chunk.start)
         places[at], starts[at] = chunk.start, chunk.sequence.length
         after[at][: len(path)] = path
-    packed = to_device([places, starts], torch.long, device)
-    return Paths(packed[0], packed[1], to_device(after, torch.long, device))
+    return [places, starts], after
 
 
 def group_key(chunk: Chunk) -> tuple[int, int, int]:

@@ -203,8 +203,15 @@ class Engine:
             done, self._kept = self._kept, []
             return done
         self._start_steps()
+        done = self._finished_steps()
+        while self._steps and not self._requests:
+            done += self._finished_steps()  # they were sent off before the last row ended
+        return done
+
+    def _finished_steps(self) -> list[Completion]:
+        """Wait for a step, and collect those that have finished."""
         wait(self._steps, return_when=FIRST_COMPLETED)
-        done = []
+        done: list[Completion] = []
         for future in [future for future in self._steps if future.done()]:
             if future not in self._steps:
                 continue  # it came after one that failed
@@ -272,7 +279,7 @@ class Engine:
         share = -(-(running + len(self._waiting)) // len(self._lanes))
         for lane in self._lanes:
             in_flight = [step for owner, step in self._steps.values() if owner is lane]
-            while len(in_flight) < self.sizes.steps_ahead + 1 and all(step.follows for step in in_flight):
+            while not in_flight or (len(in_flight) == 1 and in_flight[0].follows):
                 if (step := lane.next(share)) is None:
                     break
                 self._steps[lane.start(step)] = lane, step
@@ -299,7 +306,9 @@ class Engine:
                 ended.append(row)
         self._stats += lane.count(plan, result, gained)
         self._stats.completion_tokens += sum(gained.values())
-        unclean = [row.slot for row in ended if found[row][-1].token_id is None]
+        # a step on its way may run their last tokens, for nothing, and find what is not finite
+        followed = any(owner is lane for owner, _ in self._steps.values())
+        unclean = [row.slot for row in ended if followed or found[row][-1].token_id is None]
         lane.scheduler.retire({row.slot for row in ended}, unclean)
         requests = dict.fromkeys(row.request_id for row in ended)
         completions = [done for request_id in requests if (done := self._complete(request_id))]

@@ -21,7 +21,7 @@ from itertools import accumulate
 
 import torch
 
-from rayskip.decode.batch import Chunk, group_key, token_batch, with_drafts
+from rayskip.decode.batch import Chunk, HostBatch, group_key, host_batch, with_drafts
 from rayskip.decode.draft import Draft
 from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.sampling import Choice, Chosen, Draw, choose, needs_logits
@@ -55,15 +55,15 @@ class Packed:
     """A step's tokens for the forward, as their rows stand when it is made: later changes to those don't matter.
 
     chunks: of the batch, in its order. places: (row, node of its draft, or NEWEST) of each of R outputs. draws [R]:
-    what their tokens depend on besides logits. unknown [2, P]: tokens of the batch that are PENDING, and which
-    outputs of the lane's step before give them.
+    what their tokens depend on besides logits. unknown: tokens of the batch that are PENDING -> which output of the
+    lane's step before gives them.
     """
 
     chunks: list[Chunk]
-    batch: TokenBatch
+    batch: HostBatch
     places: list[tuple[Sequence, int]]
     draws: list[Draw]
-    unknown: torch.Tensor | None
+    unknown: dict[int, int]
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,12 @@ class Lane:
         self._sizes = sizes
         self._drafter = drafter
         self._cache = cache
-        self._ahead = sizes.steps_ahead > 0 and not drafter.reads_tokens
+        self._ahead = sizes.plans_ahead and not drafter.reads_tokens
         self._outputs: dict[Sequence, int] = {}
         """Of the newest step that was packed ahead: row -> index in what it chooses."""
         self._chosen: torch.Tensor | None = None
         """What the newest step that ran chose, on the device."""
+        self._failed = False
         self._thread = ThreadPoolExecutor(
             1, "lane", initializer=decoder.use_threads, initargs=(sizes.threads_per_lane,)
         )
@@ -139,8 +140,16 @@ class Lane:
         return Step(plan, packed, follows)
 
     def start(self, step: Step) -> Future[StepResult]:
-        """Run a step, on the lane's own thread, after those before it."""
-        return self._thread.submit(self.run, step)
+        """Run a step, on the lane's own thread, after those before it, if none of those failed."""
+        return self._thread.submit(self._run_unless_failed, step)
+
+    def _run_unless_failed(self, step: Step) -> StepResult:
+        if self._failed:
+            raise RuntimeError("a step before this one failed, and left nothing to go on from")
+        self._failed = True
+        result = self.run(step)
+        self._failed = False
+        return result
 
     @torch.inference_mode()
     def run(self, step: Step) -> StepResult:
@@ -156,10 +165,12 @@ class Lane:
         if packed is None:
             states = self._draft(plan)
             packed = self._pack(with_drafts(plan.chunks))
-        elif packed.unknown is not None and self._chosen is not None:
-            at, outputs = packed.unknown
-            packed.batch.token_ids[at] = self._chosen[outputs]
-        batch, places = packed.batch, packed.places
+        batch, places = packed.batch.to(self._decoder.device), packed.places
+        if packed.unknown:
+            if self._chosen is None:
+                raise RuntimeError("tokens are pending that no step has chosen")
+            known = to_device([[*packed.unknown], [*packed.unknown.values()]], torch.long, batch.slots.device)
+            batch.token_ids[known[0]] = self._chosen[known[1]]
         hidden = self._hidden(packed.chunks, batch, states)
         scores = self._scores(hidden, places)
         watch.lap()
@@ -192,16 +203,13 @@ class Lane:
         ordered = sorted(chunks, key=group_key)
         places = [(chunk.sequence, chunk.stop - 1 - chunk.sequence.length) for chunk in ordered if chunk.last]
         draws = [draw(row, node) for row, node in places]
-        device = self._decoder.device
-        batch = token_batch(ordered, self._policy, device)
         ends = accumulate(chunk.stop - chunk.start for chunk in ordered)
         pending = {
             end - 1: self._outputs[chunk.sequence]
             for end, chunk in zip(ends, ordered, strict=True)
             if chunk.last and chunk.sequence.pending
         }
-        unknown = to_device([[*pending], [*pending.values()]], torch.long, device) if pending else None
-        return Packed(ordered, batch, places, draws, unknown)
+        return Packed(ordered, host_batch(ordered, self._policy), places, draws, pending)
 
     def _verified(
         self, places: Seq[tuple[Sequence, int]], chosen: Chosen, hidden: torch.Tensor
@@ -225,6 +233,7 @@ class Lane:
     def halve(self) -> list[Sequence] | None:
         """After a step that memory did not suffice for: see Scheduler.halve."""
         given_up = self.scheduler.halve()
+        self._failed, self._chosen, self._outputs = False, None, {}
         if given_up is not None:
             self._drafter.release()
             self._cache.resize(0, 0)
@@ -242,7 +251,7 @@ class Lane:
             row.draft_cached = min(row.draft_cached, row.length - 1)
             self._cache.clear(row.slot, row.length - 1)
         packed = self._pack([Chunk(row, row.length - 1, row.length) for row in rows])
-        again = self._hidden(packed.chunks, packed.batch, None)
+        again = self._hidden(packed.chunks, packed.batch.to(self._decoder.device), None)
         chosen = choose(self._scores(again, packed.places), packed.draws)
         found = verify(chosen.choices(), packed.places)
         for row, verdict in found.items():
@@ -293,7 +302,7 @@ class Lane:
             ]
             held = ran.path[: max(got[ran.row] - 1, 0)]
             good = (depths[0] if got[ran.row] else 0) + sum(depths[1 + node] for node in held)
-            newest[depths[0]] += 1
+            newest[depths[0]] += got[ran.row] > 0
             useful += good
             in_vain += sum(depths) - good
             drafted_by.update(ran.draft.drafters)

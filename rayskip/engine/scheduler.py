@@ -41,7 +41,7 @@ class Resize:
 class StepPlan:
     """One step: first slots are cleared, then come the resize, the copies, in order, and the chunks.
 
-    clears: slots of rows that left numbers which are not finite. reused: prompt tokens that a copy spares.
+    clears: slots of rows that may have left numbers which are not finite. reused: prompt tokens that a copy spares.
     admitted: rows that join.
     """
 
@@ -82,7 +82,7 @@ class Scheduler:
         self._unclean: list[int] = []
 
     def retire(self, finished: set[int], unclean: Collection[int] = ()) -> None:
-        """Take rows out, by slot. unclean: those whose numbers are not finite, which are read even if masked."""
+        """Take rows out, by slot. unclean: those whose numbers may not be finite, which are read even if masked."""
         self.running = [row for row in self.running if row.slot not in finished]
         self._free += finished
         self._unclean += unclean

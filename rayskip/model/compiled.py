@@ -1,5 +1,6 @@
 """What lies between products and attention, compiled: on a GPU a norm, a gate or a turn is one kernel in place of
-two to eight, in prompts as in decode steps. Piece by piece, so that no product or attention is touched.
+two to eight, in prompts as in decode steps. Piece by piece, so that no product or attention is touched, and no sum
+that a step may take in one call or in two.
 
 torch caches what it compiles on disk, for all processes. Does not know which device it is for.
 """
@@ -14,20 +15,32 @@ import torch
 from torch import Tensor
 
 from rayskip.model.ops import Ops
+from rayskip.model.spec import Rope, Spec, Weights
 
 _log = logging.getLogger(__name__)
 
-PIECES = ("add_normalise", "gate", "turn")
-"""Methods of Ops: a token's results depend on no other token."""
 
+def compile_pieces(ops: Ops, spec: Spec, weights: Weights, ropes: dict[str, Rope]) -> None:
+    """Replace methods of `ops` whose result for a token depends on no other by compiled ones, and compile them for
+    a model; where that does not work, nothing changes.
 
-def compile_pieces(ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
-    """Replace PIECES of `ops` by compiled ones, which compile when they are first called; where that does not work,
-    nothing changes."""
-    pieces = {name: _compiled(getattr(ops, name)) for name in PIECES}
+    ropes: the model's rotary tables, in its dtype.
+    """
+    layer = weights.layers[0]
+    new = weights.embed.new_zeros
+    widths = [spec.heads, spec.kv_heads, spec.kv_heads]
+    q, k, _ = torch.split(new(3, sum(widths), spec.head_dim), widths, dim=1)  # strided as a layer's are
+    examples: dict[str, list[tuple[Any, ...]]] = {
+        "normalise": [(new(3, spec.hidden), layer.attn_norm)],
+        "gate": [(new(3, len(layer.up.weight)),)],
+        "turn": [(q, k, rope, new(3, dtype=torch.long)) for rope in ropes.values()],
+    }
+    pieces = {name: _compiled(getattr(ops, name)) for name in examples}
     try:
         with torch.inference_mode():
-            pieces["gate"](torch.zeros(3, 256, dtype=dtype, device=device))
+            for name, own in examples.items():
+                for example in own:
+                    pieces[name](*example)
     except Exception as error:  # whatever a compiler may raise
         _log.warning("torch.compile does not serve here (%s); norms and gates run uncompiled, slower", error)
     else:
@@ -37,7 +50,11 @@ def compile_pieces(ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
 def _compiled(piece: Callable[..., Any]) -> Callable[..., Any]:
     from torch._dynamo.decorators import mark_unbacked  # takes seconds to import
 
-    fused = torch.compile(piece, fullgraph=True)
+    def entry(*args: Any) -> Any:
+        return piece(*args)
+
+    entry.__code__ = entry.__code__.replace()  # torch counts what it compiles, up to a limit, by code object
+    fused = torch.compile(entry, fullgraph=True, dynamic=False)
 
     def call(*args: Any) -> Any:
         """One kernel for any number of tokens: else one token would get its own, and its sums perhaps another

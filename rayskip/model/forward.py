@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rayskip.model.compiled import compile_pieces
 from rayskip.model.graphs import GraphedLayers, cuda_graphs
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.linear import Linear, row_rule
@@ -62,9 +63,10 @@ class Decoder:
             for name, rope in weights.ropes.items()
         }
         self.fused = self.fuse(weights.layers, [layer.linears for layer in self.layers])
-        self.graphs = (
-            GraphedLayers(cuda_graphs()) if self.device.type == "cuda" and self.ops.name == "varlen" else None
-        )
+        self.graphs: GraphedLayers | None = None
+        if self.device.type == "cuda" and self.ops.name == "varlen":
+            self.graphs = GraphedLayers(cuda_graphs())
+            compile_pieces(self.ops, spec, weights, self._ropes)
 
     def fuse(self, layers: Seq[Layer], linears: Seq[Seq[Linear]], stored_at: int = 0) -> NativeLayers | None:
         """Layers as one call, where the kernels have everything they do; see NativeLayers."""

@@ -60,7 +60,7 @@ class Kangaroo:
         self._rope = like.rope
         # the feed-forward that it does not have is only looked at: its kind is the decoder's
         layer = Layer(qkv, out, like.up, like.down, self._attn_norm, like.mlp_norm, rope=like.rope)
-        fused = decoder.fuse([layer], [[self._qkv, self._out]], self._cache_layer)
+        self._fused = fused = decoder.fuse([layer], [[self._qkv, self._out]], self._cache_layer)
         self._native = None
         if (
             decoder.fused is not None
@@ -79,7 +79,7 @@ class Kangaroo:
         of each of `after` the `count` likeliest next tokens, with their probabilities on the list, descending.
         """
         x = self._decoder.embed(batch)
-        if self._native is not None:
+        if self._native is not None and len(x):
             places, chances = self._native.run(x, batch, cache, after, count)
         else:
             x = self._decoder.run_layers(x, batch, cache, 0, self.exit_layer)
@@ -93,6 +93,8 @@ class Kangaroo:
 
     def _attend(self, x: Tensor, batch: TokenBatch, cache: KVCache) -> Tensor:
         """Of tokens at states x [N, d] after the first layers: states after the adapter's attention, [N, d]."""
+        if self._fused is not None and len(x):
+            return self._fused.run(x.clone(), batch, cache, 0, 1)
         spec = self._decoder.spec
         heads = self._qkv(normalise(x, self._attn_norm)).view(len(x), -1, spec.head_dim)
         q, k, v = torch.split(heads, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)

@@ -120,6 +120,10 @@ class Ops:
         """Add branch to x in place, and return that normalised; all [N, d]."""
         if branch is not None:
             x += branch
+        return self.normalise(x, norm)
+
+    def normalise(self, x: Tensor, norm: Norm) -> Tensor:
+        """x [N, d] normalised."""
         return normalise(x, norm)
 
     def gate(self, up: Tensor) -> Tensor:

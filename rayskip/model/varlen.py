@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from rayskip.model.compiled import compile_pieces
 from rayskip.model.kv_cache import KVCache
 from rayskip.model.ops import Group, Ops, TokenBatch
 from rayskip.model.spec import Rope, Spec
@@ -140,7 +139,6 @@ def varlen_ops(spec: Spec, dtype: torch.dtype, device: torch.device) -> Ops:
         _log.warning("torch's varlen_attn does not serve here (%s); attention is torch's, and slower", error)
         return plain
     if torch.allclose(found, expected, atol=TOLERANCE):
-        compile_pieces(fast, dtype, device)
         return fast
     _log.warning(
         "torch's varlen_attn and torch's attention give other numbers here; the latter serves, slowly"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import hypot, sqrt
 from threading import Lock
 
 FADE = 0.05
 """Share of what earlier steps of a lane count that is forgotten at each new one, at most."""
 CLEARLY = 1.05
 """How many times faster drafting must be: a clock is noisy, and not drafting is what a user expects at worst."""
+DOUBT = 2.0
+"""Standard errors by which it must be faster beside that, before it is begun: what steps took varies."""
 FEW, EVIDENCE = 4, 256
 """Fewer rows than this need so many verifications of rows to tell what drafting gains: it comes in bursts, while a
 step without drafts gains a token a row, whatever comes. Once begun it goes on for them while it is no slower."""
@@ -25,19 +28,31 @@ PATIENCE = 4
 
 @dataclass
 class Way:
-    """Fading sums over the steps taken so. steps: of each lane, on average."""
+    """Fading sums over the steps taken so. steps: of each lane, on average. squares: of tokens, of tokens times
+    seconds, of seconds, which fade twice as fast."""
 
     steps: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
+    squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     @property
     def rate(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
-    def look_again(self) -> None:
-        """More steps are wanted; what earlier ones showed counts half: a machine changes, and a clock errs."""
-        self.steps, self.tokens, self.seconds = 0.0, self.tokens / 2, self.seconds / 2
+    @property
+    def error(self) -> float:
+        """The rate's standard error, as a share of it (of a ratio of sums over independent steps)."""
+        tokens, both, seconds = self.squares
+        left = tokens - 2 * self.rate * both + self.rate**2 * seconds
+        return sqrt(max(left, 0.0)) / self.tokens if self.tokens else 0.0
+
+    def count(self, tokens: float, seconds: float, fade: float) -> None:
+        """One step more; fade: what earlier ones are multiplied by."""
+        new = tokens**2, tokens * seconds, seconds**2
+        self.tokens, self.seconds = self.tokens * fade + tokens, self.seconds * fade + seconds
+        first, second, third = (own * fade**2 + one for own, one in zip(self.squares, new, strict=True))
+        self.squares = first, second, third
 
 
 class Trial:
@@ -75,13 +90,14 @@ class Trial:
         for drafting, way in self._ways.items():
             if way.steps < self._probe[drafting]:
                 return drafting
-        before, least = self._faster, self._ways[False].rate * (self._stay if self._faster else CLEARLY)
-        self._faster = self._ways[True].rate >= least
+        before, drafts, plain = self._faster, self._ways[True], self._ways[False]
+        least = self._stay if before else CLEARLY + DOUBT * hypot(drafts.error, plain.error)
+        self._faster = drafts.rate >= plain.rate * least
         if self._faster is not before:
             self._pause = self._again
         elif self._counted >= self._due:
             self._pause = min(2 * self._pause, SELDOM // AGAIN * self._again)
-            self._ways[not self._faster].look_again()
+            self._ways[not self._faster] = Way()  # a machine changes
         else:
             return self._faster
         self._due = self._counted + self._pause
@@ -95,8 +111,7 @@ class Trial:
         share = 1 / len(self._taken)  # lanes that have no such step are not waited for
         way, fade = self._ways[drafting], 1 - self._fade[drafting] * share
         way.steps += share
-        way.tokens = way.tokens * fade + tokens
-        way.seconds = way.seconds * fade + seconds
+        way.count(tokens, seconds, fade)
         self._counted += share
 
 

@@ -38,6 +38,8 @@ class NativeDraft:
     ) -> tuple[Tensor, Tensor]:
         """See Kangaroo.step. x [N, d]: states before the first layer, which become those after the exit layer.
         Places on the head's list, and chances, [len(after), count]."""
+        if batch.active is not None or not all(0 <= at < len(x) for at in after):
+            raise ValueError(f"a draft runs every layer, and goes on after some of its {len(x)} tokens")
         own = torch.empty_like(x)
         layers = self._layers.task(x, batch, cache, 0, self._exit_layer)
         adapter = self._adapter.task(own, batch, cache, 0, 1)
