@@ -107,6 +107,7 @@ def test_outcomes_are_those_of_one_step_after_another(
     ahead._start_steps = counted  # type: ignore[method-assign]
     found = _outcomes(ahead.generate(PROMPTS, _mixed()))
     assert found == expected
+    assert not ahead._steps
     assert {outcome[1] for samples in found for outcome in samples} == {"stop", "length"}
     assert max(in_flight) == (1 if "draft" in decode else 2)
     stats, plain = ahead.take_stats(), one.take_stats()
