@@ -168,7 +168,12 @@ class BenchConfig(Section):
         description="rows to generate, as a multiple of the batch size; null: all that the input has",
     )
     min_rows: int = Field(1, ge=1, description="fewest rows to generate, however small the batch")
-    rounds: int = Field(3, ge=1, description="every mode runs once a round, in turns")
+    rounds: int = Field(3, ge=1, description="every mode and peer runs once a round")
+    turn_s: float | None = Field(
+        None,
+        gt=0,
+        description="seconds for which each runs at a time, in turns within a round; null: to its end",
+    )
     output: str = Field(description="local folder for bench.json and bench.png")
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import statistics
 from collections.abc import Callable
@@ -14,12 +15,16 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
+from rayskip.config import EngineConfig, SamplingParams
+from rayskip.data.records import Prompt
+from rayskip.engine import Engine
 from rayskip.errors import ConfigError, InputError
 from rayskip.evaluate.bench import run_bench
 from rayskip.evaluate.peer_process import PeerArguments, running_peer
 from rayskip.evaluate.roofline import Roofline, measure_roofline
 from rayskip.evaluate.spec_bench import TASKS, error_of_ratio, format_scores, run_spec_bench
 from rayskip.evaluate.timing import format_timings
+from rayskip.evaluate.turns import EngineRun, run_in_turns
 from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache
@@ -111,13 +116,16 @@ def _against(folder: Path, tmp_path: Path, peer: dict[str, Any], **changes: Any)
     )
 
 
-def test_bench_times_a_peer_over_the_same_rows(tmp_path: Path, tiny_llama: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("turn_s", [None, 0.02])
+def test_bench_times_a_peer_over_the_same_rows(
+    turn_s: float | None, tmp_path: Path, tiny_llama: Callable[..., Path]
+) -> None:
     folder = tiny_llama("peer", 0)
     peer = {"name": "generate", "kind": "transformers", "batch_rows": [2], "dtype": "float32"}
     model, exact = ({"path": str(folder), "dtype": dtype} for dtype in ("bfloat16", "float32"))
     modes = [{"name": "full", "model": exact}]
     timings = run_bench(
-        _against(folder, tmp_path, peer, model=model, modes=modes, sampling={"max_tokens": 48})
+        _against(folder, tmp_path, peer, model=model, modes=modes, sampling={"max_tokens": 48}, turn_s=turn_s)
     )
     assert [(t.mode, t.batch_rows) for t in timings] == [("full", 1), ("full", 2), ("generate", 2)]
     theirs = timings[2]
@@ -142,11 +150,14 @@ def test_a_peer_generates_what_its_library_does(ignore_eos: bool, tiny_llama: Ca
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     arguments = PeerArguments(str(folder), "float32", 3, max_tokens=6, ignore_eos=ignore_eos, longest=12)
     with running_peer(BenchPeer(name="generate", kind="transformers"), arguments) as peer:
-        for prompts in (PROMPTS, PROMPTS[::-1]):
-            seconds, token_ids = peer.generate(prompts)
+        for prompts, seconds in ((PROMPTS, math.inf), (PROMPTS[::-1], 0.001)):
+            peer.begin(prompts)
+            turns = 1
+            while not peer.go_on(seconds):
+                turns += 1
             order = [PROMPTS.index(ids) for ids in prompts]
-            assert token_ids == [wanted[at][: stops[at]].tolist() for at in order]
-            assert seconds > 0
+            assert peer.token_ids() == [wanted[at][: stops[at]].tolist() for at in order]
+            assert (turns > 1) == math.isfinite(seconds)
     assert (stops[2] == 6) == ignore_eos
 
 
@@ -270,3 +281,33 @@ def test_a_broken_question_is_named(tmp_path: Path) -> None:
     questions.write_text('{"category": "qa", "turns": ["a"]}\n{"category": "qa"}\n')
     with pytest.raises(InputError, match="row 1 needs category and turns"):
         run_spec_bench(_spec_bench(questions))
+
+
+def test_turns_are_counted_and_nothing_runs_between_them(tiny_llama: Callable[..., Path]) -> None:
+    engines = [Engine.load(str(tiny_llama("turns", 0)), EngineConfig(max_batch_rows=2)) for _ in range(2)]
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    prompts = [Prompt(row, [5, 6, 7 + row], params, row) for row in range(6)]
+    alone = EngineRun(engines[0], prompts)
+    run_in_turns([alone], math.inf)
+    runs = [EngineRun(engine, prompts) for engine in engines]
+    turns = []
+
+    class Counted:
+        seconds = 0.0
+
+        def __init__(self, run: EngineRun) -> None:
+            self._run = run
+
+        def go_on(self, seconds: float) -> bool:
+            before = self._run.seconds
+            over = self._run.go_on(seconds)
+            turns.append((runs.index(self._run), self._run.seconds - before))
+            assert not self._run.engine._steps
+            return over
+
+    run_in_turns([Counted(run) for run in runs], 0.005)
+    assert [index for index, _ in turns[:4]] == [0, 1, 0, 1]
+    for index, run in enumerate(runs):
+        assert run.seconds == pytest.approx(sum(spent for own, spent in turns if own == index))
+        found = [done.generations[0].token_ids for done in run.completions]
+        assert found == [done.generations[0].token_ids for done in alone.completions]

@@ -204,8 +204,13 @@ class Engine:
             return done
         self._start_steps()
         done = self._finished_steps()
-        while self._steps and not self._requests:
-            done += self._finished_steps()  # they were sent off before the last row ended
+        return done if self._requests else done + self.drain()  # what was sent off before the last row ended
+
+    def drain(self) -> list[Completion]:
+        """Wait for what runs, and start nothing; returns the requests that ended."""
+        done = []
+        while self._steps:
+            done += self._finished_steps()
         return done
 
     def _finished_steps(self) -> list[Completion]:

@@ -1,17 +1,18 @@
 """`rayskip bench`: modes of generating, and other libraries, timed over the same rows in interleaved rounds.
 
-Timings on one machine drift by more than what is to be measured, so everything runs once a round and ratios are
-taken inside a round; the table has their medians. So is the share of what the machine allows. Does not know files'
-commits or Ray: the engine alone is timed.
+Timings on one machine drift by more than what is to be measured, so everything runs once a round, one to its end
+after the other or in turns of some seconds, and ratios are taken inside a round; the table has their medians. So is
+the share of what the machine allows. Does not know files' commits or Ray: the engine alone is timed.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from math import inf
 from pathlib import Path
 from statistics import mean, median
 
@@ -26,6 +27,7 @@ from rayskip.errors import ConfigError
 from rayskip.evaluate.peer_process import PeerArguments, running_peer
 from rayskip.evaluate.roofline import Roofline, measure_roofline
 from rayskip.evaluate.timing import Timing, plot
+from rayskip.evaluate.turns import EngineRun, PeerRun, run_in_turns
 from rayskip.model.checkpoint import resolve
 from rayskip.stats import Stats
 from rayskip.tool_config import BenchConfig, BenchMode
@@ -135,14 +137,24 @@ def _run_rounds(
                 rounds.peers[peer.name] = []
         for round_index in range(config.rounds):
             at = f"{places} rows, round {round_index + 1}"
-            for mode in config.modes:  # a new engine each time: drafters learn from what they have seen
-                run = _time(_engine(config, mode, places, loaded), prompts)
-                rounds.modes[mode.name].append(run)
-                say(f"{mode.name}, {at}: {run.tok_s:.0f} tok/s")
-            for name, process in peers.items():
-                theirs = _Run(*process.generate([prompt.token_ids for prompt in prompts]))
-                rounds.peers[name].append(theirs)
-                say(f"{name}, {at}: {theirs.tok_s:.0f} tok/s")
+            # a new engine each time: drafters learn from what they have seen
+            starts: list[Callable[[], EngineRun | PeerRun]] = [
+                lambda mode=mode: EngineRun(_engine(config, mode, places, loaded), prompts)  # type: ignore[misc]
+                for mode in config.modes
+            ]
+            starts += [partial(PeerRun, process, prompts) for process in peers.values()]
+            together = [starts] if config.turn_s else [[start] for start in starts]
+            names = iter([*rounds.modes, *peers])
+            for group in together:
+                runs = [start() for start in group]
+                run_in_turns(runs, config.turn_s or inf)
+                for run, name in zip(runs, names, strict=False):
+                    if isinstance(run, EngineRun):
+                        rounds.modes[name].append(_mode_run(run, prompts))
+                    else:
+                        rounds.peers[name].append(_Run(run.seconds, run.token_ids))
+                    timed = (rounds.modes.get(name) or rounds.peers[name])[-1]
+                    say(f"{name}, {at}: {timed.tok_s:.0f} tok/s")
     return rounds
 
 
@@ -178,14 +190,8 @@ def _prompts(config: BenchConfig, engine: Engine, places: int) -> list[Prompt]:
     return [builder.build(row, index, shard.name) for shard, index, row in every_row(source, wanted)]
 
 
-def _time(engine: Engine, prompts: Sequence[Prompt]) -> _ModeRun:
-    for prompt in prompts:
-        engine.add(prompt)
-    engine.take_stats()
-    began = time.perf_counter()
-    done = sorted(engine.run(), key=lambda completion: completion.request_id)
-    seconds = time.perf_counter() - began
-    stats = engine.take_stats()
+def _mode_run(run: EngineRun, prompts: Sequence[Prompt]) -> _ModeRun:
+    engine, done, stats = run.engine, run.completions, run.engine.take_stats()
     mean_layers = stats.mean_layers or float(len(engine.decoder.layers))
     roofline, limit = None, None
     if engine.decode.draft.kind == "none":
@@ -193,7 +199,7 @@ def _time(engine: Engine, prompts: Sequence[Prompt]) -> _ModeRun:
         roofline = measure_roofline(engine.decoder, engine.sizes.batch_rows * engine.sizes.lanes, greedy)
         limit = roofline.tok_s(engine.decoder, _mean_length(prompts, done), mean_layers)
     return _ModeRun(
-        seconds=seconds,
+        seconds=run.seconds,
         tokens=[generation.token_ids or [] for completion in done for generation in completion.generations],
         stats=stats,
         sizes=engine.sizes,

@@ -1,18 +1,22 @@
 """Other libraries as child processes, to be timed in turns with the engine.
 
-A peer runs a script of peers/ in an environment that has its library. Between its turns it waits for a line of
-input, so it takes memory then, but no time. Does not know what is timed beside it.
+A peer runs a script of peers/ in an environment that has its library. Between two jobs it waits for a line of
+input, and between the turns of one it is stopped: it takes memory then, but no time. Does not know what is timed
+beside it.
 """
 
 from __future__ import annotations
 
 import json
+import selectors
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from math import isinf
 from pathlib import Path
 from typing import IO, Any
 
@@ -66,6 +70,7 @@ def running_peer(peer: BenchPeer, arguments: PeerArguments) -> Iterator[PeerProc
 def _end(process: subprocess.Popen[str]) -> None:
     """Have it end with its input, or else kill it; safe to repeat."""
     assert process.stdin is not None
+    process.send_signal(signal.SIGCONT)
     with suppress(BrokenPipeError):
         process.stdin.close()
     try:
@@ -81,19 +86,29 @@ class PeerProcess:
     def __init__(self, name: str, python: str, process: subprocess.Popen[str], errors: IO[bytes]) -> None:
         self._name, self._python = name, python
         self._process, self._errors = process, errors
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(process.stdout or errors, selectors.EVENT_READ)
         self.load_s = float(self._answer()["load_s"])
 
-    def generate(self, prompts: Sequence[list[int]]) -> tuple[float, list[list[int]]]:
-        """Seconds it took by the peer's clock, and the token ids of each prompt's completion, greedy.
-
-        Raises ConfigError when the peer dies.
-        """
+    def begin(self, prompts: Sequence[list[int]]) -> None:
+        """Have it generate, greedily."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it is dead; there is no answer either
             self._process.stdin.write(json.dumps({"prompts": prompts}) + "\n")
             self._process.stdin.flush()
-        answer = self._answer()
-        return float(answer["seconds"]), answer["token_ids"]
+
+    def go_on(self, seconds: float) -> bool:
+        """Let it run for so long, or until it has an answer; whether it has one, or died."""
+        self._process.send_signal(signal.SIGCONT)
+        over = bool(self._selector.select(None if isinf(seconds) else seconds))
+        if not over:
+            self._process.send_signal(signal.SIGSTOP)
+        return over
+
+    def token_ids(self) -> list[list[int]]:
+        """Of each prompt's completion. Raises ConfigError when the peer died."""
+        found: list[list[int]] = self._answer()["token_ids"]
+        return found
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

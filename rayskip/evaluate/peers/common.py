@@ -2,8 +2,7 @@
 
 A script is a program for an environment that has its library and perhaps no rayskip, so none of it is imported.
 It prints {"load_s": seconds} once it is ready. Then it answers each line of its input, {"prompts": [token ids,
-...]}, with {"seconds": seconds, "token_ids": [token ids, ...]}, the completions in the same order. It ends with
-its input.
+...]}, with {"token_ids": [token ids, ...]}, the completions in the same order. It ends with its input.
 """
 
 from __future__ import annotations
@@ -40,9 +39,7 @@ def serve(load: Callable[[Arguments], Callable[[TokenIds], TokenIds]]) -> None:
     print(json.dumps({"load_s": time.perf_counter() - began}), file=answers, flush=True)
     for line in sys.stdin:
         prompts = json.loads(line)["prompts"]
-        began = time.perf_counter()
         token_ids = generate(prompts)
-        seconds = time.perf_counter() - began
         if len(token_ids) != len(prompts) or not all(token_ids):  # a library may log its error and go on
             raise RuntimeError(f"{sum(map(bool, token_ids))} of {len(prompts)} prompts have a completion")
-        print(json.dumps({"seconds": seconds, "token_ids": token_ids}), file=answers, flush=True)
+        print(json.dumps({"token_ids": token_ids}), file=answers, flush=True)
