@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise, product
 
 import pytest
@@ -50,7 +51,7 @@ def test_costs_follow_what_forwards_take() -> None:
 
 @pytest.mark.parametrize("drafting_gains", [1.3, 0.7])
 def test_the_faster_way_is_taken_and_the_other_tried_now_and_then(drafting_gains: float) -> None:
-    trial = Trial()
+    trial = Trial(8)
 
     def take(steps: int, gains: float) -> list[bool]:
         taken = []
@@ -65,7 +66,7 @@ def test_the_faster_way_is_taken_and_the_other_tried_now_and_then(drafting_gains
 
 
 def test_the_slower_way_is_tried_less_often_each_time_that_it_is_slower_again() -> None:
-    trial, taken = Trial(), []
+    trial, taken = Trial(8), []
     for _ in range(4000):
         taken.append(trial.choose())
         trial.count(taken[-1], 10, 2.0 if taken[-1] else 1.0)
@@ -75,8 +76,31 @@ def test_the_slower_way_is_tried_less_often_each_time_that_it_is_slower_again() 
     assert pauses[2] == pytest.approx(pauses[1], rel=0.02)  # but not ever more seldom
 
 
+def test_many_rows_are_drafted_for_later_and_if_it_pays() -> None:
+    for seconds, least, most in ((0.5, 1500, 1800), (1.5, 10, 60)):
+        trial, taken = Trial(64), []
+        for _ in range(2000):
+            taken.append(trial.choose())
+            trial.count(taken[-1], 10, seconds if taken[-1] else 1.0)
+        assert taken.index(True) > 200
+        assert least < sum(taken) < most
+
+
+@pytest.mark.parametrize(("spread", "least", "most"), [(0.01, 1800, 2000), (3.0, 20, 1000)])
+def test_what_noise_may_have_done_does_not_begin_drafting(spread: float, least: int, most: int) -> None:
+    """Drafting gains a tenth; steps take between none and `spread` more."""
+    chance, drafted = random.Random(0), 0
+    for _ in range(10):
+        trial = Trial(8)
+        for _ in range(200):
+            drafting = trial.choose()
+            trial.count(drafting, 10, (1 if drafting else 1.1) * (1 + spread * chance.random()))
+            drafted += drafting
+    assert least < drafted < most
+
+
 def test_steps_that_do_not_count_go_on_as_before_and_begin_without_drafts() -> None:
-    trial = Trial()
+    trial = Trial(8)
     assert not trial.choose(counts=False)
     assert trial.choose()
     trial.count(True, 10, 1.0)
@@ -84,7 +108,7 @@ def test_steps_that_do_not_count_go_on_as_before_and_begin_without_drafts() -> N
 
 
 def test_a_lane_that_no_longer_counts_does_not_stay_in_the_slower_way() -> None:
-    trial = Trial()
+    trial = Trial(8)
     assert trial.choose(0)
     for _ in range(500):
         drafting = trial.choose(1)

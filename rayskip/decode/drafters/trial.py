@@ -15,6 +15,9 @@ DOUBT = 2.0
 FEW, EVIDENCE = 4, 256
 """Fewer rows than this need so many verifications of rows to tell what drafting gains: it comes in bursts, while a
 step without drafts gains a token a row, whatever comes. Once begun it goes on for them while it is no slower."""
+MANY = 32
+"""From so many rows on drafting is first tried when it would be tried again: it seldom pays there, and what rows
+have missed is much to catch up on."""
 SETTLE = 2
 """Steps of a lane after a change that tell nothing, since they catch up on what the other way left undone."""
 PROBE = 8
@@ -59,13 +62,13 @@ class Trial:
     """Two ways to take a step, with drafts (True) and without: the one that gains tokens faster is taken, and the
     other is tried now and then."""
 
-    def __init__(self, rows: int = EVIDENCE) -> None:
+    def __init__(self, rows: int) -> None:
         """rows: that a step runs, about."""
         few = rows < FEW
         self._probe = {True: EVIDENCE // rows if few else PROBE, False: PROBE}
         self._fade = {True: rows / EVIDENCE if few else FADE, False: FADE}
         self._stay = 1.0 if few else CLEARLY
-        self._ways = {True: Way(), False: Way()}
+        self._ways = {True: Way(steps=PROBE if rows >= MANY else 0), False: Way()}
         self._faster: bool | None = None  # not known yet
         self._counted = 0.0
         self._again = max(AGAIN, PATIENCE * self._probe[True])
