@@ -146,7 +146,7 @@ class Lane:
     def _run_unless_failed(self, step: Step) -> StepResult:
         if self._failed:
             raise RuntimeError("a step before this one failed, and left nothing to go on from")
-        self._failed = True
+        self._failed = True  # unless it comes back, whatever it raises
         result = self.run(step)
         self._failed = False
         return result
