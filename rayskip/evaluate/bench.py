@@ -77,6 +77,10 @@ class _Rounds:
     load_s: dict[str, float] = field(default_factory=dict)
 
 
+_Starts = dict[str, Callable[[], EngineRun | PeerRun]]
+"""By name, what begins the run of a mode or peer."""
+
+
 def run_bench(config: BenchConfig, say: Callable[[str], None] = lambda line: None) -> list[Timing]:
     """Time every mode and peer at every batch size; writes bench.json and bench.png. `say` is told what loads and
     each run's tok/s. Raises ConfigError when a peer cannot run."""
@@ -137,25 +141,40 @@ def _run_rounds(
                 rounds.peers[peer.name] = []
         for round_index in range(config.rounds):
             at = f"{places} rows, round {round_index + 1}"
-            # a new engine each time: drafters learn from what they have seen
-            starts: list[Callable[[], EngineRun | PeerRun]] = [
-                lambda mode=mode: EngineRun(_engine(config, mode, places, loaded), prompts)  # type: ignore[misc]
-                for mode in config.modes
-            ]
-            starts += [partial(PeerRun, process, prompts) for process in peers.values()]
-            together = [starts] if config.turn_s else [[start] for start in starts]
-            names = iter([*rounds.modes, *peers])
-            for group in together:
-                runs = [start() for start in group]
-                run_in_turns(runs, config.turn_s or inf)
-                for run, name in zip(runs, names, strict=False):
-                    if isinstance(run, EngineRun):
-                        rounds.modes[name].append(_mode_run(run, prompts))
+            starts: _Starts = {
+                mode.name: partial(_start, config, mode, places, loaded, prompts) for mode in config.modes
+            }
+            starts |= {name: partial(PeerRun, process, prompts) for name, process in peers.items()}
+            groups = [starts] if config.turn_s else [{name: start} for name, start in starts.items()]
+            for group in groups:
+                for name, run in _run_group(group, config.turn_s or inf, prompts).items():
+                    if isinstance(run, _ModeRun):
+                        rounds.modes[name].append(run)
                     else:
-                        rounds.peers[name].append(_Run(run.seconds, run.token_ids))
-                    timed = (rounds.modes.get(name) or rounds.peers[name])[-1]
-                    say(f"{name}, {at}: {timed.tok_s:.0f} tok/s")
+                        rounds.peers[name].append(run)
+                    say(f"{name}, {at}: {run.tok_s:.0f} tok/s")
     return rounds
+
+
+def _start(
+    config: BenchConfig,
+    mode: BenchMode,
+    places: int,
+    loaded: dict[ModelConfig, Engine],
+    prompts: Sequence[Prompt],
+) -> EngineRun:
+    """By a new engine each time: drafters learn from what they have seen."""
+    return EngineRun(_engine(config, mode, places, loaded), prompts)
+
+
+def _run_group(starts: _Starts, turn_s: float, prompts: Sequence[Prompt]) -> dict[str, _Run]:
+    """Run modes and peers in turns, by name; their engines, with their caches, are gone then."""
+    runs = {name: start() for name, start in starts.items()}
+    run_in_turns(runs.values(), turn_s)
+    return {
+        name: _mode_run(run, prompts) if isinstance(run, EngineRun) else _Run(run.seconds, run.token_ids)
+        for name, run in runs.items()
+    }
 
 
 def allowed_speedup(engine: Engine, mean_layers: float) -> float:

@@ -8,7 +8,7 @@ beside it.
 from __future__ import annotations
 
 import json
-import selectors
+import select
 import signal
 import subprocess
 import sys
@@ -86,8 +86,6 @@ class PeerProcess:
     def __init__(self, name: str, python: str, process: subprocess.Popen[str], errors: IO[bytes]) -> None:
         self._name, self._python = name, python
         self._process, self._errors = process, errors
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(process.stdout or errors, selectors.EVENT_READ)
         self.load_s = float(self._answer()["load_s"])
 
     def begin(self, prompts: Sequence[list[int]]) -> None:
@@ -99,11 +97,12 @@ class PeerProcess:
 
     def go_on(self, seconds: float) -> bool:
         """Let it run for so long, or until it has an answer; whether it has one, or died."""
+        assert self._process.stdout is not None
         self._process.send_signal(signal.SIGCONT)
-        over = bool(self._selector.select(None if isinf(seconds) else seconds))
-        if not over:
+        answers, _, _ = select.select([self._process.stdout], [], [], None if isinf(seconds) else seconds)
+        if not answers:
             self._process.send_signal(signal.SIGSTOP)
-        return over
+        return bool(answers)
 
     def token_ids(self) -> list[list[int]]:
         """Of each prompt's completion. Raises ConfigError when the peer died."""

@@ -41,8 +41,10 @@ class EngineRun:
             self.completions += self.engine.step()
         self.completions += self.engine.drain()
         self.seconds += time.perf_counter() - began
+        if self.engine.has_work:
+            return False
         self.completions.sort(key=lambda completion: completion.request_id)
-        return not self.engine.has_work
+        return True
 
 
 class PeerRun:
