@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,22 +19,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
-from rayskip.data.records import FinishReason, Generation, Prompt
+from rayskip.data.records import Generation, Prompt
 from rayskip.data.tokenizer import Encoder, load_tokenizer
 from rayskip.decode.drafters import load_drafters
-from rayskip.decode.sampling import Choice
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
 from rayskip.engine.lane import Lane, Step, StepResult
 from rayskip.engine.memory import keep_freed_memory
 from rayskip.engine.prompts import PromptLike, Prompts
+from rayskip.engine.requests import Completion, Requests
 from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sizes import choose_sizes
 from rayskip.errors import RowError
 from rayskip.model.checkpoint import load, resolve, trained_policy
 from rayskip.model.forward import Decoder
 from rayskip.model.invariance import is_batch_invariant
-from rayskip.skip import full_depth, skip_policy
+from rayskip.skip import skip_policy
 from rayskip.stats import Stats
 
 if TYPE_CHECKING:
@@ -43,20 +42,6 @@ if TYPE_CHECKING:
 
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """All samples of one request, in sample order."""
-
-    request_id: int
-    generations: list[Generation]
-
-
-@dataclass
-class _Request:
-    prompt: Prompt
-    samples: dict[int, Generation] = field(default_factory=dict)
 
 
 class Engine:
@@ -84,7 +69,6 @@ class Engine:
         self._prompts = Prompts(encoder, decoder.spec.vocab, self.max_model_len)
         self._waiting: deque[Sequence] = deque()
         self.policy = skip_policy(self.decode.skip, len(decoder.layers))
-        self._full_depth = full_depth(len(decoder.layers))
         drafters = load_drafters(self.decode.draft, decoder, self.policy)
         self.sizes = choose_sizes(decoder, engine, self.policy, drafters.cache_layers + drafters.own_layers)
         self._lanes = [
@@ -100,11 +84,10 @@ class Engine:
         ]
         self._steps: dict[Future[StepResult], tuple[Lane, Step]] = {}
         """In flight, each lane's in the order in which they run."""
-        self._stopper = Stopper(tokenizer, decoder.spec.eos_token_ids)
-        self._requests: dict[int, _Request] = {}
+        stopper = Stopper(tokenizer, decoder.spec.eos_token_ids)
+        self._requests = Requests(stopper, self.policy, len(decoder.layers), self.max_model_len)
         self._kept: list[Completion] = []
         """Of other callers' requests, that ended during a `generate`."""
-        self._next_id = 0
         self._stats = Stats()
 
     @classmethod
@@ -174,10 +157,9 @@ class Engine:
         full_depth: run every layer for it, whatever the engine's skip policy.
         """
         if not isinstance(prompt, Prompt):
-            prompt = self._prompts.make(self._next_id, prompt, params or SamplingParams())
+            prompt = self._prompts.make(self._requests.next_id, prompt, params or SamplingParams())
         self._prompts.check(prompt)
-        request_id, self._next_id = self._next_id, self._next_id + 1
-        self._requests[request_id] = _Request(prompt)
+        request_id = self._requests.add(prompt)
         limit = min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len)
         reserved = self.decoder.ops.slot_length(limit)
         for sample in range(prompt.params.n):
@@ -188,8 +170,7 @@ class Engine:
 
     def abort(self, request_ids: Collection[int]) -> None:
         """Give requests up: they yield no completion. Rows that run leave the batch at their next token."""
-        for request_id in request_ids:
-            self._requests.pop(request_id, None)
+        self._requests.give_up(request_ids)
         kept = [row for row in self._waiting if row.request_id in self._requests]
         self._waiting.clear()
         self._waiting.extend(kept)
@@ -296,7 +277,7 @@ class Engine:
             future.exception()  # waits
             del self._steps[future]
 
-    def _collect(self, lane: Lane, plan: StepPlan, result: StepResult) -> Iterator[Completion]:
+    def _collect(self, lane: Lane, plan: StepPlan, result: StepResult) -> list[Completion]:
         """Append what a step chose, and take out the rows that ended."""
         found = result.choices()
         began = time.perf_counter()
@@ -306,7 +287,7 @@ class Engine:
             if row.ended:  # in the step before, when this one was on its way
                 gained[row] = 0
                 continue
-            gained[row] = self._advance(row, choices)
+            gained[row] = self._requests.advance(row, choices)
             if row.ended:
                 ended.append(row)
         self._stats += lane.count(plan, result, gained)
@@ -315,56 +296,6 @@ class Engine:
         followed = any(owner is lane for owner, _ in self._steps.values())
         unclean = [row.slot for row in ended if followed or found[row][-1].token_id is None]
         lane.scheduler.retire({row.slot for row in ended}, unclean)
-        requests = dict.fromkeys(row.request_id for row in ended)
-        completions = [done for request_id in requests if (done := self._complete(request_id))]
+        completions = self._requests.complete(ended)
         self._stats.seconds["sample"] += time.perf_counter() - began
-        yield from completions
-
-    def _advance(self, row: Sequence, choices: Seq[Choice]) -> int:
-        """Append the chosen tokens, up to one that ends the row; how many it got."""
-        later = max(row.forget_pending() - 1, 0)
-        if row.request_id not in self._requests:
-            row.ended = True
-            return 0
-        for count, choice in enumerate(choices):
-            if choice.token_id is None:
-                self._finish(row, "error", ("non_finite_logits", "the model's logits are not finite"))
-                return count
-            row.generated.append(choice.token_id)
-            if choice.logprob is not None:
-                row.logprobs.append(choice.logprob)
-            reason = self._stopper.reason(row.generated, row.params, self.max_model_len - row.length)
-            if reason is not None:
-                self._finish(row, reason)
-                return count + 1
-        row.computed += len(choices) - 1
-        row.expect(later)
-        return len(choices)
-
-    def _finish(
-        self, row: Sequence, reason: FinishReason, error: tuple[str | None, str | None] = (None, None)
-    ) -> None:
-        row.ended = True
-        policy = self._full_depth if row.full_depth else self.policy
-        self._requests[row.request_id].samples[row.sample] = Generation(
-            row_index=row.prompt.row_index,
-            sample_index=row.sample,
-            finish_reason=reason,
-            text=None if reason == "error" else self._stopper.text(row.generated, row.params),
-            token_ids=row.generated,
-            prompt_tokens=len(row.prompt.token_ids),
-            completion_tokens=len(row.generated),
-            logprobs=row.logprobs if row.params.logprobs is not None else None,
-            skip_policy=policy.name,
-            mean_layers=policy.mean_depth(len(row.generated)),
-            error_type=error[0],
-            error_message=error[1],
-        )
-
-    def _complete(self, request_id: int) -> Completion | None:
-        """The request's completion once its last sample has ended; none of one that was given up."""
-        request = self._requests.get(request_id)
-        if request is None or len(request.samples) < request.prompt.params.n:
-            return None
-        del self._requests[request_id]
-        return Completion(request_id, [request.samples[sample] for sample in sorted(request.samples)])
+        return completions
