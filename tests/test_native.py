@@ -21,7 +21,7 @@ from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache, Panels
 from rayskip.model.native import kernels as native
 from rayskip.model.native.ops import highest, native_ops
-from rayskip.model.native.product import Screen, native_product, rough_product, screen
+from rayskip.model.native.product import Best, best_output, native_product, rough_product
 from rayskip.model.ops import Group, Ops, Paths, TokenBatch
 from rayskip.model.scores import Scores
 from rayskip.model.spec import Dense, Norm, Rope, Spec
@@ -468,7 +468,7 @@ def test_a_rough_product_is_that_of_weights_in_255_steps(out: int, width: int, d
     step = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-9) / 127
     rounded = (weight.float() / step).round().double() * step
 
-    for rows in (1, 2, 5, 6, 7, 13, 16, 17, 40):
+    for rows in (1, 2, 5, 6, 7, 13, 16, 17, 40, 400):
         x = torch.randn(rows, width, generator=generator).to(dtype)
         x[-1] = -1  # with weights of 1 the largest sum, of which parts may not fit in 32 bits
         found, expected = product(x).double(), x.double() @ rounded.T
@@ -484,7 +484,11 @@ def test_a_rough_product_is_that_of_weights_in_255_steps(out: int, width: int, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("out", "width"), [(7, 30), (33, 64), (5000, 576), (300, 2048)])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_screen_finds_what_the_product_has(out: int, width: int, dtype: torch.dtype, threads: int) -> None:
+@pytest.mark.parametrize("screens", [True, False])
+def test_the_highest_outputs_are_found(
+    out: int, width: int, dtype: torch.dtype, threads: int, screens: bool
+) -> None:
+    """Those that the product has, and of equals the first; with a screen, and of all outputs."""
     generator = torch.Generator().manual_seed(out)
     weight = torch.randn(out, width, generator=generator).to(dtype)
     weight[5] = weight[out - 1]  # equals, of which the first counts
@@ -494,17 +498,18 @@ def test_a_screen_finds_what_the_product_has(out: int, width: int, dtype: torch.
     weight[2] = 0
     dense = Dense(weight)
     product = native_product(dense)
-    screened = screen(product, dense)
-    if product is None or screened is None:
+    best = best_output(product, dense)
+    if product is None or best is None:
         pytest.skip("no products here")
+    best.screened_rows = 999 if screens else 0
     along = weight[[out - 1, 5, out // 2]]  # whose highest outputs are close
-    for rows in (1, 2, 5, 6, 7, 13, 16, 17, 40):
+    for rows in (1, 2, 5, 6, 7, 13, 16, 17, 40, 400):
         x = torch.randn(rows, width, generator=generator) * torch.rand(rows, 1, generator=generator) * 20
         x[: len(along)] += along[:rows].float()
         x[rows // 2] *= 0 if rows == 13 else 1
         x = x.to(dtype)
         native.use_threads(threads)
-        values, places = screened(x)
+        values, places = best(x)
         native.use_threads(None)
         expected = highest(product(x))
         assert expected is not None
@@ -550,12 +555,13 @@ def _misleading(case: str) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_screen_is_not_misled_by_what_rounding_takes(case: str, dtype: torch.dtype) -> None:
     weight, x = (tensor.to(dtype) for tensor in _misleading(case))
     product = native_product(Dense(weight))
-    screened = screen(product, Dense(weight))
-    if product is None or screened is None:
+    best = best_output(product, Dense(weight))
+    if product is None or best is None:
         pytest.skip("no products here")
+    best.screened_rows = len(x)
     expected = highest(product(x))
     assert expected is not None
-    values, places = screened(x)
+    values, places = best(x)
     assert torch.equal(values, expected[0])
     assert torch.equal(places, expected[1])
 
@@ -574,26 +580,26 @@ def test_a_screen_reads_no_more_than_it_must() -> None:
     elsewhere[own] = weight[own]
     misread = native_product(Dense(elsewhere))
     assert misread is not None
-    values, places = Screen(misread, rough)(x)
+    values, places = Best(misread, rough)(x)
     assert (values.tolist(), places.tolist()) == ([9 * 64], [100])
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_are_those_of_all_logits(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Where the head is screened, whichever rows ask for all their logits, and with one that is not finite."""
+    """Where only the highest are looked for, whichever rows ask for all their logits, and with one that is not finite."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 999, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
     config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path)
     decoder = Decoder(*load(tmp_path, dtype, CPU))
-    if screen(decoder.head.native, decoder.weights.head) is None:
+    if best_output(decoder.head.native, decoder.weights.head) is None:
         pytest.skip("no products here")
-    x = torch.randn(9, 64).to(dtype)
+    x = torch.randn(19, 64).to(dtype)
     x[4] = torch.nan
     expected = Scores.of_all(decoder.logits(x))
-    assert expected.best.isfinite().tolist() == [row != 4 for row in range(9)]
-    for full in ([], [1, 4, 7], [0, 1, 2, 3, 5, 6, 7, 8], list(range(9))):
+    assert expected.best.isfinite().tolist() == [row != 4 for row in range(19)]
+    for full in ([], [1, 4, 7], [row for row in range(19) if row != 4], list(range(19))):
         found = decoder.scores(x, full)
         torch.testing.assert_close(found.best, expected.best, atol=0, rtol=0, equal_nan=True)
         assert torch.equal(found.at, expected.at)
@@ -601,18 +607,20 @@ def test_scores_are_those_of_all_logits(dtype: torch.dtype, tmp_path: Path) -> N
 
 
 @needs_kernels
-def test_a_screen_says_nothing_of_what_may_not_be_finite() -> None:
+@pytest.mark.parametrize("screens", [True, False])
+def test_nothing_is_said_of_what_may_not_be_finite(screens: bool) -> None:
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
     product = native_product(Dense(weight))
-    screened = screen(product, Dense(weight))
-    if screened is None:
+    best = best_output(product, Dense(weight))
+    if best is None:
         pytest.skip("no products here")
+    best.screened_rows = 5 if screens else 0
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     x[1, 3], x[2, 3], x[3, 3] = torch.nan, torch.inf, 1e30
-    assert [place == -1 for place in screened(x)[1].tolist()] == [False, True, True, True, False]
+    assert [place == -1 for place in best(x)[1].tolist()] == [False, True, True, True, False]
     for much in (torch.inf, 2e38):  # sums may not be finite either way
         weight[7, 7] = much
-        assert screen(product, Dense(weight)) is None
+        assert best_output(product, Dense(weight)) is None
 
 
 @needs_kernels

@@ -24,7 +24,7 @@ from rayskip.model.linear import Linear, row_rule
 from rayskip.model.native import kernels
 from rayskip.model.native.layers import NativeLayers, are_usual
 from rayskip.model.native.ops import native_ops
-from rayskip.model.native.product import Screen, screen
+from rayskip.model.native.product import Best, best_output
 from rayskip.model.ops import Ops, TokenBatch, normalise, softcap
 from rayskip.model.scores import Scores, best_logits
 from rayskip.model.spec import Layer, Rope, Spec, Weights
@@ -52,7 +52,7 @@ class Decoder:
         fastest = varlen_ops if self.device.type == "cuda" else native_ops
         self.ops = ops or fastest(spec, self.dtype, self.device)
         self.head = Linear(weights.head)
-        self._screen = screen(self.head.native, weights.head) if spec.logit_softcap is None else None
+        self._best = best_output(self.head.native, weights.head) if spec.logit_softcap is None else None
         self.layers = [_PackedLayer(layer) for layer in weights.layers]
         self._pack()
         self.row_rule = row_rule(self._linears())
@@ -175,20 +175,20 @@ class Decoder:
     def scores(self, x: Tensor, full: Seq[int]) -> Scores:
         """The highest logit of states [R, d] after the last layer, and all logits of the rows `full` at least."""
         others = len(x) - len(full)
-        if self._screen is None or not 0 < others <= self._screen.most_rows:
+        if self._best is None or not others or (full and others > self._best.screened_rows):
             return Scores.of_all(self.logits(x))
         x = self._normed(x)
         if not full:
-            return Scores(*self._screened(x, self._screen), x.new_empty(0, self.spec.vocab), full)
+            return Scores(*self._highest(x, self._best), x.new_empty(0, self.spec.vocab), full)
         logits, best, at = self._logits(x[full]), torch.empty(len(x)), torch.empty(len(x), dtype=torch.long)
         rest = sorted(set(range(len(x))).difference(full))
         best[full], at[full] = best_logits(logits)
-        best[rest], at[rest] = self._screened(x[rest], self._screen)
+        best[rest], at[rest] = self._highest(x[rest], self._best)
         return Scores(best, at, logits, full)
 
-    def _screened(self, x: Tensor, screen: Screen) -> tuple[Tensor, Tensor]:
-        """`best_logits` of normalised states [R, d]; the screen may leave some rows to all their logits."""
-        best, at = screen(x)
+    def _highest(self, x: Tensor, output: Best) -> tuple[Tensor, Tensor]:
+        """`best_logits` of normalised states [R, d]; the kernels may leave some rows to all their logits."""
+        best, at = output(x)
         if unknown := [row for row, place in enumerate(at.tolist()) if place < 0]:
             best[unknown], at[unknown] = best_logits(self._logits(x[unknown]))
         return best, at

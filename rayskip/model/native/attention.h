@@ -3,6 +3,7 @@
 #define ATTENTION_H
 
 #include "heads.h"
+#include "outputs.h"
 
 /* Rotary embedding of the first `turned` dims of one head, halves layout. */
 INLINE void rotate(const element *x, element *out, const element *cosines, const element *sines, int64_t turned) {
@@ -79,11 +80,11 @@ INLINE int64_t group_of(const Shape *shape, const Step *step, int64_t token, int
 }
 
 /* Causal attention of tokens over their own slots' keys up to their own positions: q [N, H, D] with `stride` elements
- * between tokens, keys and values of one layer, [slots, K] times what heads.h has of a head -> out [N, H, D]. D: a
+ * between tokens, keys and values of one layer, [slots, K] times what heads.h has of a head -> to [N, H * D]. D: a
  * multiple of LANES, T of COLUMNS. Groups (see group_of) and key-value heads are numbered; of all, those numbered `item`,
  * `item + every`, and so on. */
 static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
-                         const element *values, Room room, element *out, int64_t tokens, int64_t item, int64_t every) {
+                         const element *values, Room room, Outputs to, int64_t tokens, int64_t item, int64_t every) {
     const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
     int64_t number = 0;
     for (int64_t token = 0, size; token < tokens; token += size) {
@@ -100,7 +101,7 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
             for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
                 count = last - head < heads_of(shape) ? last - head : heads_of(shape);
                 const Group group = {shape, q + token * stride + head * dim, keys + place, values + place, paths,
-                                     out + (token * shape->heads + head) * dim, stride, shape->heads * dim, size, count,
+                                     to.out + token * to.apart + head * dim, stride, to.apart, size, count,
                                      soon, room};
                 attend_group(&group);
             }

@@ -19,14 +19,15 @@
 
 static int64_t to_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
-/* x [rows, width] += branch (NULL: nothing), rounded; out = RMSNorm(x) * weight. width: a multiple of LANES. */
+/* x [rows, width] += branch (NULL: nothing), rounded; out = RMSNorm(x) * weight. width: a multiple of LANES. apart: elements
+ * from one row to the next of branch and out. */
 void add_rms_norm(element *x, const element *branch, const element *weight, element *out, int64_t rows,
-                  int64_t width, float eps) {
-    for (int64_t row = 0; row < rows; row++, x += width, out += width) {
+                  int64_t width, int64_t apart, float eps) {
+    for (int64_t row = 0; row < rows; row++, x += width, out += apart) {
         floats squares = {0};
         for (int64_t i = 0; i < width; i += LANES) {
             if (branch)
-                store(x + i, load(x + i) + load(branch + row * width + i));
+                store(x + i, load(x + i) + load(branch + row * apart + i));
             floats value = load(x + i);
             squares += value * value;
         }
@@ -36,9 +37,10 @@ void add_rms_norm(element *x, const element *branch, const element *weight, elem
     }
 }
 
-/* out [rows, width] = silu(up[:, :width]) * up[:, width:]. width: a multiple of LANES. */
-void silu_gate(const element *up, element *out, int64_t rows, int64_t width) {
-    for (int64_t row = 0; row < rows; row++, up += 2 * width, out += width)
+/* out [rows, width] = silu(up[:, :width]) * up[:, width:]. width: a multiple of LANES. stride: elements from one row to the
+ * next, of up and out. */
+void silu_gate(const element *up, element *out, int64_t rows, int64_t width, const int64_t stride[2]) {
+    for (int64_t row = 0; row < rows; row++, up += stride[0], out += stride[1])
         for (int64_t i = 0; i < width; i += LANES) {
             floats gate = load(up + i);
             store(out + i, gate / (1.0f + exponential(-gate)) * load(up + width + i));
@@ -120,7 +122,8 @@ int attend(const Shape *shape, const Step *step, const element *q, int64_t strid
     char *room = aligned_alloc(64, to_lines(room_bytes(shape)));
     if (!room)
         return 1;
-    attend_items(shape, step, q, stride, keys, values, room_at(shape, room), out, tokens, 0, 1);
+    const Outputs to = {out, shape->heads * shape->dim, NULL};
+    attend_items(shape, step, q, stride, keys, values, room_at(shape, room), to, tokens, 0, 1);
     free(room);
     return 0;
 }
@@ -148,28 +151,58 @@ int has_products(void) { return 1; }
 /* Most rows of a product that reads packed weights; 0: none does. */
 int64_t packed_rows(void) { return FEW; }
 
+/* best [threads, rows]: see Outputs; room: for the operands of each worker. */
 typedef struct {
     const Product *product;
     const element *x;
     element *out;
+    Best *best;
     int64_t rows;
-    char *room; /* for the operands of each worker */
+    char *room;
 } ProductTask;
 
 static void work_on_product(void *argument, Team *team, int worker) {
     const ProductTask *task = argument;
-    char *room = task->room + worker * to_lines(operand_bytes(task->rows * task->product->in));
-    multiply_share(task->product, task->x, task->out, task->rows, (operand *)room, team, worker);
+    const Product *product = task->product;
+    char *room = task->room + worker * to_lines(operand_bytes(task->rows * product->in));
+    const Outputs to = {task->out, product->out, task->best ? task->best + worker * task->rows : NULL};
+    multiply_share(product, task->x, product->in, task->rows, to, (operand *)room, team, worker);
+}
+
+/* Returns 0, or 1 when memory is out. */
+static int run_product(ProductTask *task, int64_t threads) {
+    task->room = aligned_alloc(64, 64 + threads * to_lines(operand_bytes(task->rows * task->product->in)));
+    const int failed = !task->room || together((int)threads, work_on_product, task);
+    free(task->room);
+    return failed;
 }
 
 /* x [rows, in] -> out [rows, out]. Returns 0, or 1 when memory is out. */
 int product(const Product *product, const element *x, element *out, int64_t rows, int64_t threads) {
-    char *room = aligned_alloc(64, 64 + threads * to_lines(operand_bytes(rows * product->in)));
-    if (!room)
-        return 1;
-    ProductTask task = {product, x, out, rows, room};
-    const int failed = together((int)threads, work_on_product, &task);
-    free(room);
+    ProductTask task = {product, x, out, NULL, rows, NULL};
+    return run_product(&task, threads);
+}
+
+/* For best_of_all; NULL when memory is out. */
+static Best *new_best(int64_t workers, int64_t rows) {
+    Best *best = aligned_alloc(64, 64 + workers * rows * sizeof *best);
+    for (int64_t i = 0; best && i < workers * rows; i++)
+        begin_best(best + i);
+    return best;
+}
+
+/* The highest of each row's outputs of a product of finite weights, x [rows, in], and the first place it stands at. A row
+ * whose outputs may not be finite has place -1. Returns 0, or 1 when memory is out. */
+int best(const Product *product, const element *x, int64_t rows, int64_t threads, float *values, int64_t *places) {
+    ProductTask task = {product, x, NULL, new_best(threads, rows), rows, NULL};
+    const int failed = !task.best || run_product(&task, threads);
+    if (!failed)
+        best_of_all(task.best, threads, rows, values, places);
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = row * product->in; i < (row + 1) * product->in; i++)
+            if (!(fabsf(load_one(x[i])) < LIMIT))
+                places[row] = -1;
+    free(task.best);
     return failed;
 }
 
@@ -188,42 +221,32 @@ int rough_product(const Rough *rough, const element *x, element *out, int64_t ro
     return failed;
 }
 
-/* Most rows that are worth a call of the next function. */
+/* Rows up to which the next function takes less time than `best`. */
 int64_t screened_rows(void) { return SCREENED; }
 
-/* The highest of each row's outputs of a product without a bias, x [rows, in], and the first place it stands at; rough:
- * of the same weights. A row whose outputs may not be finite has place -1. Returns 0, or 1 when memory is out. */
+/* `best` of the exact product; rough: of the same weights. */
 int screen(const Rough *rough, const Product *exact, const element *x, int64_t rows, int64_t threads, float *values,
            int64_t *places) {
     const int64_t size = rows * exact->in, panels = (exact->out + COLUMNS - 1) / COLUMNS;
     RoughRow *each = malloc(rows * sizeof *each + 1);
     int16_t *whole = malloc(rows * rough_width(rough->in) * sizeof *whole + 1);
     char *room = aligned_alloc(64, 64 + to_lines(operand_bytes(size)));
-    float *bounds = malloc((panels + 2 * threads) * rows * sizeof *bounds + 1);
-    int64_t *found = malloc(threads * rows * sizeof *found + 1);
+    float *bounds = malloc((panels + threads) * rows * sizeof *bounds + 1);
+    Best *best = new_best(threads, rows);
     int failed = 1;
-    if (each && whole && room && bounds && found) {
+    if (each && whole && room && bounds && best) {
+        int64_t apart = exact->in;
+        const operand *own = operands(x, &apart, (operand *)room, rows, exact->in);
         round_rows(x, whole, each, rows, exact->in);
-        for (int64_t i = 0; i < threads * rows; i++)
-            found[i] = -1; /* a team may be smaller than was asked */
-        ScreenTask task = {rough, exact, whole, each, operands(x, (operand *)room, size), rows, bounds, bounds + panels * rows,
-                           bounds + (panels + threads) * rows, found};
+        ScreenTask task = {rough, exact, whole, each, own, rows, bounds, bounds + panels * rows, best};
         failed = together((int)threads, work_on_screen, &task);
-        for (int64_t row = 0; row < rows; row++) {
-            values[row] = -INFINITY;
-            places[row] = -1;
-            for (int64_t at = row; at < threads * rows; at += rows)
-                if (found[at] >= 0 && task.values[at] > values[row]) {
-                    values[row] = task.values[at];
-                    places[row] = found[at];
-                }
-        }
+        best_of_all(best, threads, rows, values, places);
     }
     free(each);
     free(whole);
     free(room);
     free(bounds);
-    free(found);
+    free(best);
     return failed;
 }
 
@@ -249,7 +272,7 @@ typedef struct {
     int64_t tokens;
     const int64_t *active;
     int64_t threads;
-    /* what a token is on its way through a layer: */
+    /* what a token is on its way through a layer, `spaced`: */
     element *normed, *qkv, *attended, *up, *gated, *branch;
     char *rooms; /* of each worker's attention */
     char *operands; /* of each worker's products */
@@ -268,24 +291,30 @@ static void normalise_heads(const Shape *shape, const Layer *layer, element *qkv
         return;
     for (element *row = qkv + first * stride; row < qkv + last * stride; row += stride) {
         element *keys = row + shape->heads * shape->dim;
-        add_rms_norm(row, NULL, layer->q_norm, row, shape->heads, shape->dim, layer->head_eps);
-        add_rms_norm(keys, NULL, layer->k_norm, keys, shape->kv_heads, shape->dim, layer->head_eps);
+        add_rms_norm(row, NULL, layer->q_norm, row, shape->heads, shape->dim, shape->dim, layer->head_eps);
+        add_rms_norm(keys, NULL, layer->k_norm, keys, shape->kv_heads, shape->dim, shape->dim, layer->head_eps);
     }
 }
 
-/* The worker's part of x += branch, both [tokens, width]. */
+/* The worker's part of x [tokens, width] += branch. */
 static void add_share(element *x, const element *branch, int64_t tokens, int64_t width, Team *team, int worker) {
-    for (int64_t i = share(tokens, team, worker) * width; i < share(tokens, team, worker + 1) * width; i += LANES)
-        store(x + i, load(x + i) + load(branch + i));
+    for (int64_t token = share(tokens, team, worker); token < share(tokens, team, worker + 1); token++)
+        for (int64_t i = 0; i < width; i += LANES) {
+            element *to = x + token * width + i;
+            store(to, load(to) + load(branch + token * spaced(width) + i));
+        }
 }
 
 /* The worker's part of the layers. Tokens, panels and heads are shared out; workers meet where one reads what another
  * wrote. */
 static void work_on_layers(void *argument, Team *team, int worker) {
     const LayersTask *task = argument;
-    const int64_t width = task->layers->qkv.in, inner = task->layers->up.out, packed = task->layers->qkv.out;
+    const int64_t width = task->layers->qkv.in, apart = spaced(width), packed = spaced(task->layers->qkv.out);
     const int64_t heads = task->shape.heads * task->shape.dim, kv_heads = task->shape.kv_heads * task->shape.dim;
     const int64_t stride[3] = {packed, packed, packed};
+    const int64_t inner = task->layers->down.in, gate_stride[2] = {spaced(2 * inner), spaced(inner)};
+    const Outputs qkv = {task->qkv, packed, NULL}, attended = {task->attended, spaced(heads), NULL};
+    const Outputs up = {task->up, gate_stride[0], NULL}, added = {task->branch, apart, NULL};
     const Room room = room_at(&task->shape, task->rooms + worker * to_lines(room_bytes(&task->shape)));
     operand *own = (operand *)(task->operands + worker * operands_room(task));
     int64_t pending = 0; /* tokens to which the last layer's branch is still to be added */
@@ -303,31 +332,30 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         Shape shape = task->shape;
         shape.window = layer->window;
         element *keys = task->keys + index * task->layer_size, *values = task->values + index * task->layer_size;
-        element *x = task->x + from * width, *normed = task->normed + from * width;
-        element *branch = task->branch + from * width;
-        add_rms_norm(x, pending ? branch : NULL, layer->attn_norm, normed, to - from, width, layer->attn_eps);
+        element *x = task->x + from * width, *normed = task->normed + from * apart;
+        element *branch = task->branch + from * apart;
+        add_rms_norm(x, pending ? branch : NULL, layer->attn_norm, normed, to - from, width, apart, layer->attn_eps);
         meet(team);
-        multiply_share(&layer->qkv, task->normed, task->qkv, tokens, own, team, worker);
+        multiply_share(&layer->qkv, task->normed, apart, tokens, qkv, own, team, worker);
         meet(team);
         normalise_heads(&shape, layer, task->qkv, packed, from, to);
         rotate_and_store(&shape, task->qkv, task->qkv + heads, task->qkv + heads + kv_heads, stride, layer->cosines,
                          layer->sines, layer->turned, &task->step, keys, values, from, to);
         meet(team);
-        attend_items(&shape, &task->step, task->qkv, packed, keys, values, room, task->attended, tokens, worker,
-                     team->count);
+        attend_items(&shape, &task->step, task->qkv, packed, keys, values, room, attended, tokens, worker, team->count);
         meet(team);
-        multiply_share(&layer->out, task->attended, task->branch, tokens, own, team, worker);
+        multiply_share(&layer->out, task->attended, attended.apart, tokens, added, own, team, worker);
         meet(team);
         pending = tokens;
         if (!inner)
             continue;
-        add_rms_norm(x, branch, layer->mlp_norm, normed, to - from, width, layer->mlp_eps);
+        add_rms_norm(x, branch, layer->mlp_norm, normed, to - from, width, apart, layer->mlp_eps);
         meet(team);
-        multiply_share(&layer->up, task->normed, task->up, tokens, own, team, worker);
+        multiply_share(&layer->up, task->normed, apart, tokens, up, own, team, worker);
         meet(team);
-        silu_gate(task->up + from * inner, task->gated + from * inner / 2, to - from, inner / 2);
+        silu_gate(task->up + from * gate_stride[0], task->gated + from * gate_stride[1], to - from, inner, gate_stride);
         meet(team);
-        multiply_share(&layer->down, task->gated, task->branch, tokens, own, team, worker);
+        multiply_share(&layer->down, task->gated, gate_stride[1], tokens, added, own, team, worker);
         meet(team);
     }
     add_share(task->x, task->branch, pending, width, team, worker);
@@ -342,7 +370,7 @@ static char *set_up(LayersTask *task) {
     const int64_t rooms = task->threads * to_lines(room_bytes(&task->shape));
     int64_t size = rooms + task->threads * operands_room(task);
     for (int i = 0; i < 6; i++)
-        size += to_lines(task->tokens * widths[i] * (int64_t)sizeof(element));
+        size += to_lines(task->tokens * spaced(widths[i]) * (int64_t)sizeof(element));
     char *scratch = aligned_alloc(64, size);
     if (!scratch)
         return NULL;
@@ -351,7 +379,7 @@ static char *set_up(LayersTask *task) {
     char *next = task->operands + task->threads * operands_room(task);
     for (int i = 0; i < 6; i++) {
         *parts[i] = (element *)next;
-        next += to_lines(task->tokens * widths[i] * (int64_t)sizeof(element));
+        next += to_lines(task->tokens * spaced(widths[i]) * (int64_t)sizeof(element));
     }
     return scratch;
 }
@@ -397,7 +425,7 @@ static void work_on_draft(void *argument, Team *team, int worker) {
     const int64_t from = share(task->rows, team, worker), to = share(task->rows, team, worker + 1);
     for (int64_t row = from; row < to; row++) {
         element *normed = task->normed + row * width;
-        add_rms_norm(task->adapter->x + task->after[row] * width, NULL, task->norm, normed, 1, width, task->eps);
+        add_rms_norm(task->adapter->x + task->after[row] * width, NULL, task->norm, normed, 1, width, width, task->eps);
         round_rows(normed, task->whole + row * rough_width(width), task->each + row, 1, width);
     }
     meet(team);

@@ -178,8 +178,8 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         _log.warning("no native kernels, torch's operations run instead (slower): %s", detail)
         return None
     pointer, number = c_void_p, c_int64
-    library.add_rms_norm.argtypes = [pointer] * 4 + [number] * 2 + [c_float]
-    library.silu_gate.argtypes = [pointer] * 2 + [number] * 2
+    library.add_rms_norm.argtypes = [pointer] * 4 + [number] * 3 + [c_float]
+    library.silu_gate.argtypes = [pointer] * 2 + [number] * 2 + [pointer]
     library.rotate_and_store.argtypes = [pointer] * 7 + [number] + [pointer] * 3 + [number] * 2
     library.likeliest.argtypes = [pointer] + [number] * 3 + [pointer] * 2
     library.attend.argtypes = [pointer] * 3 + [number] + [pointer] * 3 + [number]
@@ -195,6 +195,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         library.pack_rough.argtypes, library.pack_rough.restype = [pointer] * 5 + [number] * 2, None
         library.rough_product.argtypes = [pointer] * 3 + [number] * 2
         library.screen.argtypes = [pointer] * 3 + [number] * 2 + [pointer] * 2
+        library.best.argtypes = [pointer] * 2 + [number] * 2 + [pointer] * 2
         library.run_layers.argtypes = library.draft.argtypes = [pointer]
     return library
 

@@ -85,10 +85,13 @@ INLINE void copy_operands(const element *x, operand *to, int64_t size) {
 #endif
 }
 
-/* x [size] as operands, in `room` where they are not the elements themselves. */
-INLINE const operand *operands(const element *x, operand *room, int64_t size) {
+/* x [rows, in], `apart` elements from one to the next, as operands, in `room` where they are not the elements themselves;
+ * `apart` becomes theirs. */
+INLINE const operand *operands(const element *x, int64_t *apart, operand *room, int64_t rows, int64_t in) {
 #ifdef WIDENED
-    copy_operands(x, room, size);
+    for (int64_t row = 0; row < rows; row++)
+        copy_operands(x + row * *apart, room + row * in, in);
+    *apart = in;
     return room;
 #else
     return x;

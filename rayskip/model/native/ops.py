@@ -30,7 +30,7 @@ class NativeOps(Ops):
         out = torch.empty_like(x)
         added = None if branch is None else branch.data_ptr()
         self._library.add_rms_norm(
-            x.data_ptr(), added, norm.weight.data_ptr(), out.data_ptr(), *x.shape, norm.eps
+            x.data_ptr(), added, norm.weight.data_ptr(), out.data_ptr(), *x.shape, x.shape[-1], norm.eps
         )
         return out
 
@@ -39,7 +39,8 @@ class NativeOps(Ops):
         if not self.spec.gated or self.spec.activation != "silu" or width % LANES:
             return super().gate(up)
         out = up.new_empty(len(up), width)
-        self._library.silu_gate(up.data_ptr(), out.data_ptr(), len(up), width)
+        stride = (c_int64 * 2)(2 * width, width)
+        self._library.silu_gate(up.data_ptr(), out.data_ptr(), len(up), width, stride)
         return out
 
     def likeliest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

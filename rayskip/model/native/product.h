@@ -3,6 +3,7 @@
 #define PRODUCT_H
 
 #include "blocks.h"
+#include "outputs.h"
 #include "team.h"
 
 /* FEW: rows for which unpacking weights takes less time than is saved in reading. */
@@ -45,46 +46,31 @@ INLINE Packed packed_panel(const Product *product, int64_t panel) {
                     product->whole + (begin - panel) * 2 * HALF};
 }
 
-/* sums [rows, 2 halves of a panel] -> out [rows, out] from the panel's first column on. */
-INLINE void put_outputs(const Product *product, int64_t panel, floats (*sums)[2], int64_t rows, element *out) {
-    const int64_t column = panel * COLUMNS, left = product->out - column;
-    const element *bias = product->bias ? product->bias + column : NULL;
-    for (int64_t row = 0; row < rows; row++, out += product->out) {
-        element filled[COLUMNS];
-        element *to = left < COLUMNS ? filled : out;
-        for (int half = 0; half < 2; half++) {
-            floats total = sums[row][half];
-            store(to + half * LANES, bias ? total + load(bias + half * LANES) : total);
-        }
-        if (to == filled)
-            memcpy(out, filled, left * sizeof *out);
-    }
-}
-
-/* A block of x [rows, in] times one panel -> out [rows, out] from the panel's first column on. soon, pace: see Rows. */
-INLINE void multiply_panel(const Product *product, int64_t panel, const operand *x, Block block, const element *soon,
-                           int64_t pace, const bool packed, element *out) {
-    const int64_t in = product->in;
-    const Rows from = {x + block.row * in, in, in, product->panels + panel * COLUMNS * in, COLUMNS * DEPTH, soon, pace,
+/* A block of x [rows, in], `apart` operands from one to the next, times one panel. soon, pace: see Rows. */
+INLINE void multiply_panel(const Product *product, int64_t panel, const operand *x, int64_t apart, Block block,
+                           const element *soon, int64_t pace, const bool packed, Outputs to) {
+    const int64_t in = product->in, column = panel * COLUMNS, left = product->out - column;
+    const Rows from = {x + block.row * apart, apart, in, product->panels + column * in, COLUMNS * DEPTH, soon, pace,
                        packed ? packed_panel(product, panel) : (Packed){0}};
     floats sums[BLOCK][2];
     add_block(&from, sums, packed, true, block.rows);
-    put_outputs(product, panel, sums, block.rows, out + block.row * product->out);
+    put_outputs(sums, product->bias ? product->bias + column : NULL, panel, left < COLUMNS ? left : COLUMNS, block.row,
+                block.rows, to);
 }
 
 /* `multiply_panel` for rows that are one block, which read each panel once. */
-static void multiply_few(const Product *product, int64_t panel, const operand *x, int64_t rows, element *out) {
+static void multiply_few(const Product *product, int64_t panel, const operand *x, int64_t apart, int64_t rows, Outputs to) {
     const Block all = {0, rows};
     const element *soon = product->panels + panel * COLUMNS * product->in + AHEAD;
     if (rows <= FEW && product->lows)
-        multiply_panel(product, panel, x, all, soon, COLUMNS * DEPTH, true, out);
+        multiply_panel(product, panel, x, apart, all, soon, COLUMNS * DEPTH, true, to);
     else
-        multiply_panel(product, panel, x, all, soon, COLUMNS * DEPTH, false, out);
+        multiply_panel(product, panel, x, apart, all, soon, COLUMNS * DEPTH, false, to);
 }
 
 /* Rows of several blocks times panels [first, last): each block times a slab of panels, while the next slab is fetched. */
-static void multiply_many(const Product *product, int64_t first, int64_t last, const operand *x, int64_t rows,
-                          element *out) {
+static void multiply_many(const Product *product, int64_t first, int64_t last, const operand *x, int64_t apart,
+                          int64_t rows, Outputs to) {
     const int64_t size = COLUMNS * product->in, blocks = blocks_of(rows), pace = COLUMNS * DEPTH / blocks;
     const int64_t fitting = SLAB / (size * (int64_t)sizeof *product->panels), slab = fitting ? fitting : 1;
     for (; first < last; first += slab)
@@ -92,36 +78,40 @@ static void multiply_many(const Product *product, int64_t first, int64_t last, c
             const Block block = block_of(rows, blocks, index);
             const element *soon = product->panels + (first + slab) * size + size * index / blocks;
             for (int64_t panel = first; panel < last && panel < first + slab; panel++, soon += size)
-                multiply_panel(product, panel, x, block, soon, pace, false, out + panel * COLUMNS);
+                multiply_panel(product, panel, x, apart, block, soon, pace, false, to);
         }
 }
 
-/* x [rows, in] times panels [first, last) -> out [rows, out]. room: for operand_bytes(rows * in). */
-static void multiply_part(const Product *product, int64_t first, int64_t last, const element *x, int64_t rows, operand *room,
-                          element *out) {
+/* x [rows, in], `apart` elements from one to the next, times panels [first, last). room: for operand_bytes(rows * in). */
+static void multiply_part(const Product *product, int64_t first, int64_t last, const element *x, int64_t apart,
+                          int64_t rows, operand *room, Outputs to) {
     const int64_t blocks = blocks_of(rows);
     if (!blocks)
         return; /* tiles of no rows may not even be cleared */
-    const operand *own = operands(x, room, rows * product->in);
+    const operand *own = operands(x, &apart, room, rows, product->in);
     begin_blocks(rows, blocks, false);
     if (blocks > 1)
-        multiply_many(product, first, last, own, rows, out);
+        multiply_many(product, first, last, own, apart, rows, to);
     else
         for (int64_t panel = first; panel < last; panel++)
-            multiply_few(product, panel, own, rows, out + panel * COLUMNS);
+            multiply_few(product, panel, own, apart, rows, to);
     end_blocks();
 }
 
-/* A worker's part of a product: some panels for all rows or, of many rows, some for all panels, since then other workers'
- * rows take longer to read than weights. room: of the worker's own, for operand_bytes(rows * in). */
-static void multiply_share(const Product *product, const element *x, element *out, int64_t rows, operand *room,
-                           Team *team, int worker) {
+/* A worker's part of a product of x [rows, in], `apart` elements from one to the next: some panels for all rows or, of many
+ * rows, some for all panels, since then other workers' rows take longer to read than weights. room: of the worker's own, for
+ * operand_bytes(rows * in). */
+static void multiply_share(const Product *product, const element *x, int64_t apart, int64_t rows, Outputs to,
+                           operand *room, Team *team, int worker) {
     const int64_t panels = (product->out + COLUMNS - 1) / COLUMNS;
     if (rows < MANY * team->count)
-        multiply_part(product, share(panels, team, worker), share(panels, team, worker + 1), x, rows, room, out);
+        multiply_part(product, share(panels, team, worker), share(panels, team, worker + 1), x, apart, rows, room, to);
     else {
-        const int64_t from = share(rows, team, worker), to = share(rows, team, worker + 1);
-        multiply_part(product, 0, panels, x + from * product->in, to - from, room, out + from * product->out);
+        const int64_t from = share(rows, team, worker), count = share(rows, team, worker + 1) - from;
+        to.out += from * to.apart;
+        if (to.best)
+            to.best += from;
+        multiply_part(product, 0, panels, x + from * apart, apart, count, room, to);
     }
 }
 

@@ -83,33 +83,32 @@ class RoughProduct:
         return out
 
 
-class Screen:
-    """The highest output of a product for each row of x [N, in], without computing most outputs: see screen.h.
+class Best:
+    """The highest output of a product for each row of x [N, in], without storing outputs and, for a few rows, without
+    computing most of them: see screen.h.
 
     The values are those of `product`, bit by bit.
     """
 
     def __init__(self, product: NativeProduct, rough: RoughProduct) -> None:
         self._product, self._rough = product, rough
-        self.most_rows: int = product.library.screened_rows()
-        """Of more, all outputs take less time."""
+        self.screened_rows: int = product.library.screened_rows()
+        """Of more, all outputs are computed."""
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(highest outputs, the first place each stands at), both [N]; place -1: the row may have outputs that are
         not finite, and nothing is known of it."""
-        product = self._product
+        product, library = self._product, self._product.library
         product.check(x)
         x = x.contiguous()
         values, places = torch.empty(len(x)), torch.empty(len(x), dtype=torch.long)
-        if product.library.screen(
-            ctypes.byref(self._rough.struct),
-            ctypes.byref(product.struct),
-            x.data_ptr(),
-            len(x),
-            threads(),
-            values.data_ptr(),
-            places.data_ptr(),
-        ):
+        weights = ctypes.byref(product.struct)
+        task = weights, x.data_ptr(), len(x), threads(), values.data_ptr(), places.data_ptr()
+        if len(x) <= self.screened_rows:
+            failed = library.screen(ctypes.byref(self._rough.struct), *task)
+        else:
+            failed = library.best(*task)
+        if failed:
             raise MemoryError("no memory to look for the highest outputs")
         return values, places
 
@@ -132,13 +131,13 @@ def rough_product(dense: Dense) -> RoughProduct | None:
     return None if library is None or dense.bias is not None else RoughProduct(dense, library)
 
 
-def screen(product: NativeProduct | None, dense: Dense) -> Screen | None:
+def best_output(product: NativeProduct | None, dense: Dense) -> Best | None:
     """None without a product of these weights, with a bias, or where a weight is not finite or so large that
     outputs may not be."""
     if product is None or not bool((dense.weight.abs() < HUGE).all()):
         return None
     rough = rough_product(dense)
-    return None if rough is None else Screen(product, rough)
+    return None if rough is None else Best(product, rough)
 
 
 def _library(weight: Tensor) -> ctypes.CDLL | None:

@@ -5,7 +5,8 @@
 
 #include "product.h"
 
-#define TINY 1e-30f /* less is nothing, in a row of inputs or a column of weights */
+#define TINY 1e-30f   /* less is nothing, in a row of inputs or a column of weights */
+#define LIMIT 1e15f   /* sums of products of less are finite */
 
 /* ROUGH_ROWS: that share one reading of a panel. ROUGH_DEPTH: inputs whose weights of a column lie side by side.
  * ROUGH_STEP: inputs that are read at once. */
@@ -86,7 +87,7 @@ static void round_rows(const element *x, int16_t *to, RoughRow *each, int64_t ro
         bool broken = false;
         for (int64_t i = 0; i < in; i++) {
             const float one = fabsf(load_one(x[i]));
-            broken |= !(one < 1e15f);
+            broken |= !(one < LIMIT);
             most = one > most ? one : most;
         }
         const float scale = most < TINY ? 0 : most / finest, turned = scale > 0 ? 1 / scale : 0;

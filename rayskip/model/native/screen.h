@@ -14,7 +14,7 @@
 #endif
 #define FLUSHED 1e-33f /* more than what the processor takes for zero in the sums of an output */
 
-/* values, places [workers, rows]: the highest exact output among a worker's panels. most [panels, rows]: no output of a
+/* best [workers, rows]: of the exact outputs of a worker's panels, or those that may be the highest. most [panels, rows]: no output of a
  * panel is higher; least [workers, rows]: some output is at least as high. */
 typedef struct {
     const Rough *rough;
@@ -23,8 +23,8 @@ typedef struct {
     const RoughRow *each;
     const operand *x;
     int64_t rows;
-    float *most, *least, *values;
-    int64_t *places;
+    float *most, *least;
+    Best *best;
 } ScreenTask;
 
 typedef struct {
@@ -67,28 +67,16 @@ static void work_on_screen(void *argument, Team *team, int worker) {
     meet(team);
     begin_blocks(1, 1, false);
     for (int64_t row = 0; row < rows; row++) {
-        float least = -INFINITY, best = -INFINITY;
-        int64_t place = -1;
-        task->places[worker * rows + row] = -1;
+        float least = -INFINITY;
         if (!(task->each[row].length < INFINITY))
             continue;
         for (int other = 0; other < team->count; other++)
             least = fmaxf(least, task->least[other * rows + row]);
         least = load_one(round_one(least)); /* outputs are rounded: what is lower only by that is as high */
-        for (int64_t panel = share(panels, team, worker); panel < share(panels, team, worker + 1); panel++) {
-            if (load_one(round_one(task->most[panel * rows + row])) < least)
-                continue;
-            const int64_t column = panel * COLUMNS, left = exact->out - column, width = left < COLUMNS ? left : COLUMNS;
-            element out[COLUMNS];
-            multiply_few(exact, panel, task->x + row * exact->in, 1, out);
-            for (int64_t i = 0; i < width; i++)
-                if (load_one(out[i]) > best) {
-                    best = load_one(out[i]);
-                    place = column + i;
-                }
-        }
-        task->values[worker * rows + row] = best;
-        task->places[worker * rows + row] = place;
+        const Outputs to = {.best = task->best + worker * rows + row};
+        for (int64_t panel = share(panels, team, worker); panel < share(panels, team, worker + 1); panel++)
+            if (load_one(round_one(task->most[panel * rows + row])) >= least)
+                multiply_few(exact, panel, task->x + row * exact->in, exact->in, 1, to);
     }
     end_blocks();
 }

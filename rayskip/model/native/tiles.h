@@ -99,6 +99,14 @@ INLINE void add_tiles(const operand *x, int64_t apart, const element *lines, int
     }
 }
 
+/* `count` lines from those of `input` on, one after the other. */
+INLINE void next_lines(Packed *lines, Table table, int64_t input, int64_t count, element *to) {
+    for (int64_t line = 0; line < count; line++) {
+        const Line one = next_line(lines, table, input + line * DEPTH);
+        memcpy(to + line * 2 * HALF, &one, sizeof one);
+    }
+}
+
 /* sums [rows, 2 halves of the panel] += the products, or = where they are `fresh`; as `add_rows` but for the order in which
  * inputs are added up: it is the same whatever `rows`, of which begin_tiles has been told, and however whole TILE_INPUTS are
  * divided among calls. */
@@ -107,7 +115,7 @@ INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, co
     const int first = first_rows(rows);
     const element *panel = from->panel, *soon = from->soon;
     const int64_t in = from->in;
-    Packed packed_lines = from->packed;
+    Packed lines = from->packed;
     const Table table = packed ? load_table(from->packed.table) : (Table){0};
     element own[TILE_LINES * 2 * HALF] __attribute__((aligned(64)));
     if (fresh)
@@ -116,41 +124,34 @@ INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, co
         settle_memory();
         load_sums(sums, sums + first, both);
     }
-    for (int64_t i = 0; i < in; i += TILE_INPUTS) {
-        const int64_t left = in - i < TILE_INPUTS ? in - i : TILE_INPUTS;
-        const element *lines = panel;
-        int64_t step = from->step;
-        const operand *inputs = from->x + i;
-        int64_t apart = from->apart;
-        operand last[2 * TILE_ROWS * TILE_INPUTS] __attribute__((aligned(64)));
-        if (packed) {
-            for (int64_t line = 0; line < left / DEPTH; line++) {
-                const Line one = next_line(&packed_lines, table, i + line * DEPTH);
-                memcpy(own + line * 2 * HALF, &one, sizeof one);
-            }
-            lines = own;
-            step = 2 * HALF;
-        } else {
+    int64_t i = 0;
+    for (; i + TILE_INPUTS <= in; i += TILE_INPUTS) {
+        if (packed)
+            next_lines(&lines, table, i, TILE_LINES, own);
+        else {
             for (int64_t at = 0; at < from->pace * TILE_LINES; at += LINE)
                 __builtin_prefetch(soon + at, 0, 2);
             soon += from->pace * TILE_LINES;
-            panel += step * TILE_LINES;
-        }
-        if (left < TILE_INPUTS) { /* the rest of both are zeros */
-            if (!packed)
-                for (int64_t line = 0; line < left / DEPTH; line++)
-                    memcpy(own + line * 2 * HALF, lines + line * step, 2 * HALF * sizeof *own);
-            memset(own + left / DEPTH * 2 * HALF, 0, (TILE_LINES - left / DEPTH) * 2 * HALF * sizeof *own);
-            memset(last, 0, sizeof last);
-            for (int row = 0; row < rows; row++)
-                memcpy(last + row * TILE_INPUTS, inputs + row * from->apart, left * sizeof *last);
-            lines = own;
-            inputs = last;
-            apart = TILE_INPUTS;
-            step = 2 * HALF;
         }
         settle_memory();
-        add_tiles(inputs, apart, lines, step, first, both);
+        add_tiles(from->x + i, from->apart, packed ? own : panel, packed ? 2 * HALF : from->step, first, both);
+        settle_memory();
+        panel += from->step * TILE_LINES;
+    }
+    if (i < in) { /* the rest of both are zeros */
+        const int64_t left = in - i, count = left / DEPTH;
+        operand last[2 * TILE_ROWS * TILE_INPUTS] __attribute__((aligned(64)));
+        if (packed)
+            next_lines(&lines, table, i, count, own);
+        else
+            for (int64_t line = 0; line < count; line++)
+                memcpy(own + line * 2 * HALF, panel + line * from->step, 2 * HALF * sizeof *own);
+        memset(own + count * 2 * HALF, 0, (TILE_LINES - count) * 2 * HALF * sizeof *own);
+        memset(last, 0, sizeof last);
+        for (int row = 0; row < rows; row++)
+            memcpy(last + row * TILE_INPUTS, from->x + row * from->apart + i, left * sizeof *last);
+        settle_memory();
+        add_tiles(last, TILE_INPUTS, own, 2 * HALF, first, both);
         settle_memory();
     }
     store_sums(sums, sums + first, both);
