@@ -4,6 +4,7 @@
 
 #include "heads.h"
 #include "outputs.h"
+#include "team.h"
 
 /* Rotary embedding of the first `turned` dims of one head, halves layout. */
 INLINE void rotate(const element *x, element *out, const element *cosines, const element *sines, int64_t turned) {
@@ -20,31 +21,62 @@ INLINE void rotate(const element *x, element *out, const element *cosines, const
     }
 }
 
-/* Turns q [N, H, D] in place; turns k [N, K, D] and stores it with v [N, K, D] in one layer of the cache, at
- * the step's places. Of the N tokens, [first, last). stride: elements from one token to the next in q, k and v.
- * cosines, sines: [positions, turned]. */
-void rotate_and_store(const Shape *shape, element *q, element *k, const element *v, const int64_t stride[3],
-                      const element *cosines, const element *sines, int64_t turned, const Step *step, element *keys,
-                      element *values, int64_t first, int64_t last) {
+/* Turns q [N, H, D] and k [N, K, D] in place, of tokens [first, last). stride: elements from one token to the next, in q and
+ * in k. cosines, sines: [positions, turned]. */
+static void rotate_tokens(const Shape *shape, element *q, element *k, const int64_t stride[2], const element *cosines,
+                          const element *sines, int64_t turned, const Step *step, int64_t first, int64_t last) {
     const int64_t dim = shape->dim;
-    for (int64_t token = first; token < last; token++) {
+    for (int64_t token = first; turned && token < last; token++) {
         const int64_t turn = step->positions[token] * turned;
-        const element *cosine = cosines + turn, *sine = sines + turn;
         element *q_row = q + token * stride[0], *k_row = k + token * stride[1];
-        if (turned) {
-            for (int64_t head = 0; head < shape->heads; head++)
-                rotate(q_row + head * dim, q_row + head * dim, cosine, sine, turned);
-            for (int64_t head = 0; head < shape->kv_heads; head++)
-                rotate(k_row + head * dim, k_row + head * dim, cosine, sine, turned);
-        }
-        const element *v_row = v + token * stride[2];
-        const int64_t place = step->places[token];
-        for (int64_t head = 0; head < shape->kv_heads; head++) {
-            const int64_t begin = (step->slots[token] * shape->kv_heads + head) * shape->length * dim;
-            copy_key(k_row + head * dim, DEPTH, keys + begin + key_at(place, dim), COLUMNS * DEPTH, dim);
-            copy_value(v_row + head * dim, 1, values + begin + value_at(place, dim), DEPTH, dim);
-        }
+        for (int64_t head = 0; head < shape->heads; head++)
+            rotate(q_row + head * dim, q_row + head * dim, cosines + turn, sines + turn, turned);
+        for (int64_t head = 0; head < shape->kv_heads; head++)
+            rotate(k_row + head * dim, k_row + head * dim, cosines + turn, sines + turn, turned);
     }
+}
+
+/* Keys and values of a step's tokens on their way into one layer of the cache: k, v [N, K, D], stride: elements from one token
+ * to the next, in k and in v. keys, values: of the layer, [slots, K] times what heads.h has of a head. */
+typedef struct {
+    const element *k, *v;
+    int64_t stride[2];
+    element *keys, *values;
+} Stores;
+
+/* One token's of one head, at the step's place. */
+INLINE void store_head(const Shape *shape, const Step *step, const Stores *stores, int64_t token, int64_t head) {
+    const int64_t dim = shape->dim, place = step->places[token];
+    const int64_t begin = (step->slots[token] * shape->kv_heads + head) * shape->length * dim;
+    copy_key(stores->k + token * stores->stride[0] + head * dim, DEPTH, stores->keys + begin + key_at(place, dim),
+             COLUMNS * DEPTH, dim);
+    copy_value(stores->v + token * stores->stride[1] + head * dim, 1, stores->values + begin + value_at(place, dim), DEPTH,
+               dim);
+}
+
+/* Tokens [first, last). */
+static void store_tokens(const Shape *shape, const Step *step, const Stores *stores, int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; token++)
+        for (int64_t head = 0; head < shape->kv_heads; head++)
+            store_head(shape, step, stores, token, head);
+}
+
+/* Whether a worker may store a token's keys and values when it attends to them: none of the slot's tokens comes later that the
+ * token sees, and none is another worker's. */
+static bool may_store_late(const Step *step, int64_t tokens, const Team *team) {
+    uint64_t seen[64] = {0}; /* slots, a bit each */
+    for (int64_t token = 0; token < tokens; token++) {
+        const int64_t slot = step->slots[token];
+        if (token && slot == step->slots[token - 1]) {
+            if (team->count > 1 || step->positions[token] < step->positions[token - 1])
+                return false;
+            continue;
+        }
+        if (slot >= 64 * 64 || seen[slot / 64] >> slot % 64 & 1)
+            return false;
+        seen[slot / 64] |= (uint64_t)1 << slot % 64;
+    }
+    return true;
 }
 
 /* Where a token's keys of one key-value head begin, in elements. */
@@ -81,10 +113,11 @@ INLINE int64_t group_of(const Shape *shape, const Step *step, int64_t token, int
 
 /* Causal attention of tokens over their own slots' keys up to their own positions: q [N, H, D] with `stride` elements
  * between tokens, keys and values of one layer, [slots, K] times what heads.h has of a head -> to [N, H * D]. D: a
- * multiple of LANES, T of COLUMNS. Groups (see group_of) and key-value heads are numbered; of all, those numbered `item`,
+ * multiple of LANES, T of COLUMNS. late: what is to be stored before, or NULL. Groups (see group_of) and key-value heads are numbered; of all, those numbered `item`,
  * `item + every`, and so on. */
 static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
-                         const element *values, Room room, Outputs to, int64_t tokens, int64_t item, int64_t every) {
+                         const element *values, const Stores *late, Room room, Outputs to, int64_t tokens, int64_t item,
+                         int64_t every) {
     const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
     int64_t number = 0;
     for (int64_t token = 0, size; token < tokens; token += size) {
@@ -95,6 +128,8 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
         for (int64_t kv_head = 0; kv_head < shape->kv_heads; kv_head++) {
             if (number++ % every != item)
                 continue;
+            for (int64_t i = token; late && i < token + size; i++)
+                store_head(shape, step, late, i, kv_head);
             const int64_t place = place_of_head(shape, step, token, kv_head), ahead = kv_head + every;
             const int64_t later = ahead < shape->kv_heads || token + size == tokens ? token : token + size;
             const element *soon = keys + place_of_head(shape, step, later, ahead % shape->kv_heads);

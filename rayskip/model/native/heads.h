@@ -251,13 +251,14 @@ static void attend_group(const Group *group) {
             const int64_t count = block + COLUMNS < path->last ? COLUMNS : path->last - block;
             const int64_t whole = count / GRAIN * GRAIN;
             const element *values = along(group, path, block, false);
+            soon = group->soon + block * dim;
             if (whole)
-                for (int64_t part = 0; part < parts; part++)
-                    mix(group, weights, whole, values + part * COLUMNS * DEPTH, values, sums[part] + row, heads);
+                for (int64_t part = 0; part < parts; part++, soon += whole * COLUMNS)
+                    mix(group, weights, whole, values + part * COLUMNS * DEPTH, soon, sums[part] + row, heads);
             if (whole < count) {
                 const element *last = first_values(group, values + whole * dim, count - whole);
-                for (int64_t part = 0; part < parts; part++)
-                    mix(group, weights + whole, GRAIN, last + part * COLUMNS * DEPTH, last, sums[part] + row, heads);
+                for (int64_t part = 0; part < parts; part++, soon += GRAIN * COLUMNS)
+                    mix(group, weights + whole, GRAIN, last + part * COLUMNS * DEPTH, soon, sums[part] + row, heads);
             }
         }
         for (int64_t head = 0; head < heads; head++)

@@ -116,6 +116,16 @@ void highest(const element *logits, int64_t rows, int64_t width, int64_t *places
     }
 }
 
+/* Turns q [N, H, D] in place; turns k [N, K, D] and stores it with v [N, K, D] in one layer of the cache, at the step's
+ * places. stride: elements from one token to the next in q, k and v. See rotate_tokens and Stores. */
+void rotate_and_store(const Shape *shape, element *q, element *k, const element *v, const int64_t stride[3],
+                      const element *cosines, const element *sines, int64_t turned, const Step *step, element *keys,
+                      element *values, int64_t tokens) {
+    const Stores stores = {k, v, {stride[1], stride[2]}, keys, values};
+    rotate_tokens(shape, q, k, stride, cosines, sines, turned, step, 0, tokens);
+    store_tokens(shape, step, &stores, 0, tokens);
+}
+
 /* Attention of all heads of all tokens, see attend_items. Returns 0, or 1 when memory is out. */
 int attend(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
            const element *values, element *out, int64_t tokens) {
@@ -123,7 +133,7 @@ int attend(const Shape *shape, const Step *step, const element *q, int64_t strid
     if (!room)
         return 1;
     const Outputs to = {out, shape->heads * shape->dim, NULL};
-    attend_items(shape, step, q, stride, keys, values, room_at(shape, room), to, tokens, 0, 1);
+    attend_items(shape, step, q, stride, keys, values, NULL, room_at(shape, room), to, tokens, 0, 1);
     free(room);
     return 0;
 }
@@ -311,7 +321,8 @@ static void work_on_layers(void *argument, Team *team, int worker) {
     const LayersTask *task = argument;
     const int64_t width = task->layers->qkv.in, apart = spaced(width), packed = spaced(task->layers->qkv.out);
     const int64_t heads = task->shape.heads * task->shape.dim, kv_heads = task->shape.kv_heads * task->shape.dim;
-    const int64_t stride[3] = {packed, packed, packed};
+    const int64_t stride[2] = {packed, packed};
+    const bool late = may_store_late(&task->step, task->tokens, team);
     const int64_t inner = task->layers->down.in, gate_stride[2] = {spaced(2 * inner), spaced(inner)};
     const Outputs qkv = {task->qkv, packed, NULL}, attended = {task->attended, spaced(heads), NULL};
     const Outputs up = {task->up, gate_stride[0], NULL}, added = {task->branch, apart, NULL};
@@ -339,10 +350,14 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         multiply_share(&layer->qkv, task->normed, apart, tokens, qkv, own, team, worker);
         meet(team);
         normalise_heads(&shape, layer, task->qkv, packed, from, to);
-        rotate_and_store(&shape, task->qkv, task->qkv + heads, task->qkv + heads + kv_heads, stride, layer->cosines,
-                         layer->sines, layer->turned, &task->step, keys, values, from, to);
+        rotate_tokens(&shape, task->qkv, task->qkv + heads, stride, layer->cosines, layer->sines, layer->turned,
+                      &task->step, from, to);
+        const Stores stores = {task->qkv + heads, task->qkv + heads + kv_heads, {packed, packed}, keys, values};
+        if (!late)
+            store_tokens(&shape, &task->step, &stores, from, to);
         meet(team);
-        attend_items(&shape, &task->step, task->qkv, packed, keys, values, room, attended, tokens, worker, team->count);
+        attend_items(&shape, &task->step, task->qkv, packed, keys, values, late ? &stores : NULL, room, attended, tokens,
+                     worker, team->count);
         meet(team);
         multiply_share(&layer->out, task->attended, attended.apart, tokens, added, own, team, worker);
         meet(team);

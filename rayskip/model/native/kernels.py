@@ -180,7 +180,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
     pointer, number = c_void_p, c_int64
     library.add_rms_norm.argtypes = [pointer] * 4 + [number] * 3 + [c_float]
     library.silu_gate.argtypes = [pointer] * 2 + [number] * 2 + [pointer]
-    library.rotate_and_store.argtypes = [pointer] * 7 + [number] + [pointer] * 3 + [number] * 2
+    library.rotate_and_store.argtypes = [pointer] * 7 + [number] + [pointer] * 3 + [number]
     library.likeliest.argtypes = [pointer] + [number] * 3 + [pointer] * 2
     library.attend.argtypes = [pointer] * 3 + [number] + [pointer] * 3 + [number]
     library.highest.argtypes = [pointer] + [number] * 2 + [pointer] * 2

@@ -73,7 +73,7 @@ class NativeOps(Ops):
             (None, None, 0) if rope is None else (rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[1])
         )
         self._library.rotate_and_store(
-            around, q.data_ptr(), k.data_ptr(), v.data_ptr(), strides, *table, at, *stored, 0, len(q)
+            around, q.data_ptr(), k.data_ptr(), v.data_ptr(), strides, *table, at, *stored, len(q)
         )
         out = q.new_empty(len(q), self.spec.heads * self.spec.head_dim)
         if self._library.attend(around, at, q.data_ptr(), q.stride(0), *stored, out.data_ptr(), len(q)):
