@@ -419,11 +419,12 @@ def test_a_decoder_packs_its_layers_if_they_are_not_large(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize("order", ["rows", "rows backwards", "positions"])
 def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
-    config: type[PreTrainedConfig], dtype: torch.dtype, tmp_path: Path
+    order: str, config: type[PreTrainedConfig], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """With biases (Qwen 2), norms per head (Qwen 3; those are torch's when apart), tokens that skip layers, and on
-    several threads."""
+    """With biases (Qwen 2), norms per head (Qwen 3; those are torch's when apart), tokens that skip layers, on
+    several threads, and wherever in the batch the tokens stand that another one sees."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -431,11 +432,13 @@ def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
     decoder = Decoder(*load(tmp_path, dtype, CPU))
     if decoder.fused is None:
         pytest.skip("a library's products are used on this processor")
-    slots = torch.tensor([2, 0, 1])
+    slots, positions = torch.tensor([2, 0, 1]).repeat_interleave(5), torch.arange(5).repeat(3)
+    if order == "rows backwards":
+        positions = 4 - positions
+    elif order == "positions":
+        slots, positions = slots.view(3, 5).T.flatten(), positions.view(3, 5).T.flatten()
     tokens = torch.arange(15) + 3
-    batch = TokenBatch(
-        tokens, torch.arange(5).repeat(3), slots.repeat_interleave(5), [Group(0, 5, slots, 64)], tokens - 3
-    )
+    batch = TokenBatch(tokens, positions, slots, [Group(0, 1, slots, 64)], tokens - 3)
     apart = copy(decoder)
     apart.fused = None
     for active in (None, [15, 10, 0, 5]):
