@@ -21,7 +21,7 @@ from rayskip.model.forward import Decoder
 from rayskip.model.kv_cache import KVCache, Panels
 from rayskip.model.native import kernels as native
 from rayskip.model.native.ops import highest, native_ops
-from rayskip.model.native.product import Best, best_output, native_product, rough_product
+from rayskip.model.native.product import BestOutput, best_output, native_product, rough_product
 from rayskip.model.ops import Group, Ops, Paths, TokenBatch
 from rayskip.model.scores import Scores
 from rayskip.model.spec import Dense, Norm, Rope, Spec
@@ -417,9 +417,46 @@ def test_a_decoder_packs_its_layers_if_they_are_not_large(
         assert {product.struct.lows is not None for product in of_layers} == {packed}
 
 
+LONG = 70
+"""Tokens of a row that attend in several groups, whatever the processor."""
+
+
+def _tokens_of(slots: list[int], positions: list[int], paths: Paths | None = None) -> TokenBatch:
+    tokens, at = torch.arange(len(slots)) % 90 + 3, torch.tensor(slots)
+    groups = [Group(0, 1, at, 128)]
+    return TokenBatch(tokens, torch.tensor(positions), at, groups, torch.arange(len(slots)), paths=paths)
+
+
+def _rows(slots: list[int], positions: list[int]) -> TokenBatch:
+    """Every slot's tokens, at all positions, side by side."""
+    return _tokens_of([slot for slot in slots for _ in positions], positions * len(slots))
+
+
+def _steps(order: str) -> list[TokenBatch]:
+    """What runs one after the other: of each slot tokens that see each other, or what ran before."""
+    ahead = _rows([2, 0, 1, 3, 4], list(range(40)))
+    match order:
+        case "rows":
+            return [_rows([2, 0, 1], list(range(LONG)))]
+        case "rows backwards":
+            return [_rows([2, 0, 1], list(range(LONG))[::-1])]
+        case "positions":
+            return [_tokens_of([2, 0, 1, 3] * LONG, [at for at in range(LONG) for _ in range(4)])]
+        case "a row's last token first":
+            return [ahead, _tokens_of([0, 1, 0, 2], [41, 40, 40, 40])]
+        case "one token a row":
+            return [ahead, _tokens_of([3, 0, 4, 2, 1], [40] * 5)]
+        case "a tree":
+            return [ahead, _tokens_of([1] * 6, [40, 41, 41, 42, 42, 42], _tree(40))]
+    raise AssertionError(order)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config])
-@pytest.mark.parametrize("order", ["rows", "rows backwards", "positions"])
+@pytest.mark.parametrize(
+    "order",
+    ["rows", "rows backwards", "positions", "a row's last token first", "one token a row", "a tree"],
+)
 def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
     order: str, config: type[PreTrainedConfig], dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -432,23 +469,20 @@ def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
     decoder = Decoder(*load(tmp_path, dtype, CPU))
     if decoder.fused is None:
         pytest.skip("a library's products are used on this processor")
-    slots, positions = torch.tensor([2, 0, 1]).repeat_interleave(5), torch.arange(5).repeat(3)
-    if order == "rows backwards":
-        positions = 4 - positions
-    elif order == "positions":
-        slots, positions = slots.view(3, 5).T.flatten(), positions.view(3, 5).T.flatten()
-    tokens = torch.arange(15) + 3
-    batch = TokenBatch(tokens, positions, slots, [Group(0, 1, slots, 64)], tokens - 3)
+    steps = _steps(order)
+    count = len(steps[-1].slots)
     apart = copy(decoder)
     apart.fused = None
-    for active in (None, [15, 10, 0, 5]):
-        batch.active = active
+    for active in (None, [count, count * 2 // 3, 0, count // 3]):
+        steps[-1].active = active
         found = []
         for one, threads in ((apart, 1), (decoder, 1), (decoder, 2), (decoder, 3)):
             cache = one.new_cache()
-            cache.resize(3, 64)
+            cache.resize(5, 128)
             with one.threads(threads):
-                found.append((one.logits(one.hidden(batch, cache)), cache.keys, cache.values))
+                for step in steps:
+                    hidden = one.hidden(step, cache)
+            found.append((hidden, cache.keys, cache.values))
         for mine, own in zip(found[1], found[0], strict=True):
             _assert_close(mine, own) if config is Qwen3Config else torch.testing.assert_close(
                 mine, own, atol=0, rtol=0
@@ -520,6 +554,27 @@ def test_the_highest_outputs_are_found(
         assert torch.equal(places, expected[1])
 
 
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out", [7, 33])
+@pytest.mark.parametrize("screens", [True, False])
+def test_the_highest_output_is_one_though_all_are_negative(
+    out: int, dtype: torch.dtype, screens: bool
+) -> None:
+    """What a panel is filled up with is zero, and no output."""
+    generator = torch.Generator().manual_seed(0)
+    dense = Dense(-torch.rand(out, 64, generator=generator).to(dtype) - 0.01)
+    product = native_product(dense)
+    best = best_output(product, dense)
+    if product is None or best is None:
+        pytest.skip("no products here")
+    best.screened_rows = 99 if screens else 0
+    x = (torch.rand(20, 64, generator=generator) + 0.01).to(dtype)
+    expected = highest(product(x))
+    assert expected is not None
+    assert all(torch.equal(*pair) for pair in zip(best(x), expected, strict=True))
+
+
 def _misleading(case: str) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights [out, in], x [rows, in]) of which bounds without the part that is named miss the highest output: it
     is off by almost as much as it can be, all in one direction."""
@@ -583,14 +638,14 @@ def test_a_screen_reads_no_more_than_it_must() -> None:
     elsewhere[own] = weight[own]
     misread = native_product(Dense(elsewhere))
     assert misread is not None
-    values, places = Best(misread, rough)(x)
+    values, places = BestOutput(misread, rough)(x)
     assert (values.tolist(), places.tolist()) == ([9 * 64], [100])
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scores_are_those_of_all_logits(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Where only the highest are looked for, whichever rows ask for all their logits, and with one that is not finite."""
+    """Also with one row that is not finite, whichever rows ask for all their logits."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 999, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
     config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
@@ -602,7 +657,7 @@ def test_scores_are_those_of_all_logits(dtype: torch.dtype, tmp_path: Path) -> N
     x[4] = torch.nan
     expected = Scores.of_all(decoder.logits(x))
     assert expected.best.isfinite().tolist() == [row != 4 for row in range(19)]
-    for full in ([], [1, 4, 7], [row for row in range(19) if row != 4], list(range(19))):
+    for full in ([], [1, 4, 7], [0, 1, 2, *range(8, 19)], [*range(4), *range(5, 19)], list(range(19))):
         found = decoder.scores(x, full)
         torch.testing.assert_close(found.best, expected.best, atol=0, rtol=0, equal_nan=True)
         assert torch.equal(found.at, expected.at)

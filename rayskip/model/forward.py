@@ -24,7 +24,7 @@ from rayskip.model.linear import Linear, row_rule
 from rayskip.model.native import kernels
 from rayskip.model.native.layers import NativeLayers, are_usual
 from rayskip.model.native.ops import native_ops
-from rayskip.model.native.product import Best, best_output
+from rayskip.model.native.product import BestOutput, best_output
 from rayskip.model.ops import Ops, TokenBatch, normalise, softcap
 from rayskip.model.scores import Scores, best_logits
 from rayskip.model.spec import Layer, Rope, Spec, Weights
@@ -175,18 +175,19 @@ class Decoder:
     def scores(self, x: Tensor, full: Seq[int]) -> Scores:
         """The highest logit of states [R, d] after the last layer, and all logits of the rows `full` at least."""
         others = len(x) - len(full)
+        # beside those that need all logits, only a few rows are worth a product of their own
         if self._best is None or not others or (full and others > self._best.screened_rows):
             return Scores.of_all(self.logits(x))
         x = self._normed(x)
         if not full:
-            return Scores(*self._highest(x, self._best), x.new_empty(0, self.spec.vocab), full)
+            return Scores(*self._best_outputs(x, self._best), x.new_empty(0, self.spec.vocab), full)
         logits, best, at = self._logits(x[full]), torch.empty(len(x)), torch.empty(len(x), dtype=torch.long)
         rest = sorted(set(range(len(x))).difference(full))
         best[full], at[full] = best_logits(logits)
-        best[rest], at[rest] = self._highest(x[rest], self._best)
+        best[rest], at[rest] = self._best_outputs(x[rest], self._best)
         return Scores(best, at, logits, full)
 
-    def _highest(self, x: Tensor, output: Best) -> tuple[Tensor, Tensor]:
+    def _best_outputs(self, x: Tensor, output: BestOutput) -> tuple[Tensor, Tensor]:
         """`best_logits` of normalised states [R, d]; the kernels may leave some rows to all their logits."""
         best, at = output(x)
         if unknown := [row for row, place in enumerate(at.tolist()) if place < 0]:

@@ -19,6 +19,9 @@ POSITIONS = (0, 5, 31, 32, 77, 130)
 """Positions whose logits are compared."""
 VARIANTS = ((1, 33, 0), (3, 1, 1), (3, LENGTH, LENGTH), (8, 7, 7), (4, 1, 60))
 """(rows, tokens of the row in one forward, tokens of each other row), each against one row, token by token."""
+ASKING = 12
+"""Times that states ask for their likeliest token where others run beside: of many rows the kernels find it another
+way."""
 
 
 def is_batch_invariant(decoder: Decoder) -> bool:
@@ -63,7 +66,7 @@ def _scores(decoder: Decoder, tokens: Tensor, width: int, others: int) -> tuple[
             outputs=torch.tensor(wanted, dtype=torch.long, device=device),
         )
         hidden = decoder.hidden(batch, cache)
-        greedy = decoder.scores(hidden, [])
-        found.append((decoder.logits(hidden), greedy.best, greedy.at))
+        greedy = decoder.scores(hidden.repeat(ASKING if mates else 1, 1), [])
+        found.append((decoder.logits(hidden), greedy.best[: len(hidden)], greedy.at[: len(hidden)]))
     logits, best, at = (torch.cat(parts) for parts in zip(*found, strict=True))
     return logits, best, at

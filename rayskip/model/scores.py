@@ -1,6 +1,7 @@
 """What the head says of a step's states: the highest logit of each, and all logits of those that need them.
 
-A row that takes the likeliest token needs no other: most of the head is left out on CPU (native/screen.h).
+A row that takes the likeliest token needs no other: on CPU no other is stored (native/outputs.h), and for a few
+rows most are not computed (native/screen.h).
 
 Shapes: R rows, V vocabulary, F of the rows with all logits.
 """

@@ -36,33 +36,38 @@ static void rotate_tokens(const Shape *shape, element *q, element *k, const int6
     }
 }
 
-/* Keys and values of a step's tokens on their way into one layer of the cache: k, v [N, K, D], stride: elements from one token
- * to the next, in k and in v. keys, values: of the layer, [slots, K] times what heads.h has of a head. */
+/* One layer of the cache: keys, values [slots, K] times what heads.h has of a head. k, v [N, K, D]: what a step's tokens
+ * add, `stride` elements from one token to the next, in k and in v. */
 typedef struct {
+    element *keys, *values;
     const element *k, *v;
     int64_t stride[2];
-    element *keys, *values;
-} Stores;
+} Stored;
 
-/* One token's of one head, at the step's place. */
-INLINE void store_head(const Shape *shape, const Step *step, const Stores *stores, int64_t token, int64_t head) {
-    const int64_t dim = shape->dim, place = step->places[token];
-    const int64_t begin = (step->slots[token] * shape->kv_heads + head) * shape->length * dim;
-    copy_key(stores->k + token * stores->stride[0] + head * dim, DEPTH, stores->keys + begin + key_at(place, dim),
+/* Where a token's keys of one key-value head begin, in elements. */
+INLINE int64_t place_of_head(const Shape *shape, const Step *step, int64_t token, int64_t kv_head) {
+    return (step->slots[token] * shape->kv_heads + kv_head) * shape->length * shape->dim;
+}
+
+/* Store one token's key and value of one head, at the step's place. */
+INLINE void store_head(const Shape *shape, const Step *step, const Stored *stored, int64_t token, int64_t head) {
+    const int64_t dim = shape->dim, place = step->places[token], begin = place_of_head(shape, step, token, head);
+    copy_key(stored->k + token * stored->stride[0] + head * dim, DEPTH, stored->keys + begin + key_at(place, dim),
              COLUMNS * DEPTH, dim);
-    copy_value(stores->v + token * stores->stride[1] + head * dim, 1, stores->values + begin + value_at(place, dim), DEPTH,
+    copy_value(stored->v + token * stored->stride[1] + head * dim, 1, stored->values + begin + value_at(place, dim), DEPTH,
                dim);
 }
 
-/* Tokens [first, last). */
-static void store_tokens(const Shape *shape, const Step *step, const Stores *stores, int64_t first, int64_t last) {
+/* Of tokens [first, last), all heads. */
+static void store_tokens(const Shape *shape, const Step *step, const Stored *stored, int64_t first, int64_t last) {
     for (int64_t token = first; token < last; token++)
         for (int64_t head = 0; head < shape->kv_heads; head++)
-            store_head(shape, step, stores, token, head);
+            store_head(shape, step, stored, token, head);
 }
 
-/* Whether a worker may store a token's keys and values when it attends to them: none of the slot's tokens comes later that the
- * token sees, and none is another worker's. */
+/* Whether a token's key and value may be stored when it attends, of a step whose tokens have places of their own: no token
+ * of its slot that it sees comes later, and none is another worker's. (Where D is no multiple of COLUMNS a head's last
+ * values are read with the first ones behind them, which another worker may be storing: those sums are dropped.) */
 static bool may_store_late(const Step *step, int64_t tokens, const Team *team) {
     uint64_t seen[64] = {0}; /* slots, a bit each */
     for (int64_t token = 0; token < tokens; token++) {
@@ -77,11 +82,6 @@ static bool may_store_late(const Step *step, int64_t tokens, const Team *team) {
         seen[slot / 64] |= (uint64_t)1 << slot % 64;
     }
     return true;
-}
-
-/* Where a token's keys of one key-value head begin, in elements. */
-INLINE int64_t place_of_head(const Shape *shape, const Step *step, int64_t token, int64_t kv_head) {
-    return (step->slots[token] * shape->kv_heads + kv_head) * shape->length * shape->dim;
 }
 
 INLINE Path path_of(const Step *step, int64_t token) {
@@ -112,12 +112,10 @@ INLINE int64_t group_of(const Shape *shape, const Step *step, int64_t token, int
 }
 
 /* Causal attention of tokens over their own slots' keys up to their own positions: q [N, H, D] with `stride` elements
- * between tokens, keys and values of one layer, [slots, K] times what heads.h has of a head -> to [N, H * D]. D: a
- * multiple of LANES, T of COLUMNS. late: what is to be stored before, or NULL. Groups (see group_of) and key-value heads are numbered; of all, those numbered `item`,
- * `item + every`, and so on. */
-static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
-                         const element *values, const Stores *late, Room room, Outputs to, int64_t tokens, int64_t item,
-                         int64_t every) {
+ * between tokens -> to [N, H * D]. D: a multiple of LANES, T of COLUMNS. late: tokens' own keys and values are stored here.
+ * Groups (see group_of) and key-value heads are numbered; of all, those numbered `item`, `item + every`, and so on. */
+static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const Stored *stored,
+                         const bool late, Room room, Outputs to, int64_t tokens, int64_t item, int64_t every) {
     const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
     int64_t number = 0;
     for (int64_t token = 0, size; token < tokens; token += size) {
@@ -129,13 +127,14 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
             if (number++ % every != item)
                 continue;
             for (int64_t i = token; late && i < token + size; i++)
-                store_head(shape, step, late, i, kv_head);
+                store_head(shape, step, stored, i, kv_head);
             const int64_t place = place_of_head(shape, step, token, kv_head), ahead = kv_head + every;
             const int64_t later = ahead < shape->kv_heads || token + size == tokens ? token : token + size;
-            const element *soon = keys + place_of_head(shape, step, later, ahead % shape->kv_heads);
+            const element *soon = stored->keys + place_of_head(shape, step, later, ahead % shape->kv_heads);
             for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
                 count = last - head < heads_of(shape) ? last - head : heads_of(shape);
-                const Group group = {shape, q + token * stride + head * dim, keys + place, values + place, paths,
+                const Group group = {shape, q + token * stride + head * dim, stored->keys + place,
+                                     stored->values + place, paths,
                                      to.out + token * to.apart + head * dim, stride, to.apart, size, count,
                                      soon, room};
                 attend_group(&group);

@@ -117,23 +117,24 @@ void highest(const element *logits, int64_t rows, int64_t width, int64_t *places
 }
 
 /* Turns q [N, H, D] in place; turns k [N, K, D] and stores it with v [N, K, D] in one layer of the cache, at the step's
- * places. stride: elements from one token to the next in q, k and v. See rotate_tokens and Stores. */
+ * places. stride: elements from one token to the next in q, k and v. See rotate_tokens and Stored. */
 void rotate_and_store(const Shape *shape, element *q, element *k, const element *v, const int64_t stride[3],
                       const element *cosines, const element *sines, int64_t turned, const Step *step, element *keys,
                       element *values, int64_t tokens) {
-    const Stores stores = {k, v, {stride[1], stride[2]}, keys, values};
+    const Stored stored = {keys, values, k, v, {stride[1], stride[2]}};
     rotate_tokens(shape, q, k, stride, cosines, sines, turned, step, 0, tokens);
-    store_tokens(shape, step, &stores, 0, tokens);
+    store_tokens(shape, step, &stored, 0, tokens);
 }
 
 /* Attention of all heads of all tokens, see attend_items. Returns 0, or 1 when memory is out. */
-int attend(const Shape *shape, const Step *step, const element *q, int64_t stride, const element *keys,
-           const element *values, element *out, int64_t tokens) {
+int attend(const Shape *shape, const Step *step, const element *q, int64_t stride, element *keys, element *values,
+           element *out, int64_t tokens) {
     char *room = aligned_alloc(64, to_lines(room_bytes(shape)));
     if (!room)
         return 1;
     const Outputs to = {out, shape->heads * shape->dim, NULL};
-    attend_items(shape, step, q, stride, keys, values, NULL, room_at(shape, room), to, tokens, 0, 1);
+    const Stored stored = {.keys = keys, .values = values};
+    attend_items(shape, step, q, stride, &stored, false, room_at(shape, room), to, tokens, 0, 1);
     free(room);
     return 0;
 }
@@ -203,15 +204,18 @@ static Best *new_best(int64_t workers, int64_t rows) {
 
 /* The highest of each row's outputs of a product of finite weights, x [rows, in], and the first place it stands at. A row
  * whose outputs may not be finite has place -1. Returns 0, or 1 when memory is out. */
-int best(const Product *product, const element *x, int64_t rows, int64_t threads, float *values, int64_t *places) {
+int best_outputs(const Product *product, const element *x, int64_t rows, int64_t threads, float *values, int64_t *places) {
     ProductTask task = {product, x, NULL, new_best(threads, rows), rows, NULL};
     const int failed = !task.best || run_product(&task, threads);
     if (!failed)
         best_of_all(task.best, threads, rows, values, places);
-    for (int64_t row = 0; row < rows; row++)
+    for (int64_t row = 0; row < rows; row++) {
+        bool broken = false;
         for (int64_t i = row * product->in; i < (row + 1) * product->in; i++)
-            if (!(fabsf(load_one(x[i])) < LIMIT))
-                places[row] = -1;
+            broken |= !(fabsf(load_one(x[i])) < LIMIT);
+        if (broken)
+            places[row] = -1;
+    }
     free(task.best);
     return failed;
 }
@@ -231,10 +235,10 @@ int rough_product(const Rough *rough, const element *x, element *out, int64_t ro
     return failed;
 }
 
-/* Rows up to which the next function takes less time than `best`. */
+/* Rows up to which the next function takes less time than `best_outputs`. */
 int64_t screened_rows(void) { return SCREENED; }
 
-/* `best` of the exact product; rough: of the same weights. */
+/* `best_outputs` of the exact product, which has no bias; rough: of the same weights. */
 int screen(const Rough *rough, const Product *exact, const element *x, int64_t rows, int64_t threads, float *values,
            int64_t *places) {
     const int64_t size = rows * exact->in, panels = (exact->out + COLUMNS - 1) / COLUMNS;
@@ -260,7 +264,8 @@ int screen(const Rough *rough, const Product *exact, const element *x, int64_t r
     return failed;
 }
 
-/* One layer: see Layer in spec.py. `up` has no outputs where no layer of a call has a feed-forward. q_norm, k_norm [D]:
+/* One layer: see Layer in spec.py. `up` and `down` are empty where no layer of a call has a
+ * feed-forward. q_norm, k_norm [D]:
  * NULL where it has none. cosines, sines: see rotate_and_store. */
 typedef struct {
     Product qkv, out, up, down;
@@ -342,7 +347,8 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         }
         Shape shape = task->shape;
         shape.window = layer->window;
-        element *keys = task->keys + index * task->layer_size, *values = task->values + index * task->layer_size;
+        const Stored stored = {task->keys + index * task->layer_size, task->values + index * task->layer_size,
+                               task->qkv + heads, task->qkv + heads + kv_heads, {packed, packed}};
         element *x = task->x + from * width, *normed = task->normed + from * apart;
         element *branch = task->branch + from * apart;
         add_rms_norm(x, pending ? branch : NULL, layer->attn_norm, normed, to - from, width, apart, layer->attn_eps);
@@ -352,12 +358,10 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         normalise_heads(&shape, layer, task->qkv, packed, from, to);
         rotate_tokens(&shape, task->qkv, task->qkv + heads, stride, layer->cosines, layer->sines, layer->turned,
                       &task->step, from, to);
-        const Stores stores = {task->qkv + heads, task->qkv + heads + kv_heads, {packed, packed}, keys, values};
         if (!late)
-            store_tokens(&shape, &task->step, &stores, from, to);
+            store_tokens(&shape, &task->step, &stored, from, to);
         meet(team);
-        attend_items(&shape, &task->step, task->qkv, packed, keys, values, late ? &stores : NULL, room, attended, tokens,
-                     worker, team->count);
+        attend_items(&shape, &task->step, task->qkv, packed, &stored, late, room, attended, tokens, worker, team->count);
         meet(team);
         multiply_share(&layer->out, task->attended, attended.apart, tokens, added, own, team, worker);
         meet(team);

@@ -195,7 +195,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         library.pack_rough.argtypes, library.pack_rough.restype = [pointer] * 5 + [number] * 2, None
         library.rough_product.argtypes = [pointer] * 3 + [number] * 2
         library.screen.argtypes = [pointer] * 3 + [number] * 2 + [pointer] * 2
-        library.best.argtypes = [pointer] * 2 + [number] * 2 + [pointer] * 2
+        library.best_outputs.argtypes = [pointer] * 2 + [number] * 2 + [pointer] * 2
         library.run_layers.argtypes = library.draft.argtypes = [pointer]
     return library
 

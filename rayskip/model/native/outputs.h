@@ -75,12 +75,12 @@ static void best_of_all(const Best *best, int64_t workers, int64_t rows, float *
     }
 }
 
-/* sums [rows, 2 halves] of a panel and of rows from `first` on, + bias (NULL: none) -> their place in a product's outputs, of
- * which the panel has `count`. */
-INLINE void put_outputs(floats (*sums)[2], const element *bias, int64_t panel, int64_t count, int64_t first, int64_t rows,
-                        Outputs to) {
+/* sums [rows, 2 halves] of a panel and of rows from `first` on, + bias (NULL: none) -> their place in a product's outputs.
+ * count: of the panel's columns, those that are outputs. */
+INLINE void put_outputs(floats (*sums)[2], const element *bias, int64_t panel, int64_t count, int64_t first,
+                        int64_t rows, Outputs to) {
     for (int64_t row = 0; row < rows; row++) {
-        element *out = to.out + (first + row) * to.apart + panel * COLUMNS;
+        const int64_t place = (first + row) * to.apart + panel * COLUMNS;
         floats outputs[2] = {sums[row][0], sums[row][1]};
         for (int half = 0; bias && half < 2; half++)
             outputs[half] += load(bias + half * LANES);
@@ -89,9 +89,9 @@ INLINE void put_outputs(floats (*sums)[2], const element *bias, int64_t panel, i
         else if (count < COLUMNS) {
             element line[COLUMNS];
             store_line(line, outputs);
-            memcpy(out, line, count * sizeof *line);
+            memcpy(to.out + place, line, count * sizeof *line);
         } else
-            store_line(out, outputs);
+            store_line(to.out + place, outputs);
     }
 }
 

@@ -108,9 +108,10 @@ static void multiply_share(const Product *product, const element *x, int64_t apa
         multiply_part(product, share(panels, team, worker), share(panels, team, worker + 1), x, apart, rows, room, to);
     else {
         const int64_t from = share(rows, team, worker), count = share(rows, team, worker + 1) - from;
-        to.out += from * to.apart;
         if (to.best)
             to.best += from;
+        else
+            to.out += from * to.apart;
         multiply_part(product, 0, panels, x + from * apart, apart, count, room, to);
     }
 }

@@ -83,9 +83,9 @@ class RoughProduct:
         return out
 
 
-class Best:
-    """The highest output of a product for each row of x [N, in], without storing outputs and, for a few rows, without
-    computing most of them: see screen.h.
+class BestOutput:
+    """The highest output of a product for each row of x [N, in]: outputs are not stored and, for a few rows, most
+    are not even computed (see screen.h).
 
     The values are those of `product`, bit by bit.
     """
@@ -107,7 +107,7 @@ class Best:
         if len(x) <= self.screened_rows:
             failed = library.screen(ctypes.byref(self._rough.struct), *task)
         else:
-            failed = library.best(*task)
+            failed = library.best_outputs(*task)
         if failed:
             raise MemoryError("no memory to look for the highest outputs")
         return values, places
@@ -131,13 +131,13 @@ def rough_product(dense: Dense) -> RoughProduct | None:
     return None if library is None or dense.bias is not None else RoughProduct(dense, library)
 
 
-def best_output(product: NativeProduct | None, dense: Dense) -> Best | None:
+def best_output(product: NativeProduct | None, dense: Dense) -> BestOutput | None:
     """None without a product of these weights, with a bias, or where a weight is not finite or so large that
     outputs may not be."""
     if product is None or not bool((dense.weight.abs() < HUGE).all()):
         return None
     rough = rough_product(dense)
-    return None if rough is None else Best(product, rough)
+    return None if rough is None else BestOutput(product, rough)
 
 
 def _library(weight: Tensor) -> ctypes.CDLL | None:

@@ -14,8 +14,8 @@
 #endif
 #define FLUSHED 1e-33f /* more than what the processor takes for zero in the sums of an output */
 
-/* best [workers, rows]: of the exact outputs of a worker's panels, or those that may be the highest. most [panels, rows]: no output of a
- * panel is higher; least [workers, rows]: some output is at least as high. */
+/* best [workers, rows]: of those of a worker's panels that may have the highest exact output. most [panels, rows]: no
+ * output of a panel is higher; least [workers, rows]: some output is at least as high. */
 typedef struct {
     const Rough *rough;
     const Product *exact;
