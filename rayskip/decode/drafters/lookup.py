@@ -55,13 +55,17 @@ class Index:
         return list(found.values())
 
     def _extend(self, row: Sequence) -> None:
-        for token in row.tokens(len(self._tokens), row.length):
-            at = len(self._tokens)
+        tokens, following = self._tokens, self._next
+        for token in row.tokens(len(tokens), row.length):
+            at = len(tokens)
             for size in range(1, min(self._longest, at) + 1):
-                ngram = tuple(self._tokens[-size:])
-                others = (before for before in self._next.get(ngram, ()) if self._tokens[before] != token)
-                self._next[ngram] = (at, *islice(others, self._most - 1))
-            self._tokens.append(token)
+                ngram = tuple(tokens[at - size :])
+                if (before := following.get(ngram)) is None:  # nearly always: this is all that most tokens cost
+                    following[ngram] = (at,)
+                else:
+                    others = [place for place in before if tokens[place] != token]
+                    following[ngram] = (at, *others[: self._most - 1])
+            tokens.append(token)
 
 
 class Lookups:
