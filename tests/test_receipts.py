@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from rayskip.cluster.replica import Replica
 from rayskip.config import JobConfig
 from rayskip.data.sources import Source
 from rayskip.driver.loop import run_job
+from rayskip.driver.plan import make_plan
 from rayskip.driver.records import Manifest
 from rayskip.driver.report import Report, format_report
 from rayskip.driver.verify import verify
@@ -45,8 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _run(folder: Path, out: Path, **sections: Any) -> tuple[Report, list[dict[str, Any]]]:
-    job = JobConfig.model_validate(
+def _job(folder: Path, out: Path, **sections: Any) -> JobConfig:
+    return JobConfig.model_validate(
         {
             "name": "receipts",
             "model": {"path": str(folder / "model"), "dtype": "float32"},
@@ -58,14 +62,26 @@ def _run(folder: Path, out: Path, **sections: Any) -> tuple[Report, list[dict[st
         }
     )
 
+
+def _run(folder: Path, out: Path, **sections: Any) -> tuple[Report, list[dict[str, Any]]]:
     def pool(job: JobConfig, source: Source) -> LocalPool:
         return LocalPool(lambda: Replica(job, source))
 
-    report = run_job(job, pool)
+    report = run_job(_job(folder, out, **sections), pool)
     assert verify(str(out)).rows == ROWS
     manifest = Manifest.model_validate_json((out / "manifest.json").read_text())
     lines = [line for file in manifest.files for line in (out / file.path).read_text().splitlines()]
     return report, [json.loads(line) for line in lines]
+
+
+def test_what_a_replica_says_when_it_is_ready_is_read_without_torch(folder: Path, tmp_path: Path) -> None:
+    """A driver would import it for seconds, while replicas wait."""
+    job = _job(folder, tmp_path)
+    ready = Replica(job, make_plan(job).source).ready()
+    code = "import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1])); print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code, pickle.dumps(ready).hex()]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
 
 
 def test_output_is_labelled_and_receipts_are_what_two_jobs_show(folder: Path, tmp_path: Path) -> None:

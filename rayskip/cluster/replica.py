@@ -130,13 +130,14 @@ def use_threads(cpus: float) -> None:
 
 
 def hardware() -> dict[str, Any]:
-    """What this process runs on, for the report."""
+    """What this process runs on, for the report. Plain values: torch's own kind of version would have the driver
+    import torch to read it, for seconds."""
     import torch
 
     facts: dict[str, Any] = {"host": platform.node(), "cpu": _cpu_name(), "cpus": os.cpu_count()}
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
-    return facts | {"torch": torch.__version__, "python": platform.python_version()}
+    return facts | {"torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def _cpu_name() -> str:

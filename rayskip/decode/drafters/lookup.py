@@ -60,7 +60,8 @@ class Index:
             at = len(tokens)
             for size in range(1, min(self._longest, at) + 1):
                 ngram = tuple(tokens[at - size :])
-                if (before := following.get(ngram)) is None:  # nearly always: this is all that most tokens cost
+                before = following.get(ngram)
+                if before is None:  # nearly always, so this is what a token costs
                     following[ngram] = (at,)
                 else:
                     others = [place for place in before if tokens[place] != token]
