@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -93,6 +94,17 @@ def _parse(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # safe: a SafeLoader
 
 
+def _value(text: str) -> Any:
+    """A template's braces are no YAML; they may stand in a mapping or a list."""
+    start = text.lstrip()
+    if "{{" not in text:
+        return _parse(text)
+    if start.startswith(("{", "[")) and not start.startswith("{{"):
+        with suppress(yaml.YAMLError):
+            return _parse(text)
+    return text
+
+
 def _set(values: Mapping, override: str) -> None:
     """Put one "a.b=c" into the nested values."""
     key, equals, text = override.partition("=")
@@ -100,7 +112,7 @@ def _set(values: Mapping, override: str) -> None:
     if not equals or not all(names):
         raise ConfigError(f"--set {override}: expected key=value, such as sampling.max_tokens=64")
     try:
-        value = text if "{{" in text else _parse(text)  # a template's braces are no YAML
+        value = _value(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML ({_one_line(error)})") from error
     section = values
@@ -125,7 +137,8 @@ def _explain(errors: Sequence[ErrorDetails], root: type[BaseModel]) -> str:
         case "model_type" | "model_attributes_type" | "union_tag_not_found":
             if field and (tags := list(_kinds(field))):
                 given = "" if isinstance(first["input"], dict) else f", got {_kind(first['input'])}"
-                return f'"{key}" needs its kind, as in {{kind: {tags[0]}}}{given}; {_known(tags)}'
+                one = first["input"] if first["input"] in tags else tags[0]
+                return f'"{key}" needs its kind, as in {{kind: {one}}}{given}; {_known(tags)}'
             section = _section(first["loc"], root)
             return f'"{key}" is a section with keys such as {_names(section)}, got {_kind(first["input"])}'
         case "union_tag_invalid":

@@ -72,7 +72,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(config: Path) -> None:
         ),
         (
             "decode.draft=lookup",
-            "\"decode.draft\" needs its kind, as in {kind: none}, got 'lookup'; known: none, look",
+            "\"decode.draft\" needs its kind, as in {kind: lookup}, got 'lookup'; known: none",
         ),
         ("decode.draft={path: x}", '"decode.draft" needs its kind, as in {kind: none}; known: none, lookup'),
         ("sampling.max_tokens=many", "\"sampling.max_tokens\" should be an integer, got 'many'"),
@@ -102,6 +102,19 @@ def test_a_wrong_key_or_value_is_said_in_one_line(config: Path, override: str, s
         load_config(config, [override])
     assert str(error.value).startswith(f"{config}: {said}")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "template"),
+    [
+        ("input.template={{ q }}: {name}", "{{ q }}: {name}"),
+        ("input.template=[Q] {{ q }}", "[Q] {{ q }}"),
+        ("input={path: a.csv, template: 'Q: {{ q }}'}", "Q: {{ q }}"),
+    ],
+)
+def test_a_template_is_set_as_text_and_within_a_section(config: Path, override: str, template: str) -> None:
+    section = ["input={path: a.csv, template: x}", override]
+    assert load_config(config, section).input.template == template
 
 
 @pytest.mark.parametrize(
