@@ -482,7 +482,7 @@ def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
             with one.threads(threads):
                 for step in steps:
                     hidden = one.hidden(step, cache)
-            found.append((hidden, cache.keys, cache.values))
+                found.append((hidden, one.logits(hidden), cache.keys, cache.values))
         for mine, own in zip(found[1], found[0], strict=True):
             _assert_close(mine, own) if config is Qwen3Config else torch.testing.assert_close(
                 mine, own, atol=0, rtol=0
@@ -505,7 +505,7 @@ def test_a_rough_product_is_that_of_weights_in_255_steps(out: int, width: int, d
     step = weight.float().abs().amax(dim=1, keepdim=True).clamp(min=1e-9) / 127
     rounded = (weight.float() / step).round().double() * step
 
-    for rows in (1, 2, 5, 6, 7, 13, 16, 17, 40, 400):
+    for rows in (1, 2, 5, 6, 7, 13, 16, 17, 40):
         x = torch.randn(rows, width, generator=generator).to(dtype)
         x[-1] = -1  # with weights of 1 the largest sum, of which parts may not fit in 32 bits
         found, expected = product(x).double(), x.double() @ rounded.T

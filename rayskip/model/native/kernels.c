@@ -264,9 +264,8 @@ int screen(const Rough *rough, const Product *exact, const element *x, int64_t r
     return failed;
 }
 
-/* One layer: see Layer in spec.py. `up` and `down` are empty where no layer of a call has a
- * feed-forward. q_norm, k_norm [D]:
- * NULL where it has none. cosines, sines: see rotate_and_store. */
+/* One layer: see Layer in spec.py. `up` and `down` are empty where no layer of a call has a feed-forward. q_norm, k_norm [D]:
+ * NULL where it has none. cosines, sines: see rotate_tokens. */
 typedef struct {
     Product qkv, out, up, down;
     const element *attn_norm, *mlp_norm, *q_norm, *k_norm, *cosines, *sines;

@@ -5,8 +5,8 @@
 
 #include "product.h"
 
-#define TINY 1e-30f   /* less is nothing, in a row of inputs or a column of weights */
-#define LIMIT 1e15f   /* sums of products of less are finite */
+#define TINY 1e-30f /* less is nothing, in a row of inputs or a column of weights */
+#define LIMIT 1e15f /* sums of products of less are finite */
 
 /* ROUGH_ROWS: that share one reading of a panel. ROUGH_DEPTH: inputs whose weights of a column lie side by side.
  * ROUGH_STEP: inputs that are read at once. */
