@@ -128,3 +128,29 @@ def test_growth_is_measured_on_a_random_model_of_any_size(tmp_path: Path) -> Non
     ]
     assert (found[3]["grows"], found[3]["rows"], found[3]["output"]) == ("rows", 9, 8)
     assert all(one["tok_s"] > 0 and one["gflop_s"] > 0 for one in found)
+
+
+def test_a_job_and_the_bare_engine_take_turns(tmp_path: Path) -> None:
+    """The script itself refuses to compare a job and an engine that do not generate the same."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"Row number {row}:"}) + "\n" for row in range(24)))
+    config = tmp_path / "job.yaml"
+    job = {
+        "name": "turns",
+        "model": {"path": str(tmp_path / "model")},
+        "input": {"path": str(rows), "max_rows": 20},
+        "sampling": {"max_tokens": 40, "temperature": 0},
+        "cluster": {"replicas": 1, "cpus_per_replica": 1},
+        "output": {"path": str(tmp_path / "never"), "shard_rows": 5},
+    }
+    sizes = ["--layers", "2", "--hidden", "64", "--intermediate", "96", "--heads", "4"]
+    subprocess.run(
+        [sys.executable, "infra/random_llama.py", str(tmp_path / "model"), *sizes], cwd=ROOT, check=True
+    )
+    config.write_text(json.dumps(job))  # JSON is YAML
+    command = [sys.executable, "infra/measure_job.py", str(config), "--rounds", "1", "--turn", "0.05"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["rows"] == 20
+    assert all(rate > 0 for rates in found["rounds"] for rate in rates)
+    assert not (tmp_path / "never").exists()
