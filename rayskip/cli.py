@@ -93,7 +93,10 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     job = load_config(config, overrides or ())
     from rayskip.preview import format_preview, preview
 
-    print(format_preview(preview(job)))
+    seen = preview(job)
+    print(format_preview(seen))
+    if seen.refused:
+        raise seen.refused
 
 
 @app.command()

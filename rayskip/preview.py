@@ -16,7 +16,7 @@ from rayskip.data.storage import open_storage
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.driver.commit import load_commits, refuse_other
 from rayskip.driver.plan import Plan, make_plan
-from rayskip.errors import RowError
+from rayskip.errors import OutputError, RowError
 from rayskip.model.checkpoint import read_spec, resolve
 
 SAMPLE_ROWS = 10_000
@@ -29,12 +29,14 @@ class Preview:
     """rows: rows looked at. prompts: the first ones as text. lengths: tokens of each good prompt.
 
     completion_tokens: the most that the good rows looked at may generate. bad: rows by error type, with one
-    message each in `examples`. committed: shards that earlier runs finished.
+    message each in `examples`. committed: shards that earlier runs finished. refused: why a run would not start,
+    None if it would.
     """
 
     job: JobConfig
     plan: Plan
     committed: int
+    refused: OutputError | None
     max_model_len: int
     rows: int = 0
     prompts: list[str] = field(default_factory=list)
@@ -47,16 +49,15 @@ class Preview:
 def preview(job: JobConfig) -> Preview:
     """Validate a job against its input, model and output folder, and render a sample of its rows.
 
-    Raises UserError for what a run would be refused for.
+    Raises UserError for what a run would be refused for, but for a folder of another job, which `refused` tells:
+    what is wrong with the rows shows first.
     """
     plan = make_plan(job)
-    storage = open_storage(job.output.path)
-    refuse_other(storage, plan.record)
-    committed = load_commits(storage, plan.record.fingerprint, plan.shards)
+    committed, refused = _committed(job, plan)
     folder = resolve(job.model.path, job.model.revision)
     tokenizer = load_tokenizer(folder)
     longest = read_spec(folder).max_positions
-    seen = Preview(job, plan, len(committed), min(job.engine.max_model_len or longest, longest))
+    seen = Preview(job, plan, committed, refused, min(job.engine.max_model_len or longest, longest))
     builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len)
     for shard in sample(plan.shards, SAMPLE_ROWS):
         for index, row in enumerate(read_shard(shard, plan.source).to_pylist(), shard.start):
@@ -74,6 +75,16 @@ def preview(job: JobConfig) -> Preview:
             seen.lengths.append(len(prompt.token_ids))
             seen.completion_tokens += _most_tokens(prompt, seen.max_model_len)
     return seen
+
+
+def _committed(job: JobConfig, plan: Plan) -> tuple[int, OutputError | None]:
+    """Shards that are committed in the output folder, or why they are another job's."""
+    storage = open_storage(job.output.path)
+    try:
+        refuse_other(storage, plan.record)
+    except OutputError as error:
+        return 0, error
+    return len(load_commits(storage, plan.record.fingerprint, plan.shards)), None
 
 
 def sample(shards: list[Shard], rows: int) -> list[Shard]:

@@ -82,16 +82,17 @@ def format_status(status: JobStatus) -> str:
 
 
 def _facts(progress: Progress) -> dict[str, str]:
-    return {
-        "rows": f"{progress.rows:,}/{progress.rows_total:,}",
+    rows = {"rows": f"{progress.rows:,}/{progress.rows_total:,}"}
+    elapsed = {"elapsed": _clock(progress.elapsed_s)}
+    replicas = {"replicas": f"{progress.replicas}/{progress.replicas_total}"}
+    if not progress.replicas and not progress.tokens:  # nothing has loaded yet
+        return rows | elapsed | replicas
+    speed = {
         "tokens": f"{progress.tokens:,}",
         "tok/s": f"{progress.tok_s_now:,.0f} now {progress.tok_s:,.0f} overall",
-        "elapsed": _clock(progress.elapsed_s),
-        "ETA": _clock(progress.eta_s),
-        "replicas": f"{progress.replicas}/{progress.replicas_total}",
-        "retries": f"{progress.retries:,}",
-        "errors": f"{progress.rows_failed:,}",
     }
+    rest = {"retries": f"{progress.retries:,}", "errors": f"{progress.rows_failed:,}"}
+    return rows | speed | elapsed | {"ETA": _clock(progress.eta_s)} | replicas | rest
 
 
 def _clock(seconds: float | None) -> str:

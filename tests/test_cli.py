@@ -125,6 +125,11 @@ def test_model_prints_a_folder_of_safetensors(smollm2: Path) -> None:
         (["plan", "job.yaml", "--set", "input.prompt=questoin"], "error: "),
         (["run", "job.yaml", "--set", "model.path=smollm"], "error: model.path: no folder smollm"),
         (["run", "job.yaml", "--set", "output.path=ftp://x"], "error: ftp://x: use a local path"),
+        (
+            ["run", "job.yaml", "--set", "output.path=job.yaml/x"],
+            "error: job.yaml: is a file, not an output folder",
+        ),
+        (["status", "job.yaml"], "error: job.yaml: is a file, not an output folder"),
     ],
 )
 def test_a_users_error_is_one_line_and_exit_2(job: Path, args: list[str], said: str) -> None:
@@ -162,22 +167,29 @@ def test_a_job_from_run_to_verify_and_again(job: Path) -> None:
     assert verified.returncode == 0, verified.stderr
     assert "41 rows (1 failed) exactly once in 3 files" in verified.stdout
 
+    other = cli("plan", job.name, "--set", "sampling.max_tokens=5", cwd=job.parent)
+    assert other.returncode == 2
+    assert f"at most {ROWS * 5} completion tokens" in other.stdout
+    assert "3 of 3 shards committed; different: sampling.max_tokens (4 there, 5 here)." in other.stderr
+
     again = [sys.executable, str(ROOT / "jobs" / "generate.py"), job.name]
     found = subprocess.run(again, cwd=job.parent, capture_output=True, text=True, check=False)
     assert (found.returncode, found.stdout) == (0, ran.stdout), found.stderr
 
 
-def progress(phase: str, rows: int) -> Progress:
-    return Progress(phase, 61.0, rows, 200, 5000, 400.0, 350.0, None, 1, 2, 3, 4)
+def progress(phase: str, rows: int, tokens: int = 5000, replicas: int = 1) -> Progress:
+    return Progress(phase, 61.0, rows, 200, tokens, 400.0, 350.0, None, replicas, 2, 3, 4)
 
 
 def test_plain_lines_are_few_when_not_on_a_terminal() -> None:
     shown = io.StringIO()
     with live_view("bench", Console(file=shown)) as on_progress:
+        on_progress(progress("loading", 0, tokens=0, replicas=0))
         for rows in range(100):
             on_progress(progress("generating", rows))
         on_progress(progress("finished", 200))
     assert shown.getvalue().splitlines() == [
+        "bench: loading: rows 0/200, elapsed 0:01:01, replicas 0/2",
         "bench: generating: rows 0/200, tokens 5,000, tok/s 400 now 350 overall, elapsed 0:01:01, ETA -, "
         "replicas 1/2, retries 3, errors 4",
         "bench: finished: rows 200/200, tokens 5,000, tok/s 400 now 350 overall, elapsed 0:01:01, ETA -, "

@@ -84,7 +84,11 @@ def test_overrides_are_yaml_and_the_last_one_wins(config: Path) -> None:
         ("retry.max_failed_rows=few", '"retry.max_failed_rows" should be an integer or a number or null'),
         ("retry.max_failed_rows=1.5", '"retry.max_failed_rows" should be an integer or less than'),
         ("cluster.replicas=[1, x]", "\"cluster.replicas\" should be an integer or a list, got [1, 'x']"),
-        ("cluster.replicas=[3, 2]", '"cluster": replicas must be at least 1 and [min, max] in order'),
+        (
+            "cluster.replicas=[3, 2]",
+            '"cluster.replicas": must be at least 1 and [min, max] in order, got (3, 2)',
+        ),
+        ("cluster.replicas=0", '"cluster.replicas": must be at least 1 and [min, max] in order, got 0'),
         ("sampling.stop=[a, 3]", '"sampling.stop.1" should be text, got 3'),
         ("sampling.stop=['']", '"sampling.stop": a stop string may not be empty'),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -112,9 +113,41 @@ def test_a_lost_reply_is_told_from_a_lost_race(storage: LocalStorage) -> None:
 
 def test_another_job_is_refused_before_its_driver_is_fenced(storage: LocalStorage) -> None:
     lease = open_job(storage, job("f1", model="a", sampling="s"), fresh=False)
-    with pytest.raises(OutputError, match=r"another job, 'j'; different: model\. .*--fresh"):
+    with pytest.raises(OutputError, match=r"another job, 'j', 0 of 4 .*; different: model\. .*--fresh"):
         open_job(storage, job("f2", model="b", sampling="s"), fresh=False)
     lease.check()
+
+
+def test_the_keys_that_differ_are_named_with_both_values(storage: LocalStorage) -> None:
+    """Paths of input and output are not among them: the files themselves are compared."""
+
+    def configured(fingerprint: str, config: dict[str, Any]) -> JobRecord:
+        parts = ["sampling", "decode.skip", "engine.max_model_len", "output", "model", "input files"]
+        return job(fingerprint, **dict.fromkeys(parts, fingerprint)).model_copy(update={"config": config})
+
+    there = {
+        "sampling": {"n": 1, "seed": 0},
+        "decode": {"skip": {"kind": "none"}},
+        "engine": {"max_model_len": None},
+        "output": {"path": "a", "shard_rows": 8},
+        "model": {"path": "a", "dtype": "bfloat16"},
+    }
+    here = {
+        "sampling": {"n": 2, "seed": 0},
+        "decode": {"skip": {"kind": "unified", "speedup": 2}},
+        "engine": {"max_model_len": 64},
+        "output": {"path": "b", "shard_rows": 9},
+        "model": {"path": "a", "dtype": "bfloat16"},
+    }
+    open_job(storage, configured("f1", there), fresh=False)
+    with pytest.raises(OutputError) as refused:
+        open_job(storage, configured("f2", here), fresh=False)
+    differ = str(refused.value).split("different: ")[1].split(". Choose")[0]
+    assert differ == (
+        "decode.skip.kind (none there, unified here), decode.skip.speedup (None there, 2 here), "
+        "engine.max_model_len (None there, 64 here), input files, model, "
+        "output.shard_rows (8 there, 9 here), sampling.n (1 there, 2 here)"
+    )
 
 
 def test_fresh_deletes_the_job_and_nothing_else(storage: LocalStorage) -> None:

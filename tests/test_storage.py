@@ -71,7 +71,7 @@ def test_user_errors_name_the_place(tmp_path: Path, bucket: str) -> None:
     with pytest.raises(OutputError, match="ftp://host/x"):
         open_storage("ftp://host/x")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match=r"file/job\.json: File exists"):
+    with pytest.raises(OutputError, match=r"file: is a file, not an output folder"):
         open_storage(str(tmp_path / "file")).create("job.json", b"")
     with pytest.raises(OutputError, match="no-such-bucket"):
         open_storage("s3://no-such-bucket/out").create("job.json", b"")

@@ -114,12 +114,13 @@ class ClusterConfig(Section):
     )
     gpus_per_replica: float = Field(0, ge=0)
 
-    @model_validator(mode="after")
-    def _ordered(self) -> ClusterConfig:
-        low, high = self.replica_range
+    @field_validator("replicas")
+    @classmethod
+    def _ordered(cls, replicas: int | tuple[int, int]) -> int | tuple[int, int]:
+        low, high = replicas if isinstance(replicas, tuple) else (replicas, replicas)
         if not 1 <= low <= high:
-            raise ValueError(f"replicas must be at least 1 and [min, max] in order, got {self.replicas}")
-        return self
+            raise ValueError(f"must be at least 1 and [min, max] in order, got {replicas}")
+        return replicas
 
     def with_cpus(self, cores: int) -> ClusterConfig:
         """The same with cpus_per_replica filled in: where it is null, an equal share of `cores`, at least one."""

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -41,6 +41,7 @@ from rayskip.errors import OutputError
 D = TypeVar("D", bound=Document)
 
 _OUR_DATA = re.compile(r"data/shard-\d+-[0-9a-f]+\.[a-z]+")
+_NOT_COMPARED = ("input.path", "output.path")  # the files themselves are, and the folder is the same
 _READERS = 16
 _WRITERS = 32
 
@@ -118,15 +119,38 @@ def open_job(storage: Storage, record: JobRecord, fresh: bool) -> Lease:
 
 
 def refuse_other(storage: Storage, record: JobRecord) -> None:
-    """Raises OutputError when the folder holds another job than `record`, naming the parts that differ."""
+    """Raises OutputError when the folder holds another job than `record`, naming the keys that differ."""
     existing = read(storage, JOB, JobRecord)
     if existing is None or existing.fingerprint == record.fingerprint:
         return
     parts = sorted(existing.parts.keys() | record.parts.keys())
-    differ = [part for part in parts if existing.parts.get(part) != record.parts.get(part)]
+    differ = [
+        _difference(part, existing.config, record.config)
+        for part in parts
+        if existing.parts.get(part) != record.parts.get(part)
+    ]
+    committed = len(storage.list(COMMITS))
     raise OutputError(
-        f"{storage.url} holds another job, {existing.name!r}; different: {', '.join(differ)}. "
-        f"Choose another output.path, or --fresh to delete what is there and start over"
+        f"{storage.url} holds another job, {existing.name!r}, {committed:,} of {existing.shards:,} shards "
+        f"committed; different: {', '.join(differ)}. Choose another output.path, or run with --fresh to delete "
+        f"what is there and start over"
+    )
+
+
+def _difference(part: str, there: dict[str, Any], here: dict[str, Any]) -> str:
+    """The keys of a part that differ, with both values; the part itself where the configs do not tell."""
+    old, new = _values(part, there), _values(part, here)
+    differ = [key for key in old | new if old.get(key) != new.get(key) and key not in _NOT_COMPARED]
+    return ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in differ) or part
+
+
+def _values(part: str, config: dict[str, Any]) -> dict[str, Any]:
+    """What a config says at a dotted key, by dotted key."""
+    value: Any = config
+    for name in part.split("."):
+        value = value.get(name, {}) if isinstance(value, dict) else {}
+    return (
+        {f"{part}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {part: value}
     )
 
 

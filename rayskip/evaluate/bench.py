@@ -77,11 +77,13 @@ class _Rounds:
     load_s: dict[str, float] = field(default_factory=dict)
 
 
+_Say = Callable[[str], None]
+"""Is told how far it is, a line at a time."""
 _Starts = dict[str, Callable[[], EngineRun | PeerRun]]
 """By name, what begins the run of a mode or peer."""
 
 
-def run_bench(config: BenchConfig, say: Callable[[str], None] = lambda line: None) -> list[Timing]:
+def run_bench(config: BenchConfig, say: _Say = lambda line: None) -> list[Timing]:
     """Time every mode and peer at every batch size; writes bench.json and bench.png. `say` is told what loads and
     each run's tok/s. Raises ConfigError when a peer cannot run."""
     output = Path(config.output)
@@ -91,7 +93,7 @@ def run_bench(config: BenchConfig, say: Callable[[str], None] = lambda line: Non
     limits: list[dict[str, object]] = []
     expected: dict[tuple[ModelConfig, str], list[list[int]]] = {}
     for batch_rows in config.batch_rows:
-        sized = _engine(config, config.modes[0], batch_rows, loaded)
+        sized = _engine(config, config.modes[0], batch_rows, loaded, say)
         places = sized.sizes.batch_rows * sized.sizes.lanes
         prompts = _prompts(config, sized, places)
         rounds = _run_rounds(config, batch_rows, places, prompts, sized.max_model_len, loaded, say)
@@ -117,7 +119,7 @@ def _run_rounds(
     prompts: Sequence[Prompt],
     max_model_len: int,
     loaded: dict[ModelConfig, Engine],
-    say: Callable[[str], None],
+    say: _Say,
 ) -> _Rounds:
     """Modes and peers in turns. A peer loads once, before the first round, and ends after the last one."""
     rounds = _Rounds({mode.name: [] for mode in config.modes})
@@ -142,7 +144,8 @@ def _run_rounds(
         for round_index in range(config.rounds):
             at = f"{places} rows, round {round_index + 1}"
             starts: _Starts = {
-                mode.name: partial(_start, config, mode, places, loaded, prompts) for mode in config.modes
+                mode.name: partial(_start, config, mode, places, loaded, say, prompts)
+                for mode in config.modes
             }
             starts |= {name: partial(PeerRun, process, prompts) for name, process in peers.items()}
             groups = [starts] if config.turn_s else [{name: start} for name, start in starts.items()]
@@ -161,10 +164,11 @@ def _start(
     mode: BenchMode,
     places: int,
     loaded: dict[ModelConfig, Engine],
+    say: _Say,
     prompts: Sequence[Prompt],
 ) -> EngineRun:
     """By a new engine each time: drafters learn from what they have seen."""
-    return EngineRun(_engine(config, mode, places, loaded), prompts)
+    return EngineRun(_engine(config, mode, places, loaded, say), prompts)
 
 
 def _run_group(starts: _Starts, turn_s: float, prompts: Sequence[Prompt]) -> dict[str, _Run]:
@@ -186,7 +190,11 @@ def allowed_speedup(engine: Engine, mean_layers: float) -> float:
 
 
 def _engine(
-    config: BenchConfig, mode: BenchMode, batch_rows: int | None, loaded: dict[ModelConfig, Engine]
+    config: BenchConfig,
+    mode: BenchMode,
+    batch_rows: int | None,
+    loaded: dict[ModelConfig, Engine],
+    say: _Say,
 ) -> Engine:
     """An engine of its own for the mode, over weights that modes of one model share."""
     model = mode.model or config.model
@@ -194,6 +202,7 @@ def _engine(
     if mode.cohort is not None:
         sizes = sizes.model_copy(update={"cohort": mode.cohort})
     if model not in loaded:
+        say(f"loading {model.path}")
         loaded[model] = Engine.load(model, sizes, mode.decode)
         return loaded[model]
     return Engine(loaded[model].decoder, loaded[model].tokenizer, sizes, mode.decode)
