@@ -1,9 +1,10 @@
 """What a job costs beside its engine: a job and the bare engine over the same rows, in turns.
 
-Each runs for some seconds while all processes of the other are stopped: a machine that is slow for a while is so
-for both. The job is `rayskip run`'s, Ray, storage and commits included, into a folder of its own; its clock runs
-from the first shard that is handed out to the commit of the last one. The engine's runs over rows that are
-tokenized already. Loading is neither's. The last line is all of it as JSON.
+Each is a process of its own with all that it starts, and runs for some seconds while the other is stopped: a
+machine that is slow for a while is so for both. The job is `rayskip run`'s, Ray, storage and commits included, into
+a folder that goes away; its clock runs from its replica's being ready to the commit of the last shard. The engine
+has the sizes that the replica chose, and its rows are tokenized before its clock runs. Loading is neither's. The
+last line is all of it as JSON.
 
     python infra/measure_job.py configs/bench512.yaml --rounds 3
 """
@@ -15,110 +16,158 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import psutil
 
-from rayskip.cluster.ray_pool import RayPool
+from rayskip.cluster.ray_pool import RayPool, usable_cores
 from rayskip.cluster.replica import use_threads
 from rayskip.config import JobConfig
 from rayskip.config_file import load_config
-from rayskip.data.prompts import PromptBuilder
-from rayskip.data.records import Prompt, Shard
 from rayskip.data.sources import Source, discover, every_row
 from rayskip.driver.loop import run_job
-from rayskip.engine import Engine
-from rayskip.evaluate.turns import EngineRun, run_in_turns
-
-BEGUN, COMMITTED = "begun", "committed"
+from rayskip.evaluate.turns import run_in_turns
+from rayskip.pool import Event, Ready
 
 
 class WatchedPool(RayPool):
-    """Tells when the first shard is handed out and when the last one is committed."""
+    """Tells what its replica says when it is ready, and when the last shard is committed."""
 
     def __init__(self, job: JobConfig, source: Source, told: Connection) -> None:
         super().__init__(job, source)
         self._told = told
-        self._begun = False
+        self._is_ready = False
 
-    def submit(self, replica: int, shard: Shard) -> None:
-        if not self._begun:
-            self._told.send(BEGUN)
-            self._begun = True
-        super().submit(replica, shard)
+    def wait(self, timeout_s: float) -> list[Event]:
+        events = super().wait(timeout_s)
+        for event in events:
+            if isinstance(event, Ready):
+                self._is_ready = True
+                self._told.send(event.info.engine)
+        return events
 
     def close(self) -> None:
-        self._told.send(COMMITTED)
+        if self._is_ready:
+            self._told.send("over")
         super().close()
 
 
-def drive(job: JobConfig, told: Connection) -> None:
-    """The job's driver, in a process of its own; the tokens that it generated come last."""
-    report = run_job(job, lambda job, source: WatchedPool(job, source, told), fresh=True)
+def run_driver(told: Connection, job: JobConfig) -> None:
+    """The job, from its driver on."""
+    report = run_job(job, lambda job, source: WatchedPool(job, source, told))
     told.send(report.completion_tokens)
 
 
-class JobRun:
-    """A job that has loaded and waits for its first turn; see `Run` in rayskip/evaluate/turns.py."""
+def run_engine(told: Connection, job: JobConfig) -> None:
+    """The engine over the job's rows."""
+    use_threads(job.cluster.cpus_per_replica or 1)
+    from rayskip.data.prompts import PromptBuilder
+    from rayskip.engine import Engine
 
-    def __init__(self, job: JobConfig) -> None:
+    engine = Engine.load(job.model, job.engine, job.decode)
+    builder = PromptBuilder(job.input, job.sampling, engine.tokenizer, engine.max_model_len)
+    rows = every_row(discover(job.input), job.input.max_rows)
+    prompts = [builder.build(row, index, shard.name) for shard, index, row in rows]
+    told.send(engine.info)
+    for prompt in prompts:
+        engine.add(prompt)
+    done = list(engine.run())
+    told.send("over")
+    told.send(sum(row.completion_tokens for completion in done for row in completion.generations))
+
+
+class Side:
+    """A process that has loaded and waits for its turns; see `Run` in rayskip/evaluate/turns.py.
+
+    info: the facts of its engine. turns: that it has had. completion_tokens: once it is over.
+    """
+
+    def __init__(self, run: Callable[[Connection, JobConfig], None], job: JobConfig) -> None:
         self.seconds = 0.0
-        spawn = multiprocessing.get_context("spawn")  # a fork would inherit the engine's threads
+        self.turns = self.completion_tokens = 0
+        spawn = multiprocessing.get_context("spawn")
         self._told, theirs = spawn.Pipe(duplex=False)
-        self._driver = spawn.Process(target=drive, args=(job, theirs))
-        self._driver.start()
+        self._process = spawn.Process(target=run, args=(theirs, job))
+        self._process.start()
         theirs.close()
-        self._hear(BEGUN)
-        self._signal(signal.SIGSTOP)
+        try:
+            self.info: dict[str, Any] = self._hear()
+            self._stop()
+        except BaseException:
+            self.close()
+            raise
 
     def go_on(self, seconds: float) -> bool:
         began = time.perf_counter()
+        self.turns += 1
         self._signal(signal.SIGCONT)
         over = self._told.poll(seconds)
-        if over:
-            self._hear(COMMITTED)
-        else:
-            self._signal(signal.SIGSTOP)
+        if not over:
+            self._stop()
         self.seconds += time.perf_counter() - began
+        if over:  # what it still does is not timed, and over before the other's turn
+            self._hear()
+            self.completion_tokens = self._hear()
+            self._process.join()
         return over
 
-    def completion_tokens(self) -> int:
-        """Of the whole job, once it is over; its processes are gone then."""
-        tokens: int = self._told.recv()
-        self._driver.join()
-        return tokens
+    def close(self) -> None:
+        """End it and all that it started, wherever it is; safe to repeat."""
+        self._signal(signal.SIGKILL)
+        self._process.join()
 
-    def _hear(self, expected: str) -> None:
-        said = self._told.recv()
-        if said != expected:
-            raise RuntimeError(f"the job said {said!r} where {expected!r} was to come")
+    def _hear(self) -> Any:
+        try:
+            return self._told.recv()
+        except EOFError:
+            raise SystemExit("error: the job or the engine failed; what it said is above") from None
 
-    def _signal(self, number: int) -> None:
-        driver = psutil.Process(self._driver.pid)
-        for process in [driver, *driver.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+    def _stop(self) -> None:
+        """All of it, also what was started meanwhile."""
+        before: set[int] = set()
+        while (now := self._signal(signal.SIGSTOP)) != before:
+            before = now
+
+    def _signal(self, number: int) -> set[int]:
+        """To all of its processes; whom it reached."""
+        reached = set()
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self._process.pid)
+            for one in [process, *process.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    one.send_signal(number)
+                    reached.add(one.pid)
+        return reached
 
 
-def run_round(
-    job: JobConfig, engine: Engine, prompts: Sequence[Prompt], turn_s: float
-) -> tuple[float, float]:
-    """Tokens a second of the job and of the bare engine. Raises RuntimeError when they do not generate the same."""
-    with tempfile.TemporaryDirectory() as folder:
+def run_round(job: JobConfig, turn_s: float) -> dict[str, float]:
+    """Tokens a second of both. Ends the program when they differ in sizes or in how many tokens they generate."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
         output = job.output.model_copy(update={"path": folder})
-        runs = JobRun(job.model_copy(update={"output": output})), EngineRun(engine, prompts)
-        run_in_turns(runs, turn_s)
-        tokens = runs[0].completion_tokens()
-    bare = sum(row.completion_tokens for completion in runs[1].completions for row in completion.generations)
-    if tokens != bare:
-        raise RuntimeError(f"the job generated {tokens} tokens, the bare engine {bare}")
-    return tokens / runs[0].seconds, bare / runs[1].seconds
+        driver = Side(run_driver, job.model_copy(update={"output": output}))
+        running.callback(driver.close)
+        rows = driver.info["batch_rows"] * driver.info["lanes"]
+        sizes = job.engine.model_copy(update={"max_batch_rows": rows})
+        engine = Side(run_engine, job.model_copy(update={"engine": sizes}))
+        running.callback(engine.close)
+        for key in driver.info.keys() - {"cache_positions"}:
+            if driver.info[key] != engine.info[key]:
+                sys.exit(f"error: {key} is {driver.info[key]} in the job, {engine.info[key]} in the engine")
+        run_in_turns([driver, engine], turn_s)
+    if driver.completion_tokens != engine.completion_tokens:
+        sys.exit(
+            f"error: the job generated {driver.completion_tokens} tokens, {engine.completion_tokens} the engine"
+        )
+    rates = [side.completion_tokens / side.seconds for side in (driver, engine)]
+    return {"job": rates[0], "engine": rates[1], "ratio": rates[0] / rates[1], "turns": driver.turns}
 
 
 def main() -> None:
@@ -126,27 +175,28 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="a job's config, with one replica")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="a.b=c")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--turn", type=float, default=2.0, help="seconds that each runs at a time")
+    parser.add_argument("--turn", type=float, default=4.0, help="seconds that each runs at a time")
     arguments = parser.parse_args()
     job = load_config(arguments.config, arguments.overrides)
     if job.cluster.replica_range != (1, 1):
         parser.error("cluster.replicas must be 1: the engine beside the job is one")
-    use_threads(job.cluster.cpus_per_replica or os.cpu_count() or 1)
-    weights = Engine.load(job.model, job.engine, job.decode)
-    builder = PromptBuilder(job.input, job.sampling, weights.tokenizer, weights.max_model_len)
-    rows = every_row(discover(job.input), job.input.max_rows)
-    prompts = [builder.build(row, index, shard.name) for shard, index, row in rows]
+    if job.cluster.address or "RAY_ADDRESS" in os.environ:
+        parser.error(
+            "cluster.address and RAY_ADDRESS must not be set: only a cluster of the job's own can be stopped"
+        )
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # so that nothing stays stopped
+    job = job.model_copy(update={"cluster": job.cluster.with_cpus(usable_cores())})
     rounds = []
     for _ in range(arguments.rounds):
-        engine = Engine(weights.decoder, weights.tokenizer, job.engine, job.decode)
-        rounds.append(run_round(job, engine, prompts, arguments.turn))
-        print("job {:.0f} tok/s, engine {:.0f}: {:.3f}".format(*rounds[-1], share(rounds[-1])), flush=True)
-    print(f"median {median(map(share, rounds)):.3f}")
-    print(json.dumps({"rows": len(prompts), "rounds": rounds}))
-
-
-def share(rates: tuple[float, float]) -> float:
-    return rates[0] / rates[1]
+        rounds.append(run_round(job, arguments.turn))
+        print(
+            "job {job:.0f} tok/s, engine {engine:.0f}: {ratio:.3f} in {turns} turns".format(**rounds[-1]),
+            flush=True,
+        )
+    print(f"median {median(one['ratio'] for one in rounds):.3f}")
+    print(json.dumps(rounds))
 
 
 if __name__ == "__main__":

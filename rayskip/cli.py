@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Batch generation over a dataset, on Ray replicas, committed exactly once.",
     epilog="Exit codes: 0 done; 1 the job failed; 2 something given is wrong (one line says what); "
-    "75 interrupted, the same command resumes.",
+    "75 a run was interrupted, the same command resumes.",
 )
 
 train_app = typer.Typer(no_args_is_help=True, help="Train what makes decoding faster.")

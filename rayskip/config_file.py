@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rayskip.config import JobConfig
-from rayskip.errors import ConfigError
+from rayskip.errors import ConfigError, shown
 
 Mapping = dict[Any, Any]
 Root = TypeVar("Root", bound=BaseModel)
@@ -150,7 +150,7 @@ def _explain(errors: Sequence[ErrorDetails], root: type[BaseModel]) -> str:
     # Every branch of a union has its own error, deeper ones for the items of a list.
     alike = [error for error in errors if _locate(error["loc"], root)[0][: len(names)] == names]
     wanted = " or ".join(dict.fromkeys(_wanted(error, len(names), root) for error in alike))
-    return f'"{key}" should be {wanted}{_optional(field)}, got {_shown(first["input"])}{_explained(field)}'
+    return f'"{key}" should be {wanted}{_optional(field)}, got {shown(first["input"])}{_explained(field)}'
 
 
 def _wanted(error: ErrorDetails, depth: int, root: type[BaseModel]) -> str:
@@ -253,12 +253,7 @@ def _kind(value: object) -> str:
             return "a section"
         case list():
             return "a list"
-    return _shown(value)
-
-
-def _shown(value: object) -> str:
-    text = repr(value) if isinstance(value, str) else str("null" if value is None else value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return shown(value)
 
 
 def _one_line(error: yaml.YAMLError) -> str:

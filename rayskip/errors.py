@@ -73,3 +73,9 @@ class RowError(RayskipError):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def shown(value: object) -> str:
+    """A value as messages have it: on one line, and not long."""
+    text = repr(value) if isinstance(value, str) else str("null" if value is None else value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -29,8 +29,8 @@ class Preview:
     """rows: rows looked at. prompts: the first ones as text. lengths: tokens of each good prompt.
 
     completion_tokens: the most that the good rows looked at may generate. bad: rows by error type, with one
-    message each in `examples`. committed: shards that earlier runs finished. refused: why a run would not start,
-    None if it would.
+    message each in `examples`. committed: shards that earlier runs of this job finished. refused: why a run
+    would not write into that folder, None if it would.
     """
 
     job: JobConfig
@@ -49,8 +49,8 @@ class Preview:
 def preview(job: JobConfig) -> Preview:
     """Validate a job against its input, model and output folder, and render a sample of its rows.
 
-    Raises UserError for what a run would be refused for, but for a folder of another job, which `refused` tells:
-    what is wrong with the rows shows first.
+    Raises UserError for what a run would be refused for; what the output folder is refused for is in `refused`, so
+    that what is wrong with the rows shows first.
     """
     plan = make_plan(job)
     committed, refused = _committed(job, plan)
@@ -78,13 +78,13 @@ def preview(job: JobConfig) -> Preview:
 
 
 def _committed(job: JobConfig, plan: Plan) -> tuple[int, OutputError | None]:
-    """Shards that are committed in the output folder, or why they are another job's."""
+    """Shards that are committed in the output folder, or why it is refused."""
     storage = open_storage(job.output.path)
     try:
         refuse_other(storage, plan.record)
+        return len(load_commits(storage, plan.record.fingerprint, plan.shards)), None
     except OutputError as error:
         return 0, error
-    return len(load_commits(storage, plan.record.fingerprint, plan.shards)), None
 
 
 def sample(shards: list[Shard], rows: int) -> list[Shard]:

@@ -85,14 +85,15 @@ def _facts(progress: Progress) -> dict[str, str]:
     rows = {"rows": f"{progress.rows:,}/{progress.rows_total:,}"}
     elapsed = {"elapsed": _clock(progress.elapsed_s)}
     replicas = {"replicas": f"{progress.replicas}/{progress.replicas_total}"}
-    if not progress.replicas and not progress.tokens:  # nothing has loaded yet
-        return rows | elapsed | replicas
+    troubles = {"retries": progress.retries, "errors": progress.rows_failed}
+    if not progress.replicas and not progress.tokens:  # nothing has loaded yet, or the last replica is gone
+        return rows | elapsed | replicas | {key: f"{count:,}" for key, count in troubles.items() if count}
     speed = {
         "tokens": f"{progress.tokens:,}",
         "tok/s": f"{progress.tok_s_now:,.0f} now {progress.tok_s:,.0f} overall",
     }
-    rest = {"retries": f"{progress.retries:,}", "errors": f"{progress.rows_failed:,}"}
-    return rows | speed | elapsed | {"ETA": _clock(progress.eta_s)} | replicas | rest
+    counts = {key: f"{count:,}" for key, count in troubles.items()}
+    return rows | speed | elapsed | {"ETA": _clock(progress.eta_s)} | replicas | counts
 
 
 def _clock(seconds: float | None) -> str:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -185,11 +186,13 @@ def test_plain_lines_are_few_when_not_on_a_terminal() -> None:
     shown = io.StringIO()
     with live_view("bench", Console(file=shown)) as on_progress:
         on_progress(progress("loading", 0, tokens=0, replicas=0))
+        on_progress(replace(progress("starting", 0, tokens=0, replicas=0), retries=0, rows_failed=0))
         for rows in range(100):
             on_progress(progress("generating", rows))
         on_progress(progress("finished", 200))
     assert shown.getvalue().splitlines() == [
-        "bench: loading: rows 0/200, elapsed 0:01:01, replicas 0/2",
+        "bench: loading: rows 0/200, elapsed 0:01:01, replicas 0/2, retries 3, errors 4",
+        "bench: starting: rows 0/200, elapsed 0:01:01, replicas 0/2",
         "bench: generating: rows 0/200, tokens 5,000, tok/s 400 now 350 overall, elapsed 0:01:01, ETA -, "
         "replicas 1/2, retries 3, errors 4",
         "bench: finished: rows 200/200, tokens 5,000, tok/s 400 now 350 overall, elapsed 0:01:01, ETA -, "

@@ -86,7 +86,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(config: Path) -> None:
         ("cluster.replicas=[1, x]", "\"cluster.replicas\" should be an integer or a list, got [1, 'x']"),
         (
             "cluster.replicas=[3, 2]",
-            '"cluster.replicas": must be at least 1 and [min, max] in order, got (3, 2)',
+            '"cluster.replicas": must be at least 1 and [min, max] in order, got [3, 2]',
         ),
         ("cluster.replicas=0", '"cluster.replicas": must be at least 1 and [min, max] in order, got 0'),
         ("sampling.stop=[a, 3]", '"sampling.stop.1" should be text, got 3'),

@@ -144,8 +144,8 @@ def test_the_keys_that_differ_are_named_with_both_values(storage: LocalStorage) 
         open_job(storage, configured("f2", here), fresh=False)
     differ = str(refused.value).split("different: ")[1].split(". Choose")[0]
     assert differ == (
-        "decode.skip.kind (none there, unified here), decode.skip.speedup (None there, 2 here), "
-        "engine.max_model_len (None there, 64 here), input files, model, "
+        "decode.skip.kind ('none' there, 'unified' here), decode.skip.speedup (null there, 2 here), "
+        "engine.max_model_len (null there, 64 here), input files, model, "
         "output.shard_rows (8 there, 9 here), sampling.n (1 there, 2 here)"
     )
 

@@ -55,7 +55,9 @@ def test_bench_times_every_mode_at_every_batch_size(tmp_path: Path) -> None:
             "output": str(tmp_path / "out"),
         }
     )
-    timings = run_bench(config)
+    said: list[str] = []
+    timings = run_bench(config, said.append)
+    assert [line for line in said if line.startswith("loading")] == [f"loading {config.model.path}"]
     assert [(t.mode, t.batch_rows, t.rows) for t in timings] == [
         (mode, batch, rows) for batch, rows in ((1, 2), (4, 4)) for mode in ("full", "skip", "lookup")
     ]

@@ -8,11 +8,14 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 import ray
 import yaml
@@ -131,7 +134,7 @@ def test_growth_is_measured_on_a_random_model_of_any_size(tmp_path: Path) -> Non
 
 
 def test_a_job_and_the_bare_engine_take_turns(tmp_path: Path) -> None:
-    """The script itself refuses to compare a job and an engine that do not generate the same."""
+    """The script itself refuses to compare what has other sizes or generated another number of tokens."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"Row number {row}:"}) + "\n" for row in range(24)))
     config = tmp_path / "job.yaml"
@@ -139,7 +142,7 @@ def test_a_job_and_the_bare_engine_take_turns(tmp_path: Path) -> None:
         "name": "turns",
         "model": {"path": str(tmp_path / "model")},
         "input": {"path": str(rows), "max_rows": 20},
-        "sampling": {"max_tokens": 40, "temperature": 0},
+        "sampling": {"max_tokens": 200, "temperature": 0},
         "cluster": {"replicas": 1, "cpus_per_replica": 1},
         "output": {"path": str(tmp_path / "never"), "shard_rows": 5},
     }
@@ -148,9 +151,27 @@ def test_a_job_and_the_bare_engine_take_turns(tmp_path: Path) -> None:
         [sys.executable, "infra/random_llama.py", str(tmp_path / "model"), *sizes], cwd=ROOT, check=True
     )
     config.write_text(json.dumps(job))  # JSON is YAML
-    command = [sys.executable, "infra/measure_job.py", str(config), "--rounds", "1", "--turn", "0.05"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["rows"] == 20
-    assert all(rate > 0 for rates in found["rounds"] for rate in rates)
+    command = [sys.executable, "infra/measure_job.py", str(config), "--rounds", "1", "--turn", "0.2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    stopped: set[int] = set()
+    while process.poll() is None:
+        stopped |= stopped_sides(process.pid)
+        time.sleep(0.01)
+    assert process.stdout is not None
+    assert process.returncode == 0
+    (found,) = json.loads(process.stdout.read().splitlines()[-1])
+    assert len(stopped) == 2
+    assert found["turns"] > 1
+    assert found["ratio"] == found["job"] / found["engine"] > 0
     assert not (tmp_path / "never").exists()
+
+
+def stopped_sides(pid: int) -> set[int]:
+    """Processes that were spawned to be measured and are stopped with all that they started."""
+    found = set()
+    with suppress(psutil.NoSuchProcess, IndexError):
+        for side in psutil.Process(pid).children():
+            tree = [side, *side.children(recursive=True)]
+            if "spawn_main" in str(side.cmdline()) and all(one.status() == "stopped" for one in tree):
+                found.add(side.pid)
+    return found

@@ -73,6 +73,8 @@ def test_user_errors_name_the_place(tmp_path: Path, bucket: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"file: is a file, not an output folder"):
         open_storage(str(tmp_path / "file")).create("job.json", b"")
+    with pytest.raises(OutputError, match="File name too long"):
+        open_storage(str(tmp_path / ("x" * 300))).get("job.json")
     with pytest.raises(OutputError, match="no-such-bucket"):
         open_storage("s3://no-such-bucket/out").create("job.json", b"")
 

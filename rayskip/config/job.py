@@ -117,9 +117,10 @@ class ClusterConfig(Section):
     @field_validator("replicas")
     @classmethod
     def _ordered(cls, replicas: int | tuple[int, int]) -> int | tuple[int, int]:
-        low, high = replicas if isinstance(replicas, tuple) else (replicas, replicas)
+        low, high = _range(replicas)
         if not 1 <= low <= high:
-            raise ValueError(f"must be at least 1 and [min, max] in order, got {replicas}")
+            given = list(replicas) if isinstance(replicas, tuple) else replicas
+            raise ValueError(f"must be at least 1 and [min, max] in order, got {given}")
         return replicas
 
     def with_cpus(self, cores: int) -> ClusterConfig:
@@ -132,7 +133,11 @@ class ClusterConfig(Section):
     @property
     def replica_range(self) -> tuple[int, int]:
         """(min, max) replicas."""
-        return self.replicas if isinstance(self.replicas, tuple) else (self.replicas, self.replicas)
+        return _range(self.replicas)
+
+
+def _range(replicas: int | tuple[int, int]) -> tuple[int, int]:
+    return replicas if isinstance(replicas, tuple) else (replicas, replicas)
 
 
 class RetryConfig(Section):

@@ -128,7 +128,7 @@ class LocalStorage:
         return published
 
     def _refused(self, key: str, error: OSError) -> OutputError:
-        files = (folder for folder in (self._root, *self._root.parents) if folder.is_file())
+        files = (folder for folder in (self._root, *self._root.parents) if os.path.isfile(folder))
         if file := next(files, None):
             return OutputError(f"{file}: is a file, not an output folder")
         return OutputError(f"{self._root / key}: {error.strerror or error}")

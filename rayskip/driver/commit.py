@@ -36,7 +36,7 @@ from rayskip.driver.records import (
     epoch_key,
     to_commit,
 )
-from rayskip.errors import OutputError
+from rayskip.errors import OutputError, shown
 
 D = TypeVar("D", bound=Document)
 
@@ -141,7 +141,10 @@ def _difference(part: str, there: dict[str, Any], here: dict[str, Any]) -> str:
     """The keys of a part that differ, with both values; the part itself where the configs do not tell."""
     old, new = _values(part, there), _values(part, here)
     differ = [key for key in old | new if old.get(key) != new.get(key) and key not in _NOT_COMPARED]
-    return ", ".join(f"{key} ({old.get(key)} there, {new.get(key)} here)" for key in differ) or part
+    return (
+        ", ".join(f"{key} ({shown(old.get(key))} there, {shown(new.get(key))} here)" for key in differ)
+        or part
+    )
 
 
 def _values(part: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -77,13 +77,11 @@ class _Rounds:
     load_s: dict[str, float] = field(default_factory=dict)
 
 
-_Say = Callable[[str], None]
-"""Is told how far it is, a line at a time."""
 _Starts = dict[str, Callable[[], EngineRun | PeerRun]]
 """By name, what begins the run of a mode or peer."""
 
 
-def run_bench(config: BenchConfig, say: _Say = lambda line: None) -> list[Timing]:
+def run_bench(config: BenchConfig, say: Callable[[str], None] = lambda line: None) -> list[Timing]:
     """Time every mode and peer at every batch size; writes bench.json and bench.png. `say` is told what loads and
     each run's tok/s. Raises ConfigError when a peer cannot run."""
     output = Path(config.output)
@@ -119,7 +117,7 @@ def _run_rounds(
     prompts: Sequence[Prompt],
     max_model_len: int,
     loaded: dict[ModelConfig, Engine],
-    say: _Say,
+    say: Callable[[str], None],
 ) -> _Rounds:
     """Modes and peers in turns. A peer loads once, before the first round, and ends after the last one."""
     rounds = _Rounds({mode.name: [] for mode in config.modes})
@@ -164,7 +162,7 @@ def _start(
     mode: BenchMode,
     places: int,
     loaded: dict[ModelConfig, Engine],
-    say: _Say,
+    say: Callable[[str], None],
     prompts: Sequence[Prompt],
 ) -> EngineRun:
     """By a new engine each time: drafters learn from what they have seen."""
@@ -194,7 +192,7 @@ def _engine(
     mode: BenchMode,
     batch_rows: int | None,
     loaded: dict[ModelConfig, Engine],
-    say: _Say,
+    say: Callable[[str], None],
 ) -> Engine:
     """An engine of its own for the mode, over weights that modes of one model share."""
     model = mode.model or config.model
