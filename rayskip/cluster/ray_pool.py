@@ -166,7 +166,7 @@ def _connect(cluster: ClusterConfig) -> tuple[bool, ClusterConfig]:
         raise ConfigError(
             f"cluster.gpus_per_replica: {cluster.replica_range[0]} replicas with "
             f"{cluster.gpus_per_replica:g} GPUs each do not fit on this machine, which has {gpus:g}; "
-            f"set cluster.address for a larger one"
+            f"0 runs on its CPU, cluster.address names a larger cluster"
         )
     return True, cluster
 
