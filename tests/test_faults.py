@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -31,6 +32,8 @@ SUBJECTS = (
     "rain in June",
     "a lost dog",
 )
+T = TypeVar("T")
+
 ROWS, SHARD_ROWS = 60, 5
 COMMAND = "from rayskip.cli import main; main()"
 
@@ -105,16 +108,14 @@ def wait_for_work(process: subprocess.Popen[str], count: int) -> psutil.Process:
 
     Ray's title of one that also answers a question is another: it is passed over then, never taken wrongly.
     """
-    deadline = time.monotonic() + 120
     seen: set[psutil.Process] = set()
-    while True:
+
+    def at_work() -> psutil.Process | None:
         running = [child for child in descendants(process.pid) if title(child) == "ray::Replica.run"]
         seen.update(running)
-        if running and len(seen) >= count:
-            return running[0]
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+        return running[0] if running and len(seen) >= count else None
+
+    return wait_until(process, at_work)
 
 
 def finish(config: Path) -> None:
@@ -125,11 +126,17 @@ def finish(config: Path) -> None:
 
 
 def wait_for_commits(process: subprocess.Popen[str], out: Path, count: int = 1) -> None:
+    wait_until(process, lambda: len(list(out.glob("_commits/*.json"))) >= count)
+
+
+def wait_until(process: subprocess.Popen[str], found: Callable[[], T | None]) -> T:
+    """What `found` returns once that is true, while the process lives."""
     deadline = time.monotonic() + 120
-    while len(list(out.glob("_commits/*.json"))) < count:
+    while not (value := found()):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    return value
 
 
 def hashes(out: str) -> list[str]:
@@ -164,11 +171,7 @@ def test_a_killed_replica_is_replaced(data: Path, undisturbed: list[str], tmp_pa
         killed = wait_for_work(process, 2)  # one that still loads would take no shard with it
         before = replicas_of(process)
         killed.kill()
-        deadline = time.monotonic() + 60
-        while replicas_of(process) <= before:
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(process, lambda: replicas_of(process) - before)
         output, _ = process.communicate(timeout=200)
         assert process.returncode == 0, output
     assert hashes(str(out)) == undisturbed
