@@ -96,40 +96,50 @@ INLINE int64_t heads_of(const Shape *shape) {
     return (shared + parts - 1) / parts;
 }
 
-/* How many tokens from `token` on attend as one: those of its slot, in groups of like size, enough for all workers. */
-INLINE int64_t group_of(const Shape *shape, const Step *step, int64_t token, int64_t tokens, int64_t workers) {
+/* Tokens from `first` on that see one slot's keys and share their reading: `size` at a time attend as one. */
+typedef struct {
+    int64_t first, last, size;
+} Run;
+
+/* Tokens that see all keys before them, in groups of like size, enough for all workers; another is alone. */
+INLINE Run run_of(const Shape *shape, const Step *step, int64_t first, int64_t tokens, int64_t workers) {
     const int64_t most = BLOCK / heads_of(shape);
-    int64_t run = 1;
-    if (shape->window && step->positions[token] >= shape->window)
-        return 1;
-    while (run < 4 * most && token + run < tokens && step->slots[token + run] == step->slots[token] &&
-           !(shape->window && step->positions[token + run] >= shape->window))
-        run++;
-    int64_t groups = (run + most - 1) / most;
+    int64_t count = 1;
+    if (shape->window && step->positions[first] >= shape->window)
+        return (Run){first, first + 1, 1};
+    while (count < 4 * most && first + count < tokens && step->slots[first + count] == step->slots[first] &&
+           !(shape->window && step->positions[first + count] >= shape->window))
+        count++;
+    int64_t groups = (count + most - 1) / most;
     if (groups < workers)
-        groups = workers < run ? workers : run;
-    return (run + groups - 1) / groups;
+        groups = workers < count ? workers : count;
+    return (Run){first, first + count, (count + groups - 1) / groups};
 }
 
 /* Causal attention of tokens over their own slots' keys up to their own positions: q [N, H, D] with `stride` elements
  * between tokens -> to [N, H * D]. D: a multiple of LANES, T of COLUMNS. late: tokens' own keys and values are stored here.
- * Groups (see group_of) and key-value heads are numbered; of all, those numbered `item`, `item + every`, and so on. */
+ * A run's items are its groups for every key-value head in turn. Of these a worker, number `item` of `every`, has neighbours,
+ * since it then reads few heads' keys; the first worker is another one in every run. */
 static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const Stored *stored,
                          const bool late, Room room, Outputs to, int64_t tokens, int64_t item, int64_t every) {
     const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
-    int64_t number = 0;
-    for (int64_t token = 0, size; token < tokens; token += size) {
-        Path paths[BLOCK];
-        size = group_of(shape, step, token, tokens, every);
-        for (int64_t i = 0; i < size; i++)
-            paths[i] = path_of(step, token + i);
-        for (int64_t kv_head = 0; kv_head < shape->kv_heads; kv_head++) {
-            if (number++ % every != item)
+    int64_t shift = 0;
+    for (Run run = {0, 0, 0}; run.last < tokens; shift++) {
+        run = run_of(shape, step, run.last, tokens, every);
+        const int64_t groups = (run.last - run.first + run.size - 1) / run.size, items = groups * shape->kv_heads;
+        for (int64_t at = 0; at < items; at++) {
+            if ((shift + at * every / items) % every != item)
                 continue;
-            for (int64_t i = token; late && i < token + size; i++)
-                store_head(shape, step, stored, i, kv_head);
-            const int64_t place = place_of_head(shape, step, token, kv_head), ahead = kv_head + every;
-            const int64_t later = ahead < shape->kv_heads || token + size == tokens ? token : token + size;
+            const int64_t kv_head = at / groups, token = run.first + at % groups * run.size;
+            const int64_t size = token + run.size < run.last ? run.size : run.last - token;
+            Path paths[BLOCK];
+            for (int64_t i = 0; i < size; i++) {
+                paths[i] = path_of(step, token + i);
+                if (late)
+                    store_head(shape, step, stored, token + i, kv_head);
+            }
+            const int64_t place = place_of_head(shape, step, token, kv_head), ahead = (at + 1) / groups;
+            const int64_t later = ahead < shape->kv_heads || run.last == tokens ? token : run.last;
             const element *soon = stored->keys + place_of_head(shape, step, later, ahead % shape->kv_heads);
             for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
                 count = last - head < heads_of(shape) ? last - head : heads_of(shape);
