@@ -221,8 +221,9 @@ class AutoDrafter(Drafter):
         seconds = time.perf_counter() - began
         drafted = sum(len(row.draft) for row in left) - before
         missed -= sum(max(row.missed, 0) for row in left)
-        # verification begins later; and what a row has missed is paid once, not every round
-        spared = self._kangaroo.share * (self._costs(base + drafted) + missed * self._costs.each)
+        # verification may begin later; and what a row has missed is paid once, not every round
+        later = 0.0 if states is None else self._costs(base + drafted)
+        spared = self._kangaroo.share * (later + missed * self._costs.each)
         if took_part := sum(row.draft_cached == row.length for row in left):
             self._round.count(took_part, drafted, max(seconds - spared, 0.0))
         return states

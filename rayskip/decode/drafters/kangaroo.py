@@ -1,14 +1,16 @@
 """Kangaroo (arXiv 2404.18911): the model's own first layers and an adapter draft, token by token, all rows at once.
 
 A row stops drafting when it is unsure (early exit of the draft) or has gamma tokens, and leaves the draft batch.
-What the first layers computed is kept, so that verification begins at the exit layer. Beside the likeliest token,
-which the draft goes on from, the next likeliest can be proposed as leaves (section 4.3: token tree).
+What the first layers computed is kept, so that verification begins at the exit layer. With `branches` the draft is a
+tree (section 4.3): at each place several tokens are proposed, and it goes on from the likeliest of them all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from heapq import nlargest
+from operator import itemgetter
 
 import torch
 
@@ -25,9 +27,15 @@ from rayskip.skip import FOREVER, SkipPolicy, full_depth
 
 KANGAROO = "kangaroo"
 """What its drafts are counted as."""
-LEAST_OTHER = 0.05
-"""Chance, of a token beside the likeliest one and all before it, below which it is not worth its verification. On
-two cores a token more is some 3% of a round; 0.05 against none drafts half as much and accepts 5% less."""
+LEAST_OTHER = 0.03
+"""Chance, of a token beside the likeliest ones and all before it, below which it is not worth its verification: on two
+cores a token more is 1 to 3% of a round (BENCHMARKS.md, Drafting)."""
+AT_ONCE = 16
+"""Tokens that pass a layer in hardly more time than one. Where a step has no more, the tokens that its drafts end with
+first run when they are verified, with all others from the first layer on: else they take a pass of their own."""
+
+_Node = tuple[int, float]
+"""Of a draft, and the chance that it and all before it hold."""
 
 
 class KangarooDrafter(Drafter):
@@ -41,11 +49,14 @@ class KangarooDrafter(Drafter):
         self._kangaroo = kangaroo
         self._decoder = decoder
         self._full = full_depth(len(decoder.layers))
+        self._places: Mapping[tuple[Sequence, int], int] = {}
 
-    def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache, least: float = 0.0) -> States:
-        """All tokens of the step run the first layers here and enter the adapter's cache; also drafts that rows of
-        the step already have from elsewhere, and what rows have missed in the adapter's cache, up to MISSED tokens;
-        a row that has missed more drafts in a later step.
+    def draft(
+        self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache, least: float = 0.0
+    ) -> States | None:
+        """All tokens of the step run the first layers here and enter the adapter's cache, but for the last few, see
+        AT_ONCE; also drafts that rows of the step already have from elsewhere, and what rows have missed in the
+        adapter's cache, up to MISSED tokens; a row that has missed more drafts in a later step.
 
         least: chance, of a token and all before it, below which it is not proposed.
         """
@@ -57,7 +68,7 @@ class KangarooDrafter(Drafter):
         for chunk in (*missed, *chunks):
             if chunk.start <= chunk.sequence.draft_cached:
                 chunk.sequence.draft_cached = chunk.stop
-        going = {row: (NEWEST, 1.0) for row in rows if row.draft_room > 0 and row.draft_cached == row.length}
+        going = {row: [(NEWEST, 1.0)] for row in rows if row.draft_room > 0 and row.draft_cached == row.length}
         ran = _Ran(self._kangaroo, self._decoder, self._full, cache, self._branches)
         ran.run(
             [*missed, *with_drafts(chunks)],
@@ -65,42 +76,50 @@ class KangarooDrafter(Drafter):
         )
         while going:
             going = self._go_on(going, ran, least)
-        return States(self._kangaroo.exit_layer, ran.x, ran.places)
+        self._places = ran.places
+        return States(self._kangaroo.exit_layer, ran.x, ran.places) if ran.all else None
 
     def observe(self, verdicts: Mapping[Sequence, Verdict], hidden: torch.Tensor) -> None:
-        """The adapter's cache holds the drafts that were accepted, if it held what was before them."""
+        """The adapter's cache holds the drafts that ran and were accepted, if it held what was before them."""
         for row, verdict in verdicts.items():
             if verdict.accepted and row.draft_cached == row.length:
-                row.draft_cached += verdict.accepted
+                row.draft_cached += sum((row, row.length + node) in self._places for node in verdict.path)
 
     def _go_on(
-        self, going: Mapping[Sequence, tuple[int, float]], ran: _Ran, least: float
-    ) -> dict[Sequence, tuple[int, float]]:
-        """Propose what follows each row's node, which has so much chance; the nodes to go on from.
+        self, going: Mapping[Sequence, Seq[_Node]], ran: _Ran, least: float
+    ) -> dict[Sequence, list[_Node]]:
+        """Propose what follows each row's nodes, likeliest first; the nodes to go on from, as many as `branches`.
 
-        A row that is unsure of its token still has it verified, but goes on no more.
+        A row that is unsure of these together still has them verified, but goes on no more.
         """
         chunks, further = [], {}
-        for row, (node, chance) in going.items():
-            for rank, (token, confidence) in enumerate(ran.next[row, row.length + node]):
-                known, place = row.draft.child(node, token), row.length + len(row.draft)
-                needed = max(least, LEAST_OTHER) if rank else least
-                if known is None and (chance * confidence < needed or not row.draft_places):
-                    continue
-                child = row.draft.add(node, token, KANGAROO)
-                if known is None:
-                    chunks.append(Chunk(row, place, place + 1))
-                full = row.draft.depths[child] >= min(self._gamma, row.draft_room)
-                if rank == 0 and not full and confidence >= self._eta:
-                    further[row] = child, chance * confidence
-        if chunks:
-            ran.run(chunks, [(row, row.length + node) for row, (node, _) in further.items()])
+        for row, nodes in going.items():
+            found = []
+            for beside, (node, chance) in enumerate(nodes):
+                for rank, (token, confidence) in enumerate(ran.next[row, row.length + node]):
+                    known, place = row.draft.child(node, token), row.length + len(row.draft)
+                    needed = max(least, LEAST_OTHER) if beside or rank else least
+                    if known is None and (chance * confidence < needed or not row.draft_places):
+                        continue
+                    child = row.draft.add(node, token, KANGAROO)
+                    if known is None:
+                        chunks.append(Chunk(row, place, place + 1))
+                    if row.draft.depths[child] < min(self._gamma, row.draft_room):
+                        found.append((child, chance * confidence))
+            likeliest = nlargest(self._branches, found, key=itemgetter(1))
+            before, after = (sum(chance for _, chance in some) for some in (nodes, likeliest))
+            if likeliest and after >= self._eta * before:
+                further[row] = likeliest
+        if chunks and (further or len(ran.places) + len(chunks) > AT_ONCE):
+            ran.run(chunks, [(row, row.length + node) for row, nodes in further.items() for node, _ in nodes])
+        else:
+            ran.all = not chunks
         return further
 
 
 class _Ran:
     """Tokens of a step that have run the first layers: x [M, d], and where in it each (row, place) is. next: of
-    some of them the likeliest tokens that follow, and their probabilities."""
+    some of them the likeliest tokens that follow, and their probabilities. all: whether none is left to run."""
 
     def __init__(
         self, kangaroo: Kangaroo, decoder: Decoder, policy: SkipPolicy, cache: KVCache, count: int
@@ -109,6 +128,7 @@ class _Ran:
         self.places: dict[tuple[Sequence, int], int] = {}
         self.next: dict[tuple[Sequence, int], list[tuple[int, float]]] = {}
         self.x = decoder.weights.embed.new_empty(0, decoder.spec.hidden)
+        self.all = True
         self._kangaroo, self._device, self._policy, self._cache = kangaroo, decoder.device, policy, cache
         self._count = count
 

@@ -8,7 +8,7 @@
 
 /* Rows up to which this takes less time than all outputs, which tiles compute for many rows at once. */
 #ifdef TILES
-#define SCREENED 16
+#define SCREENED 24
 #else
 #define SCREENED INT64_MAX
 #endif
