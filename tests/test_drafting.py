@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from copy import copy
 from dataclasses import replace
@@ -24,11 +24,13 @@ from rayskip.decode.draft import NEWEST, Draft
 from rayskip.decode.drafters import check_files, kangaroo
 from rayskip.decode.drafters.auto import AutoDrafter, Rounds
 from rayskip.decode.drafters.costs import StepCosts
+from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.drafters.lookup import Copy, Index
 from rayskip.decode.drafters.none import NoDrafter
 from rayskip.decode.drafters.retrieval import Store
 from rayskip.decode.drafters.trial import Trials
 from rayskip.decode.sequence import Sequence
+from rayskip.decode.verify import Verdict
 from rayskip.driver.plan import make_plan
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, ModelError
@@ -275,6 +277,63 @@ def test_branches_hold_where_the_chain_does_not(folder: Path, kind: str) -> None
         engine.generate(_prompts(), params)
         gained.append(engine.take_stats().mean_accepted or 0.0)
     assert gained[1] > gained[0] + 0.05
+
+
+def test_a_tree_is_drafted_on_from_several_nodes(folder: Path) -> None:
+    """And of those that are not the first after their parent some hold, with what follows."""
+    engine = _engine(folder, _draft("kangaroo tree of 3", folder), rows=1)
+    (drafter,) = (lane._drafter for lane in engine._lanes)
+    observe, most, held = drafter.observe, 0, 0
+
+    def look(verdicts: Mapping[Sequence, Verdict], hidden: torch.Tensor) -> None:
+        nonlocal most, held
+        for row, verdict in verdicts.items():
+            parents, depths = row.draft.parents, row.draft.depths
+            going_on = Counter(depths[node] for node in set(parents) - {NEWEST})
+            most = max(most, *going_on.values(), 0)
+            others = [node for node in verdict.path[:-1] if node != parents.index(parents[node])]
+            held += len(others)
+        observe(verdicts, hidden)
+
+    drafter.observe = look  # type: ignore[method-assign]
+    engine.generate(_prompts(), SamplingParams(max_tokens=60, ignore_eos=True))
+    assert most > 1
+    assert held > 0
+
+
+@pytest.mark.parametrize("kind", ["kangaroo", "kangaroo tree of 3"])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_drafts_are_the_same_whether_their_ends_run_first_or_when_verified(
+    folder: Path, kind: str, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a draft ends with enters the adapter's cache later then, and is as if it had always been there."""
+    found, states = [], []
+    for most in (0, 10_000):
+        monkeypatch.setattr(kangaroo, "AT_ONCE", most)
+        engine = _engine(folder, _draft(kind, folder), rows=rows)
+        (drafter,) = (lane._drafter for lane in engine._lanes)
+        returned = _noting(drafter)
+        outcomes = _outcomes(engine.generate(_prompts(), SamplingParams(max_tokens=40, ignore_eos=True)))
+        stats = engine.take_stats()
+        found.append((outcomes, stats.drafted, stats.accepted_lengths))
+        states.append([one is not None for one in returned])
+    assert found[0] == found[1]
+    assert found[0][1] > 0
+    assert all(states[0])
+    assert not all(states[1])
+
+
+def _noting(drafter: Drafter) -> list[States | None]:
+    """What its `draft` will return."""
+    draft = drafter.draft
+    returned: list[States | None] = []
+
+    def noting(*args: Any) -> States | None:
+        returned.append(draft(*args))
+        return returned[-1]
+
+    drafter.draft = noting  # type: ignore[method-assign]
+    return returned
 
 
 class _Foresight(NoDrafter):

@@ -463,8 +463,8 @@ def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
     """With biases (Qwen 2), norms per head (Qwen 3; those are torch's when apart), tokens that skip layers, on
     several threads, and wherever in the batch the tokens stand that another one sees."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    sizes = {"vocab_size": 99, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
     AutoModelForCausalLM.from_config(config(**sizes, **heads), dtype=dtype).save_pretrained(tmp_path)
     decoder = Decoder(*load(tmp_path, dtype, CPU))
     if decoder.fused is None:

@@ -89,9 +89,16 @@ class KangarooDraft(Section):
         None, description="the adapter's folder; by default the one that ships for the model"
     )
     gamma: int = Field(6, ge=1, description="tokens drafted in a row, at most")
-    eta: float = Field(0.6, ge=0, le=1, description="a draft ends after a token less probable than this")
+    eta: float = Field(
+        0.6,
+        ge=0,
+        le=1,
+        description="a draft ends where the next tokens, together, are less probable than this",
+    )
     branches: int = Field(
-        1, ge=1, description="likeliest tokens verified at each place; the draft goes on from the first"
+        1,
+        ge=1,
+        description="likeliest tokens proposed after a token; the draft goes on from as many new ones",
     )
 
 
@@ -140,9 +147,9 @@ class AutoDraft(Section):
     tokens: int = Field(16, ge=1, description="tokens looked up at once, at most")
     copies: int = Field(3, ge=1, description="different continuations looked up, at most")
     gamma: int = Field(6, ge=1, description="tokens that Kangaroo drafts in a row, at most")
-    branches: int = Field(2, ge=1, description="likeliest tokens of Kangaroo at each place, at most")
+    branches: int = Field(2, ge=1, description="likeliest tokens of Kangaroo's after a token, at most")
     eta: float = Field(
-        0.4, ge=0, le=1, description="Kangaroo's draft ends after a token less probable than this"
+        0.4, ge=0, le=1, description="Kangaroo's draft ends where the next tokens are less probable than this"
     )
 
 

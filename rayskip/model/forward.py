@@ -175,8 +175,7 @@ class Decoder:
     def scores(self, x: Tensor, full: Seq[int]) -> Scores:
         """The highest logit of states [R, d] after the last layer, and all logits of the rows `full` at least."""
         others = len(x) - len(full)
-        # beside those that need all logits, only a few rows are worth a product of their own
-        if self._best is None or not others or (full and others > self._best.screened_rows):
+        if self._best is None or not others or (full and others > self._best.screened_beside):
             return Scores.of_all(self.logits(x))
         x = self._normed(x)
         if not full:

@@ -19,9 +19,9 @@ POSITIONS = (0, 5, 31, 32, 77, 130)
 """Positions whose logits are compared."""
 VARIANTS = ((1, 33, 0), (3, 1, 1), (3, LENGTH, LENGTH), (8, 7, 7), (4, 1, 60))
 """(rows, tokens of the row in one forward, tokens of each other row), each against one row, token by token."""
-ASKING = 12
-"""Times that states ask for their likeliest token where others run beside: of many rows the kernels find it another
-way."""
+ASKING = 36
+"""Times that states ask for their likeliest token where others run beside: of more rows than `screened_rows` the
+kernels find it another way."""
 
 
 def is_batch_invariant(decoder: Decoder) -> bool:

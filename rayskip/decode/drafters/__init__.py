@@ -25,7 +25,13 @@ from rayskip.decode.drafters.auto import AutoDrafter
 from rayskip.decode.drafters.costs import StepCosts, measure_costs
 from rayskip.decode.drafters.draft_model import DraftModelDrafter
 from rayskip.decode.drafters.drafter import Drafter
-from rayskip.decode.drafters.kangaroo import KANGAROO, KangarooDrafter, LayerSkipped, check_policy
+from rayskip.decode.drafters.kangaroo import (
+    KANGAROO,
+    KangarooDrafter,
+    LayerSkipped,
+    check_policy,
+    most_drafted,
+)
 from rayskip.decode.drafters.lookahead import LookaheadDrafter
 from rayskip.decode.drafters.lookup import LookupDrafter
 from rayskip.decode.drafters.medusa import MedusaDrafter
@@ -97,7 +103,7 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
 
             @cache
             def costs(threads: int, rows: int) -> StepCosts:
-                widest = 1 + config.tokens + config.gamma * config.branches
+                widest = 1 + config.tokens + most_drafted(config.gamma, config.branches)
                 return measure_costs(decoder, threads, rows, rows * widest)
 
             trials = Trials()

@@ -221,7 +221,7 @@ class AutoDrafter(Drafter):
         seconds = time.perf_counter() - began
         drafted = sum(len(row.draft) for row in left) - before
         missed -= sum(max(row.missed, 0) for row in left)
-        # verification may begin later; and what a row has missed is paid once, not every round
+        # verification may begin later; and what rows have missed of their prompts is paid once, not every round
         later = 0.0 if states is None else self._costs(base + drafted)
         spared = self._kangaroo.share * (later + missed * self._costs.each)
         if took_part := sum(row.draft_cached == row.length for row in left):

@@ -1,8 +1,9 @@
 """Kangaroo (arXiv 2404.18911): the model's own first layers and an adapter draft, token by token, all rows at once.
 
 A row stops drafting when it is unsure (early exit of the draft) or has gamma tokens, and leaves the draft batch.
-What the first layers computed is kept, so that verification begins at the exit layer. With `branches` the draft is a
-tree (section 4.3): at each place several tokens are proposed, and it goes on from the likeliest of them all.
+What the first layers computed is kept, so that verification begins at the exit layer, but for the smallest steps.
+With `branches` the draft is a tree (section 4.3): several tokens are proposed after each, and it goes on from as
+many of the new ones, the likeliest.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from rayskip.skip import FOREVER, SkipPolicy, full_depth
 KANGAROO = "kangaroo"
 """What its drafts are counted as."""
 LEAST_OTHER = 0.03
-"""Chance, of a token beside the likeliest ones and all before it, below which it is not worth its verification: on two
-cores a token more is 1 to 3% of a round (BENCHMARKS.md, Drafting)."""
+"""Chance, of a token beside the likeliest ones and all before it, below which it is not worth its verification: on
+two cores a token more is some 3% of a round."""
 AT_ONCE = 16
-"""Tokens that pass a layer in hardly more time than one. Where a step has no more, the tokens that its drafts end with
-first run when they are verified, with all others from the first layer on: else they take a pass of their own."""
+"""Tokens of a step on a CPU up to which those that drafts end with do not run the first layers by themselves, but
+in the verification, which then begins at the first layer for all: so few take little longer than the ends alone,
+and the adapter and a call are saved."""
 
 _Node = tuple[int, float]
 """Of a draft, and the chance that it and all before it hold."""
@@ -40,7 +42,8 @@ _Node = tuple[int, float]
 
 class KangarooDrafter(Drafter):
     def __init__(self, gamma: int, eta: float, branches: int, kangaroo: Kangaroo, decoder: Decoder) -> None:
-        """share: of the layers, those that verification is spared. agreement: of the adapter, see its label."""
+        """share: of the layers, those before the exit, which verification is spared where `draft` returns states.
+        agreement: of the adapter, see its label."""
         self.share = kangaroo.exit_layer / len(decoder.layers)
         self.agreement = kangaroo.agreement
         self._gamma = gamma
@@ -49,14 +52,16 @@ class KangarooDrafter(Drafter):
         self._kangaroo = kangaroo
         self._decoder = decoder
         self._full = full_depth(len(decoder.layers))
+        self._at_once = AT_ONCE if decoder.device.type == "cpu" else 0
         self._places: Mapping[tuple[Sequence, int], int] = {}
 
     def draft(
         self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache, least: float = 0.0
     ) -> States | None:
-        """All tokens of the step run the first layers here and enter the adapter's cache, but for the last few, see
-        AT_ONCE; also drafts that rows of the step already have from elsewhere, and what rows have missed in the
-        adapter's cache, up to MISSED tokens; a row that has missed more drafts in a later step.
+        """All tokens of the step run the first layers here and enter the adapter's cache; also drafts that rows of
+        the step already have from elsewhere, and what rows have missed in the adapter's cache, up to MISSED tokens;
+        a row that has missed more drafts in a later step. None: some did not run, see AT_ONCE, and are missed later
+        if they hold.
 
         least: chance, of a token and all before it, below which it is not proposed.
         """
@@ -68,7 +73,9 @@ class KangarooDrafter(Drafter):
         for chunk in (*missed, *chunks):
             if chunk.start <= chunk.sequence.draft_cached:
                 chunk.sequence.draft_cached = chunk.stop
-        going = {row: [(NEWEST, 1.0)] for row in rows if row.draft_room > 0 and row.draft_cached == row.length}
+        going = {
+            row: [(NEWEST, 1.0)] for row in rows if row.draft_room > 0 and row.draft_cached == row.length
+        }
         ran = _Ran(self._kangaroo, self._decoder, self._full, cache, self._branches)
         ran.run(
             [*missed, *with_drafts(chunks)],
@@ -84,6 +91,7 @@ class KangarooDrafter(Drafter):
         for row, verdict in verdicts.items():
             if verdict.accepted and row.draft_cached == row.length:
                 row.draft_cached += sum((row, row.length + node) in self._places for node in verdict.path)
+        self._places = {}
 
     def _go_on(
         self, going: Mapping[Sequence, Seq[_Node]], ran: _Ran, least: float
@@ -95,10 +103,10 @@ class KangarooDrafter(Drafter):
         chunks, further = [], {}
         for row, nodes in going.items():
             found = []
-            for beside, (node, chance) in enumerate(nodes):
+            for among, (node, chance) in enumerate(nodes):
                 for rank, (token, confidence) in enumerate(ran.next[row, row.length + node]):
                     known, place = row.draft.child(node, token), row.length + len(row.draft)
-                    needed = max(least, LEAST_OTHER) if beside or rank else least
+                    needed = max(least, LEAST_OTHER) if among or rank else least
                     if known is None and (chance * confidence < needed or not row.draft_places):
                         continue
                     child = row.draft.add(node, token, KANGAROO)
@@ -107,10 +115,10 @@ class KangarooDrafter(Drafter):
                     if row.draft.depths[child] < min(self._gamma, row.draft_room):
                         found.append((child, chance * confidence))
             likeliest = nlargest(self._branches, found, key=itemgetter(1))
-            before, after = (sum(chance for _, chance in some) for some in (nodes, likeliest))
-            if likeliest and after >= self._eta * before:
+            chance_before, chance_after = (sum(chance for _, chance in some) for some in (nodes, likeliest))
+            if likeliest and chance_after >= self._eta * chance_before:
                 further[row] = likeliest
-        if chunks and (further or len(ran.places) + len(chunks) > AT_ONCE):
+        if chunks and (further or len(ran.places) + len(chunks) > self._at_once):
             ran.run(chunks, [(row, row.length + node) for row, nodes in further.items() for node, _ in nodes])
         else:
             ran.all = not chunks
@@ -149,6 +157,11 @@ class _Ran:
         self.x = torch.cat([self.x, x]) if before else x
         for key, own, sure in zip(wanted, tokens, chances, strict=True):
             self.next[key] = list(zip(own, sure, strict=True))
+
+
+def most_drafted(gamma: int, branches: int) -> int:
+    """Tokens of a row's draft at most: `branches` after the newest one, and after each of as many so many again."""
+    return branches + (gamma - 1) * branches**2
 
 
 class LayerSkipped(ConfigError):

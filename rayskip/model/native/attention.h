@@ -116,19 +116,24 @@ INLINE Run run_of(const Shape *shape, const Step *step, int64_t first, int64_t t
     return (Run){first, first + count, (count + groups - 1) / groups};
 }
 
+/* Which of `every` workers has a run's item `at` of `items`: neighbours have one, and the first worker is another one in
+ * every run. */
+INLINE int64_t worker_of(int64_t run, int64_t at, int64_t items, int64_t every) {
+    return (run + at * every / items) % every;
+}
+
 /* Causal attention of tokens over their own slots' keys up to their own positions: q [N, H, D] with `stride` elements
  * between tokens -> to [N, H * D]. D: a multiple of LANES, T of COLUMNS. late: tokens' own keys and values are stored here.
- * A run's items are its groups for every key-value head in turn. Of these a worker, number `item` of `every`, has neighbours,
- * since it then reads few heads' keys; the first worker is another one in every run. */
+ * A run's items are its groups for every key-value head in turn; done are those of one worker of `every`. */
 static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const Stored *stored,
-                         const bool late, Room room, Outputs to, int64_t tokens, int64_t item, int64_t every) {
+                         const bool late, Room room, Outputs to, int64_t tokens, int64_t worker, int64_t every) {
     const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
-    int64_t shift = 0;
-    for (Run run = {0, 0, 0}; run.last < tokens; shift++) {
+    int64_t number = 0;
+    for (Run run = {0, 0, 0}; run.last < tokens; number++) {
         run = run_of(shape, step, run.last, tokens, every);
         const int64_t groups = (run.last - run.first + run.size - 1) / run.size, items = groups * shape->kv_heads;
         for (int64_t at = 0; at < items; at++) {
-            if ((shift + at * every / items) % every != item)
+            if (worker_of(number, at, items, every) != worker)
                 continue;
             const int64_t kv_head = at / groups, token = run.first + at % groups * run.size;
             const int64_t size = token + run.size < run.last ? run.size : run.last - token;
@@ -138,9 +143,14 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
                 if (late)
                     store_head(shape, step, stored, token + i, kv_head);
             }
-            const int64_t place = place_of_head(shape, step, token, kv_head), ahead = (at + 1) / groups;
-            const int64_t later = ahead < shape->kv_heads || run.last == tokens ? token : run.last;
-            const element *soon = stored->keys + place_of_head(shape, step, later, ahead % shape->kv_heads);
+            const int64_t place = place_of_head(shape, step, token, kv_head);
+            int64_t next = at + 1, later = token; /* the worker's next item: in this run, or in one that is like it */
+            if (next == items || worker_of(number, next, items, every) != worker) {
+                later = run.last == tokens ? token : run.last;
+                for (next = 0; next < items - 1 && worker_of(number + 1, next, items, every) != worker;)
+                    next++;
+            }
+            const element *soon = stored->keys + place_of_head(shape, step, later, next / groups);
             for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
                 count = last - head < heads_of(shape) ? last - head : heads_of(shape);
                 const Group group = {shape, q + token * stride + head * dim, stored->keys + place,

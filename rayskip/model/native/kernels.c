@@ -236,7 +236,7 @@ int rough_product(const Rough *rough, const element *x, element *out, int64_t ro
 }
 
 /* Rows up to which the next function takes less time than `best_outputs`. */
-int64_t screened_rows(void) { return SCREENED; }
+int64_t screened_rows(int beside) { return beside ? SCREENED_BESIDE : SCREENED; }
 
 /* `best_outputs` of the exact product, which has no bias; rough: of the same weights. */
 int screen(const Rough *rough, const Product *exact, const element *x, int64_t rows, int64_t threads, float *values,

@@ -92,8 +92,10 @@ class BestOutput:
 
     def __init__(self, product: NativeProduct, rough: RoughProduct) -> None:
         self._product, self._rough = product, rough
-        self.screened_rows: int = product.library.screened_rows()
+        self.screened_rows: int = product.library.screened_rows(False)
         """Of more, all outputs are computed."""
+        self.screened_beside: int = product.library.screened_rows(True)
+        """As many beside rows that need all outputs are worth a call of their own."""
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(highest outputs, the first place each stands at), both [N]; place -1: the row may have outputs that are

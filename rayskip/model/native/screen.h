@@ -6,11 +6,14 @@
 
 #include "rough.h"
 
-/* Rows up to which this takes less time than all outputs, which tiles compute for many rows at once. */
+/* SCREENED: rows up to which this takes less time than all outputs, which tiles compute for many rows at once;
+ * SCREENED_BESIDE: where there are rows that need all outputs anyway, which rows of a tile share. */
 #ifdef TILES
 #define SCREENED 24
+#define SCREENED_BESIDE 0
 #else
 #define SCREENED INT64_MAX
+#define SCREENED_BESIDE INT64_MAX
 #endif
 #define FLUSHED 1e-33f /* more than what the processor takes for zero in the sums of an output */
 
