@@ -149,7 +149,10 @@ class AutoDraft(Section):
     gamma: int = Field(6, ge=1, description="tokens that Kangaroo drafts in a row, at most")
     branches: int = Field(2, ge=1, description="likeliest tokens of Kangaroo's after a token, at most")
     eta: float = Field(
-        0.4, ge=0, le=1, description="Kangaroo's draft ends where the next tokens are less probable than this"
+        0.4,
+        ge=0,
+        le=1,
+        description="Kangaroo's draft ends where the next tokens, together, are less probable than this",
     )
 
 

@@ -156,7 +156,7 @@ def _adapter(config: KangarooDraft | AutoDraft, model: Path | None, policy: Skip
 def _check_branches(branches: int, tokens: int) -> None:
     if branches > tokens:
         raise ConfigError(
-            f"decode.draft.branches: {branches} is more than the {tokens} tokens that are scored"
+            f"decode.draft.branches: {branches} is more than the {tokens} tokens that a draft is chosen from"
         )
 
 
