@@ -16,15 +16,15 @@ FEW, EVIDENCE = 4, 256
 """Fewer rows than this need so many verifications of rows to tell what drafting gains: it comes in bursts, while a
 step without drafts gains a token a row, whatever comes. Once begun it goes on for them while it is no slower."""
 MANY = 32
-"""From so many rows on drafting is first tried when it would be tried again: it seldom pays there, and what rows
-have missed is much to catch up on."""
+"""From so many rows on drafting is first tried after SELDOM steps: it seldom pays there, and what rows have missed
+is much to catch up on."""
 SETTLE = 2
 """Steps of a lane after a change that tell nothing, since they catch up on what the other way left undone."""
 PROBE = 8
 """Steps of each lane that the slower way gets at a time, at least."""
 AGAIN, SELDOM = 256, 1024
 """Steps of each lane from one time to the next: twice as many each time that it was slower again, up to SELDOM.
-Longer where a probe of drafting is: that way may be the slower one."""
+Longer where a probe of drafting is, which may be the slower way, and with MANY rows."""
 PATIENCE = 4
 """Probes of drafting that would fit into the shortest pause."""
 
@@ -71,7 +71,7 @@ class Trial:
         self._ways = {True: Way(steps=PROBE if rows >= MANY else 0), False: Way()}
         self._faster: bool | None = None  # not known yet
         self._counted = 0.0
-        self._again = max(AGAIN, PATIENCE * self._probe[True])
+        self._again = SELDOM if rows >= MANY else max(AGAIN, PATIENCE * self._probe[True])
         self._pause, self._due = self._again, float(self._again)
         self._taken: dict[int, bool] = {}
         self._settling: dict[int, int] = {}
