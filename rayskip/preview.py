@@ -6,7 +6,7 @@ Does not know replicas or Ray. Looks at up to SAMPLE_ROWS rows, taken from shard
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rayskip.config import JobConfig
 from rayskip.data.prompts import PromptBuilder
@@ -14,7 +14,7 @@ from rayskip.data.records import Prompt, Shard
 from rayskip.data.sources import read_shard
 from rayskip.data.storage import open_storage
 from rayskip.data.tokenizer import load_tokenizer
-from rayskip.driver.commit import load_commits, refuse_other
+from rayskip.driver.commit import adopt, load_commits
 from rayskip.driver.plan import Plan, make_plan
 from rayskip.errors import OutputError, RowError
 from rayskip.model.checkpoint import read_spec, resolve
@@ -53,7 +53,8 @@ def preview(job: JobConfig) -> Preview:
     that what is wrong with the rows shows first.
     """
     plan = make_plan(job)
-    committed, refused = _committed(job, plan)
+    plan, committed, refused = _committed(job, plan)
+    job = job.dated(plan.record.date)
     folder = resolve(job.model.path, job.model.revision)
     tokenizer = load_tokenizer(folder)
     longest = read_spec(folder).max_positions
@@ -77,14 +78,14 @@ def preview(job: JobConfig) -> Preview:
     return seen
 
 
-def _committed(job: JobConfig, plan: Plan) -> tuple[int, OutputError | None]:
-    """Shards that are committed in the output folder, or why it is refused."""
+def _committed(job: JobConfig, plan: Plan) -> tuple[Plan, int, OutputError | None]:
+    """The plan as the output folder has it, and shards that are committed there or why it is refused."""
     storage = open_storage(job.output.path)
     try:
-        refuse_other(storage, plan.record)
-        return len(load_commits(storage, plan.record.fingerprint, plan.shards)), None
+        plan = replace(plan, record=adopt(storage, plan.record))
+        return plan, len(load_commits(storage, plan.record.fingerprint, plan.shards)), None
     except OutputError as error:
-        return 0, error
+        return plan, 0, error
 
 
 def sample(shards: list[Shard], rows: int) -> list[Shard]:
@@ -101,6 +102,8 @@ def format_preview(seen: Preview) -> str:
         f"{record.name}: {record.rows:,} rows in {record.shards:,} shards, {seen.committed:,} committed",
         f"model {seen.job.model.path}, context {seen.max_model_len:,} tokens",
     ]
+    if record.date:
+        parts.append(f"the chat template tells the date: {record.date}")
     parts += [f"\nprompt {number}:\n{text}" for number, text in enumerate(seen.prompts, 1)]
     parts.append(f"\nprompt tokens, {seen.rows:,} of {record.rows:,} rows looked at:")
     parts += histogram(seen.lengths)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
 import json
 import threading
 from pathlib import Path
@@ -72,6 +74,24 @@ def test_chat_equals_the_tokenizers_own_template(tokenizer: PreTrainedTokenizerB
     assert tokens(builder(tokenizer, messages="m"), {"m": user("hi")}) == ids
     assert tokens(builder(tokenizer, prompt="q", chat=True), {"q": "hi"}) == ids
     assert tokens(builder(tokenizer, template="h{{ q }}", chat=True), {"q": "i"}) == ids
+
+
+@pytest.mark.parametrize(
+    "format",
+    ["%d %b %Y", "%-d.%-m.%y", "%A, %B %d", "%%d %%%d %Y-%m-%dT%H:%M:%S 100%", "%j of %c", "no code"],
+)
+def test_a_chat_template_tells_the_date_it_is_given(tokenizer: PreTrainedTokenizerBase, format: str) -> None:
+    """Also inside a macro, and with the spaces at its beginning that it had without."""
+    dated, plain = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    frame = "\n  {% if true %} x{% endif %}\n%s{{ messages[0].content }}"
+    today = "{% macro today() %}{{ strftime_now('FORMAT') }}{% endmacro %}{{ today() }}".replace(
+        "FORMAT", format
+    )
+    day = datetime.date(2020, 2, 3)
+    dated.chat_template = frame.replace("%s", today)
+    plain.chat_template = frame.replace("%s", "{{ '" + day.strftime(format) + "' }}")
+    expected = tokens(builder(plain, messages="m"), {"m": user("hi")})
+    assert tokens(builder(dated, messages="m", date=day), {"m": user("hi")}) == expected
 
 
 def test_null_fields_and_text_parts_of_messages_are_read(tokenizer: PreTrainedTokenizerBase) -> None:

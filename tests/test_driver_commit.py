@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayskip.config import JobConfig
 from rayskip.data.records import Shard, ShardResult
 from rayskip.data.storage import LocalStorage
 from rayskip.driver.commit import commit, finish, load_commits, open_job
@@ -22,8 +23,17 @@ from rayskip.stats import Stats
 SHARDS = [Shard(i, "/in/a.jsonl", "a.jsonl", i * 10, i * 10 + 10) for i in range(4)]
 
 
-def job(fingerprint: str = "f1", **parts: str) -> JobRecord:
-    return JobRecord(name="j", fingerprint=fingerprint, parts=parts, shards=4, rows=40, config={})
+def job(fingerprint: str = "f1", parts: dict[str, str] | None = None, **sections: Any) -> JobRecord:
+    given = {
+        "name": "j",
+        "model": {"path": "m"},
+        "input": {"path": "a"},
+        "output": {"path": "out"},
+        **sections,
+    }
+    config = JobConfig.model_validate(given).model_dump(mode="json")
+    parts = parts or {"input files": "i", "model": "m"}
+    return JobRecord(name="j", fingerprint=fingerprint, parts=parts, shards=4, rows=40, config=config)
 
 
 def attempt(storage: LocalStorage, shard: int, by: str = "0") -> ShardResult:
@@ -39,7 +49,8 @@ def record(shard: int, nonce: str = "n") -> CommitRecord:
     result = ShardResult(
         shard, f"data/shard-{shard:05d}-ab.jsonl", "aa", 5, 10, shard % 2, Stats(steps=shard)
     )
-    return to_commit(Shard(shard, "f", "f", shard * 10, shard * 10 + 10), result, "f1", 1, nonce)
+    made = to_commit(Shard(shard, "f", "f", shard * 10, shard * 10 + 10), result, "f1", 1, nonce)
+    return made.model_copy(update={"rayskip": f"0.{shard % 2}", "written": f"2026-01-0{7 - shard}"})
 
 
 @pytest.fixture
@@ -55,6 +66,8 @@ def test_the_manifest_is_an_idempotent_fold(shards: list[int], random: object) -
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     assert fold("j", "f1", "jsonl", {"kind": "none"}, shuffled) == once
     assert once.rows == 10 * len(set(shards))
+    assert once.rayskip == (", ".join(sorted({f"0.{shard % 2}" for shard in shards})) or None)
+    assert once.written == (f"2026-01-0{7 - min(shards)}" if shards else None)
     assert [file.shard for file in once.files] == sorted(set(shards))
     assert Manifest.model_validate_json(once.to_bytes()) == once
 
@@ -112,42 +125,53 @@ def test_a_lost_reply_is_told_from_a_lost_race(storage: LocalStorage) -> None:
 
 
 def test_another_job_is_refused_before_its_driver_is_fenced(storage: LocalStorage) -> None:
-    lease = open_job(storage, job("f1", model="a", sampling="s"), fresh=False)
+    lease = open_job(storage, job("f1"), fresh=False)
+    other = {"input files": "i", "model": "n"}
     with pytest.raises(OutputError, match=r"another job, 'j', 0 of 4 .*; different: model\. .*--fresh"):
-        open_job(storage, job("f2", model="b", sampling="s"), fresh=False)
+        open_job(storage, job("f2", other), fresh=False)
     lease.check()
 
 
-def test_the_keys_that_differ_are_named_with_both_values(storage: LocalStorage) -> None:
-    """Paths of input and output are not among them: the files themselves are compared."""
-
-    def configured(fingerprint: str, config: dict[str, Any]) -> JobRecord:
-        parts = ["sampling", "decode.skip", "engine.max_model_len", "output", "model", "input files"]
-        return job(fingerprint, **dict.fromkeys(parts, fingerprint)).model_copy(update={"config": config})
-
+def test_the_keys_that_differ_are_named_with_both_values_where_they_decide(storage: LocalStorage) -> None:
     there = {
-        "sampling": {"n": 1, "seed": 0},
-        "decode": {"skip": {"kind": "none"}},
-        "engine": {"max_model_len": None},
+        "input": {"path": "a"},
         "output": {"path": "a", "shard_rows": 8},
-        "model": {"path": "a", "dtype": "bfloat16"},
+        "quality": {"floor": 0.5},
+        "retry": {"max_failed_rows": 1},
     }
     here = {
-        "sampling": {"n": 2, "seed": 0},
-        "decode": {"skip": {"kind": "unified", "speedup": 2}},
-        "engine": {"max_model_len": 64},
+        "input": {"path": "b", "rename": {"q": "prompt"}},
         "output": {"path": "b", "shard_rows": 9},
-        "model": {"path": "a", "dtype": "bfloat16"},
+        "sampling": {"n": 2},
+        "decode": {"skip": {"kind": "unified", "speedup": 2}, "draft": {"kind": "lookup"}},
+        "engine": {"max_model_len": 64, "max_batch_rows": 3},
+        "model": {"path": "m", "dtype": "float32"},
     }
-    open_job(storage, configured("f1", there), fresh=False)
-    with pytest.raises(OutputError) as refused:
-        open_job(storage, configured("f2", here), fresh=False)
-    differ = str(refused.value).split("different: ")[1].split(". Choose")[0]
-    assert differ == (
-        "decode.skip.kind ('none' there, 'unified' here), decode.skip.speedup (null there, 2 here), "
-        "engine.max_model_len (null there, 64 here), input files, model, "
-        "output.shard_rows (8 there, 9 here), sampling.n (1 there, 2 here)"
+    open_job(storage, job("f1", {"input files": "i", "model": "m"}, **there), fresh=False)
+
+    def differ(**parts: str) -> str:
+        with pytest.raises(OutputError) as refused:
+            open_job(storage, job("f2", {"input files": "i", "model": "n"} | parts, **here), fresh=False)
+        return str(refused.value).split("different: ")[1].split(". Choose")[0]
+
+    values = (
+        "model.dtype ('bfloat16' there, 'float32' here), decode.skip.kind ('none' there, 'unified' here), "
+        "decode.skip.speedup (null there, 2.0 here), engine.max_model_len (null there, 64 here), "
+        "input.rename.q (null there, 'prompt' here), output.shard_rows (8 there, 9 here), "
+        "sampling.n (1 there, 2 here)"
     )
+    assert differ() == values
+    assert differ(**{"input files": "k"}) == f"input.path ('a' there, 'b' here), {values}"
+
+
+def test_quality_decides_only_where_it_falls_back_to_full_depth(storage: LocalStorage) -> None:
+    skip = {"skip": {"kind": "unified", "speedup": 2}}
+    open_job(storage, job("f1", decode=skip, quality={"floor": 0.5}), fresh=False)
+    open_job(storage, job("f2", decode=skip, quality={"floor": 0.9, "sample": 0.5}), fresh=False)
+    with pytest.raises(OutputError, match=r"quality\.below_floor \(null there, 'full_depth' here\)"):
+        open_job(
+            storage, job("f2", decode=skip, quality={"floor": 0.5, "below_floor": "full_depth"}), fresh=False
+        )
 
 
 def test_fresh_deletes_the_job_and_nothing_else(storage: LocalStorage) -> None:

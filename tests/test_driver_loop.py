@@ -71,10 +71,10 @@ def plan(shards: int, fingerprint: str = "f1") -> Plan:
     record = JobRecord(
         name="tiny",
         fingerprint=fingerprint,
-        parts={"model": fingerprint},
+        parts={"input files": "i", "model": fingerprint},
         shards=shards,
         rows=shards * ROWS,
-        config={},
+        config=config(Path("out")).model_dump(mode="json"),
     )
     return Plan(cast(Source, None), cut, record)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -35,6 +36,10 @@ class InputConfig(Section):
         {}, description="new names of columns, {old: new}; all other keys and the output use the new ones"
     )
     max_rows: int | None = Field(None, ge=1, description="read only the first so many rows")
+    date: datetime.date | None = Field(
+        None,
+        description="the day that chat templates tell as today's, such as 2026-11-28; null: that of the first run",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> InputConfig:
@@ -187,3 +192,7 @@ class JobConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     retry: RetryConfig = RetryConfig()
     output: OutputConfig
+
+    def dated(self, day: datetime.date | None) -> JobConfig:
+        """The same with `input.date` filled in."""
+        return self.model_copy(update={"input": self.input.model_copy(update={"date": day})})

@@ -108,7 +108,7 @@ class PromptBuilder:
         self._params = sampling
         self._params_column = config.sampling_params or (OPENAI_PARAMS if config.format == "openai" else None)
         self._max_model_len = max_model_len
-        self._encoder = Encoder(tokenizer) if tokenizer is not None else None
+        self._encoder = Encoder(tokenizer, config.date) if tokenizer is not None else None
         self._template = self._compile(config.template) if config.template is not None else None
 
     def build(self, row: Row, row_index: int, name: str) -> Prompt:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import threading
+from datetime import date
 from pathlib import Path
+from string import ascii_letters
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -39,6 +42,36 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
+_NOW = "strftime_now"
+"""What chat templates call for the date."""
+
+
+def tells_date(folder: Path) -> bool:
+    """Whether a chat template in `folder` asks what day it is; loads no tokenizer."""
+    files = [folder / "tokenizer_config.json", *folder.rglob("*.jinja")]
+    return any(_NOW in file.read_text(encoding="utf-8") for file in files if file.is_file())
+
+
+_STRFTIME = (
+    "{% macro strftime_now(format) %}{% for text in format.split('%%') %}{% set now = namespace(text=text) %}"
+    "{% for code, value in CODES.items() %}{% set now.text = now.text.replace(code, value) %}{% endfor %}"
+    "{{ now.text if loop.first else '%' + now.text }}{% endfor %}{% endmacro %}\n"
+)
+"""Python's strftime for one moment, CODES: a template gets no functions from outside, so it brings its own."""
+
+_CODES = [f"%{flag}{letter}" for flag in ("-", "") for letter in ascii_letters]
+
+
+def _on_day(template: Any, day: date) -> Any:
+    """A chat template, or several by name, for which it is always midnight of `day`; None where there is none."""
+    if isinstance(template, dict):
+        return {name: _on_day(one, day) for name, one in template.items()}
+    if template is None or _NOW not in template:
+        return template
+    codes = json.dumps({code: day.strftime(code) for code in _CODES})
+    return _STRFTIME.replace("CODES", codes) + template
+
+
 TEMPLATE_FAULTS = (
     jinja2.TemplateError,
     TypeError,
@@ -56,10 +89,12 @@ class Encoder:
     `shield` replaces every special token in data by a mark that survives templating; `trusted` then encodes
     the marks as the plain text they stand for and the special tokens around them as such. Thread-safe: it has
     its own copy of the tokenizer, behind a lock, because choosing how special tokens are read changes it.
+    day: what chat templates tell as today's date; by default the day on which this is made.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> None:
         self._tokenizer = copy.deepcopy(tokenizer)
+        self._tokenizer.chat_template = _on_day(tokenizer.chat_template, day or date.today())
         self._lock = threading.Lock()
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         # Longest first, so that no token hides behind one that starts like it; the mark itself is data too.

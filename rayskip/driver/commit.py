@@ -14,12 +14,14 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import ValidationError
 
+import rayskip
 from rayskip.data.records import Shard, ShardResult
 from rayskip.data.storage import Storage, probe
+from rayskip.driver.identity import differences
 from rayskip.driver.records import (
     COMMITS,
     DATA,
@@ -27,31 +29,44 @@ from rayskip.driver.records import (
     JOB,
     MANIFEST,
     REPORT,
+    VERSION,
     CommitRecord,
     Document,
     EpochRecord,
     JobRecord,
     Manifest,
+    Signed,
     commit_key,
     epoch_key,
     to_commit,
 )
-from rayskip.errors import OutputError, shown
+from rayskip.errors import OutputError
 
 D = TypeVar("D", bound=Document)
 
 _OUR_DATA = re.compile(r"data/shard-\d+-[0-9a-f]+\.[a-z]+")
-_NOT_COMPARED = ("input.path", "output.path")  # the files themselves are, and the folder is the same
 _READERS = 16
 _WRITERS = 32
 
 
+class _Head(Signed):
+    """What documents of every format have: enough to tell whether the rest can be read."""
+
+    version: int = 1
+
+
 def read(storage: Storage, key: str, kind: type[D]) -> D | None:
-    """A document of the folder; None when absent. Raises OutputError when it is not a valid one."""
+    """A document of the folder; None when absent. Raises OutputError when it is not a valid one, or of a format
+    that is newer than VERSION."""
     data = storage.get(key)
     if data is None:
         return None
     try:
+        head = _Head.model_validate_json(data)
+        if head.version > VERSION:
+            raise OutputError(
+                f"{storage.url}/{key} was written by a newer rayskip, {head.rayskip}; this is {rayskip.__version__}"
+            )
         return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
@@ -108,53 +123,34 @@ def open_job(storage: Storage, record: JobRecord, fresh: bool) -> Lease:
     a driver that may still run it is fenced.
     """
     if not fresh:
-        refuse_other(storage, record)
+        adopt(storage, record)
     probe(storage)
     lease = Lease(storage)
     if fresh:
         clear(storage)
     if not storage.create(JOB, record.to_bytes()):
-        refuse_other(storage, record)
+        adopt(storage, record)
     return lease
 
 
-def refuse_other(storage: Storage, record: JobRecord) -> None:
-    """Raises OutputError when the folder holds another job than `record`, naming the keys that differ."""
+def adopt(storage: Storage, record: JobRecord) -> JobRecord:
+    """What the folder says of the job that `record` is: its fingerprint, name and date are those it began with.
+    `record` itself where the folder holds no job.
+
+    Raises OutputError when it holds another, naming the keys that differ.
+    """
     existing = read(storage, JOB, JobRecord)
-    if existing is None or existing.fingerprint == record.fingerprint:
-        return
-    parts = sorted(existing.parts.keys() | record.parts.keys())
-    differ = [
-        _difference(part, existing.config, record.config)
-        for part in parts
-        if existing.parts.get(part) != record.parts.get(part)
-    ]
-    committed = len(storage.list(COMMITS))
-    raise OutputError(
-        f"{storage.url} holds another job, {existing.name!r}, {committed:,} of {existing.shards:,} shards "
-        f"committed; different: {', '.join(differ)}. Choose another output.path, or run with --fresh to delete "
-        f"what is there and start over"
-    )
-
-
-def _difference(part: str, there: dict[str, Any], here: dict[str, Any]) -> str:
-    """The keys of a part that differ, with both values; the part itself where the configs do not tell."""
-    old, new = _values(part, there), _values(part, here)
-    differ = [key for key in old | new if old.get(key) != new.get(key) and key not in _NOT_COMPARED]
-    return (
-        ", ".join(f"{key} ({shown(old.get(key))} there, {shown(new.get(key))} here)" for key in differ)
-        or part
-    )
-
-
-def _values(part: str, config: dict[str, Any]) -> dict[str, Any]:
-    """What a config says at a dotted key, by dotted key."""
-    value: Any = config
-    for name in part.split("."):
-        value = value.get(name, {}) if isinstance(value, dict) else {}
-    return (
-        {f"{part}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {part: value}
-    )
+    if existing is None:
+        return record
+    if differ := differences(existing, record):
+        committed = len(storage.list(COMMITS))
+        raise OutputError(
+            f"{storage.url} holds another job, {existing.name!r}, {committed:,} of {existing.shards:,} shards "
+            f"committed; different: {', '.join(differ)}. Choose another output.path, or run with --fresh to "
+            f"delete what is there and start over"
+        )
+    # before a job kept its date, every run told its own day
+    return existing if existing.date else existing.model_copy(update={"date": record.date})
 
 
 def clear(storage: Storage) -> None:

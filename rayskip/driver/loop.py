@@ -13,16 +13,15 @@ from dataclasses import replace
 from rayskip.config import JobConfig
 from rayskip.data.sources import Source
 from rayskip.data.storage import Storage, open_storage
-from rayskip.driver.commit import Lease, commit_all, finish, load_commits, open_job, read, refuse_other
+from rayskip.driver.commit import Lease, adopt, commit_all, finish, load_commits, open_job, read
 from rayskip.driver.plan import Plan, make_plan
 from rayskip.driver.progress import Meter, Progress
-from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, fold
+from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, fold, signature
 from rayskip.driver.report import Report, merged, total
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
 from rayskip.errors import Interrupted, JobFailed, Retryable
 from rayskip.pool import Alive, Done, Event, Failed, Lost, Pool, Ready, ReplicaInfo
-from rayskip.stats import Stats
 
 PoolFactory = Callable[[JobConfig, Source], Pool]
 OnProgress = Callable[[Progress], None]
@@ -65,7 +64,8 @@ def run_plan(
         return report
     with StopSignal() as stop:
         lease = open_job(storage, plan.record, fresh)
-        run = Run(job, plan, storage, lease, stop, on_progress)
+        plan = replace(plan, record=adopt(storage, plan.record))
+        run = Run(job.dated(plan.record.date), plan, storage, lease, stop, on_progress)
         run.check_limits()  # what an earlier run committed may be past them already
         if not run.dispatch.finished:
             run.generate(pool_factory)
@@ -74,7 +74,7 @@ def run_plan(
 
 def finished_report(storage: Storage, plan: Plan) -> Report | None:
     """The report of a job that is finished already, else None. Raises OutputError for another job."""
-    refuse_other(storage, plan.record)
+    adopt(storage, plan.record)
     return read(storage, REPORT, Report) if read(storage, MANIFEST, Manifest) else None
 
 
@@ -224,7 +224,7 @@ class Run:
         self.commits[record.shard] = record
         self.last_commit = time.monotonic()
         self.rows_failed += record.rows_failed
-        self.whole += Stats(**record.stats)
+        self.whole += record.counters
         self.meter.committed(done.replica, record.stop - record.start, done.result.stats.completion_tokens)
 
     def _lost(self, replica: int, reason: str) -> None:
@@ -338,6 +338,7 @@ class Run:
             agreement=whole.agreement,
             fell_back_to_full_depth=self.below_floor,
             seconds=ours.seconds,
+            **signature(),
         )
 
     def _ours(self) -> list[CommitRecord]:

@@ -14,12 +14,20 @@ Names that start with "_" are skipped by the usual dataset readers.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+import rayskip
 from rayskip.data.records import Shard, ShardResult
+from rayskip.stats import Stats
+
+VERSION = 1
+"""Of the folder's format. It grows only when an older rayskip would misread a folder: a field that is added has a
+default, so that documents without it load, and an unknown field is passed over."""
 
 JOB = "job.json"
 MANIFEST = "manifest.json"
@@ -33,27 +41,46 @@ DataFile = Field(pattern=r"^data/shard-[0-9]+-[0-9a-f]+\.[a-z]+$")
 
 
 class Document(BaseModel):
-    """A JSON document: strict, immutable, indented for people."""
+    """A JSON document: immutable, indented for people. See VERSION for how it may change."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     def to_bytes(self) -> bytes:
         return (self.model_dump_json(indent=2) + "\n").encode()
 
 
-class JobRecord(Document):
-    """What the job is. parts: hash per part of what decides the output; fingerprint: hash of them all.
+class Signed(Document):
+    """A document that says who wrote it. rayskip: the version; written: when (UTC, ISO 8601), for people.
 
-    rows: input rows. config: the job's config as given, for people; only `parts` decides a resume.
+    Both are None in folders of before they did.
     """
 
-    version: int = 1
+    rayskip: str | None = None
+    written: str | None = None
+
+
+def signature() -> dict[str, str]:
+    """The fields of a signed document, for one that is written now."""
+    now = datetime.datetime.now(datetime.UTC)
+    return {"rayskip": rayskip.__version__, "written": now.isoformat(timespec="seconds")}
+
+
+class JobRecord(Signed):
+    """What the job is: whether another run's is the same, `identity.differences` tells.
+
+    fingerprint: hash of what decided the output when the job began; ties its commit records to it.
+    parts: hash of each content, files and weights. config: the job's config as given, every key of it.
+    date: that chat templates tell as today's; None where none asks for it. rows: input rows.
+    """
+
+    version: int = VERSION
     name: str
     fingerprint: str
     parts: dict[str, str]
     shards: int
     rows: int
     config: dict[str, Any]
+    date: datetime.date | None = None
 
 
 class EpochRecord(Document):
@@ -66,7 +93,7 @@ class EpochRecord(Document):
     started: str
 
 
-class CommitRecord(Document):
+class CommitRecord(Signed):
     """A shard is done: this attempt file is its output.
 
     name, start, stop: the input rows (see Shard). rows, rows_failed: output rows. bytes, sha256: of the file.
@@ -86,6 +113,12 @@ class CommitRecord(Document):
     epoch: int
     nonce: str
 
+    @property
+    def counters(self) -> Stats:
+        """`stats` as counters that add; those that this version does not know are left out."""
+        known = {field.name for field in fields(Stats)}
+        return Stats(**{name: value for name, value in self.stats.items() if name in known})
+
 
 class ManifestFile(Document):
     """One data file, relative to the output folder."""
@@ -98,10 +131,13 @@ class ManifestFile(Document):
     sha256: str
 
 
-class Manifest(Document):
-    """A finished job: every data file, in shard order. skip: the policy its layers were skipped by."""
+class Manifest(Signed):
+    """A finished job: every data file, in shard order. skip: the policy its layers were skipped by.
 
-    version: int = 1
+    rayskip, written: all versions that committed, and the time of the last commit.
+    """
+
+    version: int = VERSION
     name: str
     fingerprint: str
     format: str
@@ -135,6 +171,7 @@ def to_commit(shard: Shard, result: ShardResult, fingerprint: str, epoch: int, n
         fingerprint=fingerprint,
         epoch=epoch,
         nonce=nonce,
+        **signature(),
     )
 
 
@@ -143,6 +180,7 @@ def fold(
 ) -> Manifest:
     """The manifest of a set of commit records, whatever their order and however often one is given."""
     by_shard: Mapping[int, CommitRecord] = {commit.shard: commit for commit in commits}
+    versions = sorted({commit.rayskip for commit in by_shard.values() if commit.rayskip})
     files = [
         ManifestFile(
             path=commit.file,
@@ -162,4 +200,6 @@ def fold(
         rows=sum(file.rows for file in files),
         rows_failed=sum(file.rows_failed for file in files),
         files=files,
+        rayskip=", ".join(versions) or None,
+        written=max((commit.written for commit in by_shard.values() if commit.written), default=None),
     )

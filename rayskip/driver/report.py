@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rayskip.driver.records import CommitRecord, Document
+from rayskip.driver.records import CommitRecord, Signed
 from rayskip.stats import Stats
 
 
-class Report(Document):
+class Report(Signed):
     """Throughput of the run that finished a job.
 
     Rows and tokens are the whole job's (output rows: input rows x n), seconds and speeds are this run's:
@@ -74,7 +74,7 @@ def total(commits: Iterable[CommitRecord]) -> Stats:
     """The sum of the records' counters."""
     stats = Stats()
     for commit in commits:
-        stats += Stats(**commit.stats)
+        stats += commit.counters
     return stats
 
 

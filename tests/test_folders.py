@@ -1,0 +1,197 @@
+"""Output folders over time: written by an earlier version, by a later one, under another name, on another day.
+
+`fixtures/folders_0.1.0` was written by the code of commit a401cbd: a job that finished and one that was killed with
+one of its three shards committed, with their model, input and config.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from rayskip.cluster.local_pool import LocalPool
+from rayskip.cluster.replica import Replica
+from rayskip.config import JobConfig
+from rayskip.config_file import load_config
+from rayskip.data.sources import Source
+from rayskip.driver.loop import run_job
+from rayskip.driver.progress import Progress
+from rayskip.driver.report import Report
+from rayskip.driver.status import status
+from rayskip.driver.verify import verify
+from rayskip.errors import OutputError
+from rayskip.preview import format_preview, preview
+
+FIXTURE = Path(__file__).parent / "fixtures/folders_0.1.0"
+
+
+@pytest.fixture
+def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the fixture as current directory; git keeps no times, and the input's is part of its identity."""
+    folder = tmp_path / "old"
+    shutil.copytree(FIXTURE, folder)
+    os.utime(folder / "rows.jsonl", ns=(1_700_000_000 * 10**9,) * 2)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def _pool(job: JobConfig, source: Source) -> LocalPool:
+    return LocalPool(lambda: Replica(job, source))
+
+
+def _run(config: str, *overrides: str, **options: Any) -> Report:
+    return run_job(load_config(config, overrides), _pool, **options)
+
+
+def _rows(out: Path) -> list[dict[str, Any]]:
+    manifest = json.loads((out / "manifest.json").read_text())
+    files = [(out / file["path"]).read_text() for file in manifest["files"]]
+    return [json.loads(line) for text in files for line in text.splitlines()]
+
+
+def _edit(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def _edit_config(out: Path, section: str, **values: Any) -> None:
+    config = json.loads((out / "job.json").read_text())["config"]
+    _edit(out / "job.json", config=config | {section: config[section] | values})
+
+
+def test_a_folder_of_an_earlier_version_is_finished(old: Path) -> None:
+    assert status("finished").finished
+    assert verify("finished").rows == 12
+    report = _run("job.yaml")
+    assert (report.completion_tokens, report.rayskip) == (70, None)
+
+
+def test_a_folder_of_an_earlier_version_is_resumed_with_its_tokens(old: Path) -> None:
+    committed = (old / "unfinished/_commits/shard-00001.json").read_bytes()
+    now = status("unfinished")
+    assert (now.finished, now.shards, now.shards_total, now.completion_tokens) == (False, 1, 3, 24)
+    with pytest.raises(OutputError, match="not finished"):
+        verify("unfinished")
+    report = _run("job.yaml", "output.path=unfinished")
+    assert (report.shards_resumed, report.shards, report.rows) == (1, 3, 12)
+    assert (old / "unfinished/_commits/shard-00001.json").read_bytes() == committed
+    assert verify("unfinished").rows == 12
+    assert len(list((old / "unfinished/data").iterdir())) == 3
+    assert _rows(old / "unfinished") == _rows(old / "finished")
+
+
+def test_a_job_under_another_name_is_the_same_job(old: Path) -> None:
+    assert _run("job.yaml", "output.path=unfinished", "name=later").shards_resumed == 1
+    assert verify("unfinished").rows == 12
+    assert _rows(old / "unfinished") == _rows(old / "finished")
+
+
+def test_a_key_that_a_folder_does_not_have_counts_as_its_default(old: Path) -> None:
+    config = json.loads((old / "unfinished/job.json").read_text())["config"]
+    del config["sampling"]["min_p"], config["decode"]["skip"]["warmup"], config["quality"]
+    _edit(old / "unfinished/job.json", config=config)
+    with pytest.raises(OutputError, match=r"different: sampling\.min_p \(0\.0 there, 0\.5 here\)\. Choose"):
+        _run("job.yaml", "output.path=unfinished", "sampling.min_p=0.5")
+    assert _run("job.yaml", "output.path=unfinished").shards_resumed == 1
+
+
+def test_a_folder_of_a_later_version_is_read_where_its_format_is_the_same(old: Path) -> None:
+    out = old / "finished"
+    for file in [*out.glob("*.json"), *out.glob("_commits/*"), *out.glob("_epochs/*")]:
+        _edit(file, mood="sunny", rayskip="9.1.0")
+    for file in out.glob("_commits/*"):
+        _edit(file, stats=json.loads(file.read_text())["stats"] | {"smiles": 3})
+    _edit_config(out, "cluster", smiles=3)
+    _edit_config(out, "sampling", smiles=None)
+    assert status("finished").completion_tokens == 70
+    assert _run("job.yaml").rayskip == "9.1.0"
+    _edit_config(out, "sampling", smiles=3)
+    with pytest.raises(OutputError, match=r"different: sampling\.smiles \(3 there, null here\)"):
+        _run("job.yaml")
+    _edit_config(out, "decode", skip={"kind": "moody", "depth": 3})
+    with pytest.raises(
+        OutputError, match=r"different: decode\.skip \(.*there, which this rayskip does not know"
+    ):
+        _run("job.yaml")
+
+
+def test_a_folder_of_a_newer_format_is_refused_as_such(old: Path) -> None:
+    (old / "finished/job.json").write_text(json.dumps({"version": 2, "rayskip": "9.1.0", "jobs": []}))
+    for command in (lambda: status("finished"), lambda: verify("finished"), lambda: _run("job.yaml")):
+        with pytest.raises(OutputError, match=r"job\.json was written by a newer rayskip, 9\.1\.0"):
+            command()
+
+
+TEMPLATE = (
+    "{%- macro today() %}{{ strftime_now('%d %b %Y, %H:%M') }}{% endmacro -%}"
+    "{% for _ in range(strftime_now('%d') | int) %} day{% endfor %}, {{ today() }}"
+    "{% for message in messages %}: {{ message.content }}{% endfor %}"
+)
+"""A prompt has as many tokens more as the month has days."""
+
+
+@pytest.fixture(scope="module")
+def dated(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Callable[..., Path], smollm2: Path) -> Path:
+    """A folder with a config whose model's chat template tells the date."""
+    root = tmp_path_factory.mktemp("dated")
+    model = tiny_llama("dated", 1, vocab_size=49152, max_position_embeddings=64, initializer_range=0.5)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+    (root / "rows.jsonl").write_text("".join(f'{{"prompt": "row {row}"}}\n' for row in range(6)))
+    (root / "job.yaml").write_text(
+        f"name: dated\nmodel: {{path: {model}, dtype: float32}}\ninput: {{path: {root}/rows.jsonl, chat: true}}\n"
+        f"sampling: {{max_tokens: 4}}\noutput: {{path: {root}/out, format: jsonl, token_ids: true, shard_rows: 1}}"
+    )
+    return root
+
+
+class _Killed(Exception):
+    pass
+
+
+def _until_a_commit(out: Path) -> Callable[[Progress], None]:
+    def look(progress: Progress) -> None:
+        if list(out.glob("_commits/*")):
+            raise _Killed
+
+    return look
+
+
+def test_a_job_keeps_the_date_of_its_first_run(dated: Path) -> None:
+    config, out = str(dated / "job.yaml"), dated / "out"
+    earlier = "input.date=2020-02-03"
+    with pytest.raises(_Killed):
+        _run(config, earlier, on_progress=_until_a_commit(out))
+    shown = format_preview(preview(load_config(config)))
+    assert "the chat template tells the date: 2020-02-03\n" in shown
+    lengths = preview(load_config(config, [earlier, f"output.path={dated}/new"])).lengths
+    assert (
+        lengths != preview(load_config(config, [f"output.path={dated}/new", "input.date=2020-02-04"])).lengths
+    )
+    assert "03 Feb 2020, 00:00: row 0" in shown
+    with pytest.raises(
+        OutputError, match=r"different: input\.date \('2020-02-03' there, '2020-02-04' here\)"
+    ):
+        _run(config, "input.date=2020-02-04")
+    assert 1 <= _run(config).shards_resumed < 6
+    assert [row["prompt_tokens"] for row in _rows(out)] == lengths
+    assert _run(config, earlier).shards_resumed >= 1
+
+
+def test_the_date_is_todays_where_none_is_given_and_none_where_no_template_asks(dated: Path) -> None:
+    before = date.today()
+    config, elsewhere = str(dated / "job.yaml"), f"output.path={dated}/new"
+    seen = preview(load_config(config, [elsewhere]))
+    assert before <= seen.plan.record.date <= date.today()
+    assert f"{seen.plan.record.date:%d %b %Y}, 00:00: row 0" in seen.prompts[0]
+    plain = preview(load_config(config, [elsewhere, "input.chat=false"]))
+    assert plain.plan.record.date is None
+    assert "tells the date" not in format_preview(plain)
