@@ -27,6 +27,7 @@ from rayskip.driver.progress import Progress
 from rayskip.driver.report import Report
 from rayskip.driver.status import status
 from rayskip.driver.verify import verify
+from rayskip.engine import Engine
 from rayskip.errors import OutputError
 from rayskip.preview import format_preview, preview
 
@@ -91,6 +92,21 @@ def test_a_job_under_another_name_is_the_same_job(old: Path) -> None:
     assert _run("job.yaml", "output.path=unfinished", "name=later").shards_resumed == 1
     assert verify("unfinished").rows == 12
     assert _rows(old / "unfinished") == _rows(old / "finished")
+
+
+def test_an_engine_in_python_generates_a_jobs_tokens_for_its_rows(old: Path) -> None:
+    job = load_config("job.yaml")
+    engine = Engine.load(job.model, job.engine, job.decode)
+    prompts = [json.loads(line)["prompt_token_ids"] for line in Path("rows.jsonl").read_text().splitlines()]
+
+    def tokens(**options: Any) -> list[list[int] | None]:
+        return [
+            one.token_ids for samples in engine.generate(prompts, job.sampling, **options) for one in samples
+        ]
+
+    rows = _rows(old / "finished")
+    assert tokens(row_file="rows.jsonl") == [row["token_ids"] for row in rows]
+    assert tokens() == tokens(row_file="") != tokens(row_file="rows.jsonl")
 
 
 def test_a_key_that_a_folder_does_not_have_counts_as_its_default(old: Path) -> None:

@@ -39,7 +39,8 @@ SOURCES = ("prompt", "messages", "prompt_token_ids")
 def row_key(seed: int, name: str, row_index: int) -> int:
     """Random key of a row: the first 64 bits, big-endian, of blake2b over "seed NUL name NUL row_index".
 
-    name: the file's path below the input's root. The same on every machine, in every Python.
+    name: the file's path below the input's root, empty for a prompt of no file. The same on every machine, in every
+    Python; a job's name and the input's folder are not in it.
     """
     identity = f"{seed}\0{name}\0{row_index}".encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(identity, digest_size=8).digest(), "big")

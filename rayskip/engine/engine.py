@@ -222,9 +222,12 @@ class Engine:
         self,
         prompts: Seq[PromptLike],
         params: SamplingParams | Seq[SamplingParams] | None = None,
+        row_file: str = "",
     ) -> list[list[Generation]]:
         """Generations of each prompt (text, token ids or chat messages), one per sample, in prompt order.
 
+        row_file: the file that the prompts are the first rows of, as a job's output names it. With temperature, a
+        row's random numbers come from seed, file, place and sample, so these are then the job's.
         A prompt that cannot run yields one generation with finish_reason "error". Requests that were added before
         run beside them; what ends of those, the next `step` returns.
         """
@@ -242,7 +245,7 @@ class Engine:
         try:
             for index, (prompt, own) in enumerate(zip(prompts, every, strict=True)):
                 try:
-                    places[self.add(self._prompts.make(index, prompt, own))] = index
+                    places[self.add(self._prompts.make(index, prompt, own, row_file))] = index
                 except RowError as error:
                     results[index] = [
                         Generation(index, 0, "error", error_type=error.kind, error_message=str(error))

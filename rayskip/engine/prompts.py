@@ -5,11 +5,11 @@ Knows neither the queue nor lanes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from rayskip.config import SamplingParams
+from rayskip.data.prompts import row_key
 from rayskip.data.records import Prompt
 from rayskip.data.tokenizer import Encoder
 from rayskip.errors import RowError
@@ -26,13 +26,12 @@ class Prompts:
     vocab: int
     max_model_len: int
 
-    def make(self, index: int, prompt: PromptLike, params: SamplingParams) -> Prompt:
-        """A row that comes from no file; its random key is the hash of (seed, index).
+    def make(self, index: int, prompt: PromptLike, params: SamplingParams, row_file: str = "") -> Prompt:
+        """Row `index` of a file, whose name is part of its random key as in a job; of none, by default.
 
         Raises RowError for text or messages without a tokenizer.
         """
-        key = hashlib.blake2b(f"{params.seed}:{index}".encode(), digest_size=8).digest()
-        return Prompt(index, self._token_ids(prompt), params, int.from_bytes(key))
+        return Prompt(index, self._token_ids(prompt), params, row_key(params.seed, row_file, index))
 
     def check(self, prompt: Prompt) -> None:
         """Raises RowError when the row has no token, no room to generate or cannot be sampled as it asks."""
