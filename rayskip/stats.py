@@ -23,7 +23,8 @@ def _no_seconds() -> dict[str, float]:
 class Stats:
     """What was done, in tokens, rows and seconds.
 
-    rows, rows_failed: output rows (input rows x n); failed ones have finish_reason "error".
+    rows, rows_failed, rows_cut: output rows (input rows x n); failed ones have finish_reason "error",
+    those cut off at max_tokens or the context's end "length".
     prompt_tokens: tokens of the prompts; prefix_tokens of them were reused, not prefilled.
     steps, step_rows, step_slots: engine steps, sum of rows they ran, sum of rows they could have run.
     verify_rows: rows that decoded, summed over steps; cohort_rows of them were in the largest group of their step
@@ -42,6 +43,7 @@ class Stats:
 
     rows: int = 0
     rows_failed: int = 0
+    rows_cut: int = 0
     prompt_tokens: int = 0
     prefix_tokens: int = 0
     completion_tokens: int = 0

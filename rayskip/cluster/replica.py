@@ -104,6 +104,7 @@ def _result(shard: Shard, path: str, data: bytes, rows: list[Generation], stats:
     shard ended, since shards share steps."""
     stats.rows = len(rows)
     stats.rows_failed = sum(row.finish_reason == "error" for row in rows)
+    stats.rows_cut = sum(row.finish_reason == "length" for row in rows)
     stats.prompt_tokens = sum(row.prompt_tokens for row in rows)
     stats.completion_tokens = sum(row.completion_tokens for row in rows)
     return ShardResult(

@@ -309,6 +309,7 @@ class Run:
             retries=self.dispatch.retries,
             rows=sum(record.rows for record in self.commits.values()),
             rows_failed=self.rows_failed,
+            rows_cut=whole.rows_cut,
             prompt_tokens=whole.prompt_tokens,
             prefix_tokens=whole.prefix_tokens,
             completion_tokens=whole.completion_tokens,

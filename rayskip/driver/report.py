@@ -14,6 +14,8 @@ class Report(Signed):
 
     Rows and tokens are the whole job's (output rows: input rows x n), seconds and speeds are this run's:
     shards_resumed says how many shards earlier runs had committed.
+    rows_cut: output rows cut off at max_tokens or the context's end, but for shards committed before these were
+    counted.
     load_s: seconds a replica took to load (the slowest). generate_s: from the first replica ready to the
     last shard committed. wall_s: the whole run. seconds: per phase, summed over this run's replicas.
     completion_tok_s: completion tokens of this run / generate_s.
@@ -68,6 +70,7 @@ class Report(Signed):
     agreement: dict[str, float]
     fell_back_to_full_depth: bool
     seconds: dict[str, float]
+    rows_cut: int = 0
 
 
 def total(commits: Iterable[CommitRecord]) -> Stats:
@@ -114,7 +117,7 @@ def format_report(report: Report) -> str:
         "hardware": ", ".join(f"{key} {value}" for key, value in report.hardware.items()),
         "replicas": f"{report.replicas}, {report.retries} shard retries",
         "shards": f"{report.shards:,}, {report.shards_resumed:,} from earlier runs",
-        "rows": f"{report.rows:,}, {report.rows_failed:,} failed",
+        "rows": f"{report.rows:,}, {report.rows_failed:,} failed, {report.rows_cut:,} cut off at their most tokens",
         "prompt tokens": f"{report.prompt_tokens:,}, {report.prefix_tokens:,} from a shared prefix",
         "completion tokens": f"{report.completion_tokens:,}",
         "tokens/s": f"{report.completion_tok_s:,.1f}, {report.completion_tok_s_per_replica:,.1f} a replica",
