@@ -74,6 +74,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# A date is text until a key reads it: YAML would fail at the 30th of February, and make no name of a day.
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
+
+
 def _read(path: Path, root: type[BaseModel]) -> Mapping:
     try:
         values = _parse(path.read_text(encoding="utf-8"))

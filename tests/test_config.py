@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,8 @@ def test_overrides_are_yaml_and_the_last_one_wins(config: Path) -> None:
         ),
         ("decode.draft.kind=kangaro", '"decode.draft.kind" is "kangaro"; did you mean "kangaroo"?'),
         ("decode.draft.kind=zzz", '"decode.draft.kind" is "zzz"; known: none, lookup, '),
+        ("input.date=2026-02-30", '"input.date": must be a day such as 2026-11-28, got 2026-02-30'),
+        ("input.date=20", '"input.date": must be a day such as 2026-11-28, got 20'),
         ("name=''", '"name" should be a text that is not empty'),
         ("model={}", 'missing key "model.path" (smollm2-135m-instruct, a local folder'),
     ],
@@ -156,6 +159,12 @@ def test_a_broken_file_is_said_in_one_line(config: Path, text: str, said: str) -
         load_config(config)
     assert str(error.value).startswith(f"{config}: {said}")
     assert "\n" not in str(error.value)
+
+
+def test_a_date_is_text_until_a_key_reads_it(config: Path) -> None:
+    job = load_config(config, ["name=2026-02-30", "input.date=2026-11-28"])
+    assert (job.name, job.input.date) == ("2026-02-30", datetime.date(2026, 11, 28))
+    assert JobConfig.model_validate(job.model_dump(mode="json")) == job
 
 
 def test_a_merged_key_may_be_overridden(config: Path) -> None:

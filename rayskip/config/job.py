@@ -41,6 +41,16 @@ class InputConfig(Section):
         description="the day that chat templates tell as today's, such as 2026-11-28; null: that of the first run",
     )
 
+    @field_validator("date", mode="before")
+    @classmethod
+    def _a_day(cls, value: object) -> object:
+        if value is None or type(value) is datetime.date:
+            return value
+        try:
+            return datetime.date.fromisoformat(str(value))
+        except ValueError:
+            raise ValueError(f"must be a day such as 2026-11-28, got {value}") from None
+
     @model_validator(mode="after")
     def _one_source(self) -> InputConfig:
         named = [
