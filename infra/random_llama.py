@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=11008)
     parser.add_argument("--heads", type=int, default=32)
     arguments = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(resolve("smollm2-135m-instruct"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve("smollm2-135m-instruct"), trust_remote_code=False)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=arguments.hidden,

@@ -84,7 +84,7 @@ def _point_outside(folder: Path) -> None:
         (_pickled, "no model.safetensors; pytorch_model.bin is not read, only safetensors"),
         (_cut, "not a whole safetensors file"),
         (_lose_shard, "no model-00002-of-00002.safetensors"),
-        (_point_outside, "must name files beside it"),
+        (_point_outside, "must name safetensors files beside it"),
     ],
 )
 def test_unusable_folder_is_refused(spoil: Callable[[Path], Any], problem: str, folder: Path) -> None:

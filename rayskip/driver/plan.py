@@ -18,7 +18,7 @@ from rayskip.data.sources import Source, discover, plan_shards
 from rayskip.data.tokenizer import tells_date
 from rayskip.driver.identity import contents, deciding, digest, said
 from rayskip.driver.records import JobRecord, signature
-from rayskip.model.checkpoint import check_base, read_layer_count, resolve
+from rayskip.model.checkpoint import check, read_layer_count, resolve
 from rayskip.skip import skip_policy
 
 
@@ -50,8 +50,7 @@ def make_plan(job: JobConfig) -> Plan:
     check_output(job, source.columns)
     shards = list(plan_shards(source, job.output.shard_rows, job.input.max_rows))
     folder = resolve(job.model.path, job.model.revision)
-    if job.model.adapter is not None:
-        check_base(Path(job.model.adapter).expanduser(), folder)
+    check(folder, Path(job.model.adapter).expanduser() if job.model.adapter else None)
     if job.decode != DecodeConfig():
         from rayskip.decode.drafters import check_files  # imports torch, which takes its time
 

@@ -1,35 +1,35 @@
 """From the config's model.path to a folder of safetensors, and from there to tensors.
 
 Only safetensors and only known families: nothing in a checkpoint is ever executed. Does not know how a
-decoder runs. Importing this, and checking a folder, loads neither torch nor transformers.
+decoder runs. Importing this, and resolving a folder, loads neither torch nor transformers.
 """
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-import json
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayskip.errors import ModelError
-from rayskip.model import embedded
-from rayskip.model.adapter import Merged, adapter_files
+from rayskip.errors import ModelError, shown
+from rayskip.model import embedded, hub
+from rayskip.model.adapter import Merged, adapter_files, check_fit, read_adapter
 from rayskip.model.families import FAMILIES, family
+from rayskip.model.files import FLOATS, SMALL_FILES, Header, read_headers, read_json, weight_files
+from rayskip.model.refusals import check_configs, check_tensors
 
 if TYPE_CHECKING:
     import torch
 
-    from rayskip.model.spec import Spec, Weights
-
-SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
-"""Config, tokenizer and chat template, as a folder's own files."""
+    from rayskip.model.spec import Family, Spec, Weights
 
 LABEL = "rayskip.json"
 """File beside a checkpoint's weights that says how rayskip trained it."""
+
+SUGGESTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Sampling parameters that a generation_config.json may have under the names of a job's."""
 
 BLOCK = 1 << 20
 SAMPLES = 16
@@ -44,9 +44,38 @@ def resolve(path: str, revision: str | None = None) -> Path:
         return embedded.folder()
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        folder = _download(path, revision)
-    _check(folder)
+        missing = f"model.path: no folder {path}{_nearest(path)}"
+        if not hub.NAME.fullmatch(path):
+            raise ModelError(f"{missing}; give a folder, a hub id (owner/name) or {embedded.NAME}")
+        folder = hub.download(path, revision, missing)
+    check_configs(folder)
+    check_tensors(read_headers(weight_files(folder)))
     return folder
+
+
+def check(folder: Path, adapter: Path | None = None) -> Spec:
+    """The decoder of a folder that `resolve` gave, if all fits together that can be told without reading a weight:
+    its config, the tensors in its files' headers, and the LoRA adapter in the folder `adapter`.
+
+    Raises ModelError.
+    """
+    import torch
+
+    config, own, spec = _config_and_spec(folder)
+    headers = read_headers(weight_files(folder))
+    if spec.heads % spec.kv_heads:
+        raise ModelError(
+            f"{folder}/config.json: {spec.heads} heads are no multiple of {spec.kv_heads} key-value heads"
+        )
+    try:
+        with torch.device("meta"):
+            _check_shapes(folder, spec, _weights(folder, config, own, spec, _Shapes(headers)))
+    except (RuntimeError, IndexError) as error:  # of shapes that cannot even be put together
+        raise ModelError(f"{folder}: its tensors do not fit each other ({error})") from error
+    if adapter is not None:
+        _check_base(adapter, folder)
+        check_fit(read_adapter(adapter, own.prefixes), headers, own.prefixes)
+    return spec
 
 
 def load(
@@ -54,76 +83,89 @@ def load(
 ) -> tuple[Spec, Weights]:
     """Read a folder that `resolve` gave: its config, and its weights in `dtype` on `device`.
 
-    adapter: folder of a LoRA adapter to merge. Raises ModelError when config, weights and adapter do not fit
-    together.
+    adapter: folder of a LoRA adapter to merge. Raises ModelError as `check` does, before the first weight is read.
     """
-    config, spec = _config_and_spec(folder)
-    own = family(config.model_type)
+    spec = check(folder, adapter)
+    config, own, _ = _config_and_spec(folder)
     with ExitStack() as opened:
         stored: Mapping[str, torch.Tensor] = _Stored(weight_files(folder), dtype, device, opened)
         if adapter is not None:
-            check_base(adapter, folder)
-            stored = Merged(stored, adapter, opened)
-        weights = own.weights(config, spec, stored)
-    _check_shapes(folder, spec, weights)
-    return spec, weights
+            stored = Merged(stored, read_adapter(adapter, own.prefixes), own.prefixes, opened)
+        return spec, _weights(folder, config, own, spec, stored)
 
 
-def check_base(adapter: Path, folder: Path) -> None:
-    """Refuse an adapter that rayskip trained on another model. Raises ModelError."""
+def _weights(
+    folder: Path, config: Any, own: Family, spec: Spec, stored: Mapping[str, torch.Tensor]
+) -> Weights:
+    from rayskip.model.families.parts import Tensors
+
+    try:
+        named = Tensors(stored, own.prefixes)
+        weights = own.weights(config, spec, named)
+        named.check_all_read()
+    except ModelError as error:
+        raise ModelError(f"model.path: {folder}: {error}") from error
+    return weights
+
+
+def _check_base(adapter: Path, folder: Path) -> None:
+    """Refuse an adapter that rayskip trained on another model."""
     label = adapter / LABEL
     if not label.exists():
         return
-    trained_on = _read_json(label)
-    if trained_on["base_tensors"] != tensors_fingerprint(folder):
+    trained_on = read_json(label)
+    if trained_on.get("base_tensors") != tensors_fingerprint(folder):
         raise ModelError(
-            f"model.adapter: {adapter} was trained on {trained_on['base']}, {folder} is another model"
+            f"model.adapter: {adapter} was trained on {trained_on.get('base')}, {folder} is another model"
         )
 
 
 def trained_policy(folder: Path) -> str | None:
     """The skip policy that a checkpoint of `rayskip train skip` was trained under; None for any other."""
     label = folder / LABEL
-    return str(_read_json(label)["skip"]) if label.exists() else None
+    policy = read_json(label).get("skip") if label.exists() else None
+    return None if policy is None else str(policy)
+
+
+def suggested_sampling(folder: Path) -> dict[str, Any]:
+    """What the checkpoint's generation_config.json suggests to sample by, under a job's names."""
+    file = folder / "generation_config.json"
+    suggested = read_json(file) if file.is_file() else {}
+    greedy = suggested.get("do_sample") is False
+    names = ("repetition_penalty",) if greedy else SUGGESTED
+    return {name: suggested[name] for name in names if suggested.get(name) is not None}
 
 
 def read_spec(folder: Path) -> Spec:
     """The decoder of a folder that `resolve` gave, from its config alone: no weight is read."""
-    return _config_and_spec(folder)[1]
+    return _config_and_spec(folder)[2]
 
 
 def read_layer_count(folder: Path) -> int:
     """How many layers that decoder has."""
-    return int(_config_and_spec(folder)[0].num_hidden_layers)
+    return int(_config_and_spec(folder)[0].get_text_config().num_hidden_layers)
 
 
-def _config_and_spec(folder: Path) -> tuple[Any, Spec]:
+def _config_and_spec(folder: Path) -> tuple[Any, Family, Spec]:
     from dataclasses import replace
 
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    spec = family(config.model_type).spec(config)
-    return config, replace(spec, eos_token_ids=_end_tokens(folder, config))
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The files transformers would read: those that the index names, else model.safetensors.
-
-    Raises ModelError when one is missing.
-    """
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = {str(name) for name in _read_json(index).get("weight_map", {}).values()}
-    files = [folder / name for name in sorted(names)]
-    outside = [file for file in files if file.parent != folder]
-    missing = [file.name for file in files if not file.is_file()]
-    if outside or not files:
-        raise ModelError(f"model.path: {index} must name files beside it")
-    if missing:
-        raise ModelError(f"model.path: {folder} has no {missing[0]}{_other_weights(folder)}")
-    return files
+    file = folder / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers checks values by whatever happens to fail on them
+        raise ModelError(f"{file}: transformers cannot read it ({' '.join(str(error).split())})") from error
+    if config.model_type not in FAMILIES:
+        raise ModelError(
+            f"{file}: transformers takes it for a {config.model_type}; known: {', '.join(sorted(FAMILIES))}"
+        )
+    own = family(config.model_type)
+    try:
+        spec = own.spec(config)
+    except ModelError as error:
+        raise ModelError(f"model.path: {folder}: {error}") from error
+    return config, own, replace(spec, eos_token_ids=_end_tokens(folder, config))
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -134,19 +176,21 @@ def weights_fingerprint(folder: Path) -> str:
     A file of up to 16 MiB is read whole.
     """
     small = sorted(file for pattern in SMALL_FILES for file in folder.glob(pattern))
-    return _fingerprint([*small, *weight_files(folder)])
+    return _fingerprint(small, weight_files(folder))
 
 
 def adapter_fingerprint(folder: Path) -> str:
     """Identity of a LoRA adapter, by the same means. Raises ModelError when the folder holds none."""
-    return _fingerprint(adapter_files(folder))
+    settings, weights = adapter_files(folder)
+    return _fingerprint([settings], [weights])
 
 
-def _fingerprint(files: Iterable[Path]) -> str:
+def _fingerprint(small: list[Path], weights: list[Path]) -> str:
+    """Of small files whole, and of weights as `_sampled` reads them."""
     digest = hashlib.sha256()
-    for file in files:
+    for file in small + weights:
         digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
-        for block in _sampled(file):
+        for block in _sampled(file) if file in weights else _blocks(file):
             digest.update(block)
     return digest.hexdigest()
 
@@ -160,7 +204,14 @@ def tensors_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _blocks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as source:
+        while block := source.read(BLOCK):
+            yield block
+
+
 def _sampled(file: Path) -> Iterator[bytes]:
+    """Of a safetensors file."""
     size = file.stat().st_size
     with file.open("rb") as source:
         if size <= SAMPLES * BLOCK:
@@ -171,6 +222,27 @@ def _sampled(file: Path) -> Iterator[bytes]:
         for part in range(SAMPLES):
             source.seek((size - BLOCK) * part // (SAMPLES - 1))
             yield source.read(BLOCK)
+
+
+class _Shapes(Mapping[str, "torch.Tensor"]):
+    """Tensors by name as their headers tell them: of their shapes, without any contents."""
+
+    def __init__(self, headers: Mapping[str, Header]) -> None:
+        self._headers = headers
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        import torch
+
+        header = self._headers[name]
+        if header.dtype not in FLOATS:
+            raise ModelError(f"{name} has the type {header.dtype}, which is no weight's")
+        return torch.empty(header.shape, device="meta")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._headers)
+
+    def __len__(self) -> int:
+        return len(self._headers)
 
 
 class _Stored(Mapping[str, "torch.Tensor"]):
@@ -201,101 +273,47 @@ class _Stored(Mapping[str, "torch.Tensor"]):
 def _end_tokens(folder: Path, config: Any) -> tuple[int, ...]:
     """What ends a text: the generation config's word on it, else the config's: one id, several or none."""
     file = folder / "generation_config.json"
-    eos = _read_json(file).get("eos_token_id") if file.is_file() else None
+    eos = read_json(file).get("eos_token_id") if file.is_file() else None
     if eos is None:
         eos = config.get_text_config().eos_token_id
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (int(eos),)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{file}: expected a JSON object")
-    return content
-
-
-def _check(folder: Path) -> None:
-    """Refuse what may not or cannot be loaded, by its json and its weights' headers alone."""
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"model.path: {folder} has no config.json; give a folder saved by transformers")
-    config = _read_json(folder / "config.json")
-    if config.get("auto_map"):
-        raise ModelError(f"model.path: {folder}/config.json names custom code (auto_map); rayskip runs none")
-    if config.get("quantization_config"):
-        raise ModelError(f"model.path: {folder} is quantised; give bfloat16, float16 or float32 safetensors")
-    if config.get("model_type") not in FAMILIES:
-        raise ModelError(
-            f"model.path: {folder}/config.json has model_type {config.get('model_type')!r}; "
-            f"known: {', '.join(sorted(FAMILIES))}"
-        )
-    for file in weight_files(folder):
-        _check_whole(file)
-
-
-def _check_whole(file: Path) -> None:
-    """A cut or forged file is refused before anything is allocated for it; the library checks its header."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="numpy"):
-            pass
-    except SafetensorError as error:
-        raise ModelError(f"{file}: not a whole safetensors file ({error})") from error
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(token) is int for token in ids):
+        raise ModelError(f"{folder}: eos_token_id is {shown(eos)}; a token id, or a list of them, is wanted")
+    return tuple(ids)
 
 
 def _check_shapes(folder: Path, spec: Spec, weights: Weights) -> None:
     """The sizes that config.json promises are those of the weights."""
-    queries, keys = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    expected = [("embedding", weights.embed, (spec.vocab, spec.hidden))]
-    for index, layer in enumerate(weights.layers):
-        expected.append((f"layer {index} qkv", layer.qkv.weight, (queries + 2 * keys, spec.hidden)))
-        expected.append((f"layer {index} output", layer.out.weight, (spec.hidden, queries)))
-    for name, tensor, shape in expected:
-        if tuple(tensor.shape) != shape:
+    for name, tensor, shape in _shapes(spec, weights):
+        if tensor is not None and tuple(tensor.shape) != shape:
             raise ModelError(f"{folder}: {name} is {tuple(tensor.shape)}, but config.json says {shape}")
 
 
-def _other_weights(folder: Path) -> str:
-    """What lies there instead of safetensors, for the error message."""
-    others = sorted(
-        file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth", ".pkl", ".gguf"}
-    )
-    return f"; {others[0]} is not read, only safetensors" if others else ""
-
-
-def _download(path: str, revision: str | None) -> Path:
-    """Fetch a hub id's safetensors, config and tokenizer into the hub's own cache."""
-    missing = f"model.path: no folder {path}{_nearest(path)}"
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
-        raise ModelError(f"{missing}; give a folder, a hub id (owner/name) or {embedded.NAME}")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(
-            snapshot_download(
-                path,
-                revision=revision,
-                allow_patterns=[*SMALL_FILES, "model*.safetensors"],
-                ignore_patterns=["*/*"],
-            )
-        )
-    except RevisionNotFoundError as error:
-        raise ModelError(f"model.revision: hub model {path} has no revision {revision}") from error
-    except RepositoryNotFoundError as error:
-        raise ModelError(f"{missing}, and no hub model of that name that you may read (HF_TOKEN)") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
-        raise ModelError(f"{missing}, and the hub cannot be reached") from error
+def _shapes(spec: Spec, weights: Weights) -> Iterator[tuple[str, torch.Tensor | None, tuple[int, ...]]]:
+    """(name, tensor or None where there is none, its shape by the config)."""
+    d, queries, keys = spec.hidden, spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+    yield "embedding", weights.embed, (spec.vocab, d)
+    yield "head", weights.head.weight, (spec.vocab, d)
+    yield "position table", weights.positions, (spec.max_positions, d)
+    yield "last norm", weights.final_norm.weight, (d,)
+    for index, layer in enumerate(weights.layers):
+        inner = layer.down.weight.shape[-1]
+        products = {
+            "qkv": (layer.qkv, (queries + 2 * keys, d)),
+            "output": (layer.out, (d, queries)),
+            "MLP up": (layer.up, (inner * (2 if spec.gated else 1), d)),
+            "MLP down": (layer.down, (d, inner)),
+        }
+        for name, (product, shape) in products.items():
+            yield f"layer {index} {name}", product.weight, shape
+            yield f"layer {index} {name} bias", product.bias, shape[:1]
+        norms = [
+            (norm, d) for norm in (layer.attn_norm, layer.post_attn_norm, layer.mlp_norm, layer.post_mlp_norm)
+        ]
+        for norm, size in [*norms, (layer.q_norm, spec.head_dim), (layer.k_norm, spec.head_dim)]:
+            if norm is not None:
+                yield f"layer {index} norm", norm.weight, (size,)
+                yield f"layer {index} norm bias", norm.bias, (size,)
 
 
 def _nearest(path: str) -> str:

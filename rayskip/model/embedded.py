@@ -83,9 +83,10 @@ def _dequantise(gguf: Path, target: Path) -> None:
             gguf.parent,
             gguf_file=gguf.name,
             dtype=torch.bfloat16,
+            trust_remote_code=False,
             quantization_config=GgufConfig(dequantize=True),
         )
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
         model.config._name_or_path = NAME
         tokenizer.model_max_length = model.config.max_position_embeddings
         model.save_pretrained(target)

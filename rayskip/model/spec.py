@@ -7,7 +7,7 @@ Shapes: d hidden, Hq query heads, Hkv key-value heads, D head dim, f feed-forwar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -119,12 +119,14 @@ class Family:
     """One model_type: how its config becomes a Spec and its checkpoint Weights.
 
     spec(config): config is the transformers config object.
-    weights(config, spec, tensors): tensors maps checkpoint names, as stored in safetensors, to tensors in the
-    compute dtype and on the device; each is read when it is asked for.
+    weights(config, spec, tensors): tensors, a `families.parts.Tensors`, maps names without their prefix to
+    tensors in the compute dtype and on the device; each is read when it is asked for.
+    prefixes: what such names begin with in a checkpoint; the first that fits is dropped.
     """
 
     spec: Callable[[Any], Spec]
-    weights: Callable[[Any, Spec, Mapping[str, Tensor]], Weights]
+    weights: Callable[[Any, Spec, Any], Weights]
+    prefixes: tuple[str, ...]
 
 
 def stacked(*parts: Dense) -> Dense:

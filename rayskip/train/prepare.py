@@ -57,5 +57,5 @@ def frozen(folder: Path) -> Any:
 
     from rayskip.train.precision import fast_dtype
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=fast_dtype())
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=fast_dtype(), trust_remote_code=False)
     return model.eval().requires_grad_(False)

@@ -31,7 +31,7 @@ def train_skip(
 
     ready = prepare(config.model, config.data, config.batch_size)
     folder, training = ready.folder, ready.training
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
     policy = skip_policy(config.skip, model.config.get_text_config().num_hidden_layers)
     full = full_depth(len(policy.until))
     teacher = None

@@ -39,7 +39,7 @@ from rayskip.decode.drafters.none import NoDrafter
 from rayskip.decode.drafters.retrieval import RetrievalDrafter, Store
 from rayskip.decode.drafters.trial import Trials
 from rayskip.errors import ConfigError, ModelError
-from rayskip.model.checkpoint import load, resolve
+from rayskip.model.checkpoint import check, load, read_spec, resolve
 from rayskip.model.forward import Decoder
 from rayskip.model.kangaroo import Kangaroo, KangarooLabel, load_kangaroo
 from rayskip.model.kv_cache import KVCache
@@ -128,7 +128,9 @@ def check_files(config: DraftConfig, model: Path, policy: SkipPolicy) -> None:
             heads, _ = find_trained(MedusaLabel, model, _folder(config.path))
             _check_branches(config.branches, heads.tokens)
         case DraftModelDraft():
-            resolve(config.model.path, config.model.revision)
+            folder = resolve(config.model.path, config.model.revision)
+            check(folder, _folder(config.model.adapter))
+            _check_same_tokens(folder, read_spec(folder).vocab, model, read_spec(model).vocab)
         case RetrievalDraft():
             _corpus(config)
 
@@ -170,18 +172,19 @@ def _draft_model(config: DraftModelDraft, decoder: Decoder) -> Decoder:
     adapter = _folder(config.model.adapter)
     dtype = getattr(torch, config.model.dtype)
     model = Decoder(*load(folder, dtype, decoder.device, adapter), folder=folder)
+    _check_same_tokens(folder, model.spec.vocab, decoder.folder, decoder.spec.vocab)
+    return model
+
+
+def _check_same_tokens(folder: Path, vocab: int, target_folder: Path | None, target_vocab: int) -> None:
     own = load_tokenizer(folder)
-    target = load_tokenizer(decoder.folder) if decoder.folder else None
-    if own is None or target is None:
-        same = model.spec.vocab == decoder.spec.vocab
-    else:
-        same = own.get_vocab() == target.get_vocab()
-    if not same:
+    target = load_tokenizer(target_folder) if target_folder else None
+    told = (own.get_vocab(), target.get_vocab()) if own and target else (vocab, target_vocab)
+    if told[0] != told[1]:
         raise ModelError(
-            f"decode.draft.model: {folder} has other tokens than {decoder.folder or 'the model'}; a model with the "
+            f"decode.draft.model: {folder} has other tokens than {target_folder or 'the model'}; a model with the "
             "same tokenizer is wanted"
         )
-    return model
 
 
 def _corpus(config: RetrievalDraft) -> Path | None:

@@ -18,7 +18,9 @@ def load_model(arguments: Arguments, **options: Any) -> Any:
 
     greedy: Any = GenerationConfig
     dtype = getattr(torch, arguments.dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=dtype, trust_remote_code=False, **options
+    )
     eos = None if arguments.ignore_eos else model.generation_config.eos_token_id
     model.generation_config = greedy(
         max_new_tokens=arguments.max_tokens, do_sample=False, eos_token_id=eos, pad_token_id=0

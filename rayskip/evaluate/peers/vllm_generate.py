@@ -27,6 +27,7 @@ def load(arguments: Arguments) -> Callable[[TokenIds], TokenIds]:
     llm = LLM(
         arguments.model,
         dtype=arguments.dtype,
+        trust_remote_code=False,
         max_model_len=arguments.longest,
         max_num_seqs=arguments.batch_rows,
         gpu_memory_utilization=GPU_MEMORY,

@@ -6,19 +6,30 @@ Of a Gemma 3 that also sees images (model_type gemma3) only the language model i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 
-from rayskip.model.families.parts import Tensors, activation, head_dim, rope
+from rayskip.model.families.parts import (
+    Tensors,
+    activation,
+    head_dim,
+    max_positions,
+    refuse_set,
+    rope,
+    windows,
+)
 from rayskip.model.spec import Family, Layer, Norm, Rope, Spec, Weights, stacked
 
 
 def spec(config: Any) -> Spec:
+    if config.model_type == "gemma3":  # transformers caps no logits of a model that also sees images
+        refuse_set(config.get_text_config(), "final_logit_softcapping")
     config = config.get_text_config()
+    refuse_set(config, "use_bidirectional_attention")
+    if config.model_type != "gemma2":  # a Gemma 3 in transformers has the key and does nothing by it
+        refuse_set(config, "attn_logit_softcapping")
     return Spec(
         model_type=config.model_type,
         hidden=config.hidden_size,
@@ -26,7 +37,7 @@ def spec(config: Any) -> Spec:
         kv_heads=config.num_key_value_heads,
         head_dim=head_dim(config),
         vocab=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_positions(config),
         activation=activation(config.hidden_activation),
         gated=True,
         scale=config.query_pre_attn_scalar**-0.5,
@@ -36,50 +47,52 @@ def spec(config: Any) -> Spec:
     )
 
 
-def weights(config: Any, spec: Spec, tensors: Mapping[str, Tensor]) -> Weights:
+def weights(config: Any, spec: Spec, named: Tensors) -> Weights:
+    tied = (
+        config.tie_word_embeddings
+    )  # of a model that also sees images, its own word and not its text model's
     config = config.get_text_config()
-    named = Tensors(tensors, "model.language_model.", "language_model.model.", "model.")
     embed = named["embed_tokens.weight"]
     return Weights(
         embed=embed,
-        head=named.head(embed, config),
-        layers=[_layer(config, named, index) for index in range(config.num_hidden_layers)],
+        head=named.head(embed, tied),
+        layers=[_layer(config, named, index, window) for index, window in enumerate(windows(config))],
         final_norm=named.rms_norm("norm", config.rms_norm_eps, offset=1.0),
-        ropes=_ropes(config),
+        ropes=_ropes(config, spec),
     )
 
 
-def _ropes(config: Any) -> dict[str, Rope]:
+def _ropes(config: Any, spec: Spec) -> dict[str, Rope]:
     if config.model_type == "gemma2":
-        table = rope(config, Gemma2RotaryEmbedding(config))
+        table = rope(config, Gemma2RotaryEmbedding, spec)
         return dict.fromkeys(set(config.layer_types), table)
-    rotary = Gemma3RotaryEmbedding(config)
-    return {kind: rope(config, rotary, kind) for kind in set(config.layer_types)}
+    return {kind: rope(config, Gemma3RotaryEmbedding, spec, kind) for kind in set(config.layer_types)}
 
 
-def _layer(config: Any, named: Tensors, index: int) -> Layer:
+def _layer(config: Any, named: Tensors, index: int, window: int | None) -> Layer:
     at = f"layers.{index}"
     attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-    has_head_norms = f"{attention}.q_norm.weight" in named
-    kind = config.layer_types[index]
+    has_head_norms, bias = config.model_type != "gemma2", config.attention_bias
 
     def norm(name: str) -> Norm:
         return named.rms_norm(name, config.rms_norm_eps, offset=1.0)
 
     return Layer(
-        qkv=stacked(*(named.dense(f"{attention}.{part}_proj") for part in "qkv")),
-        out=named.dense(f"{attention}.o_proj"),
-        up=stacked(named.dense(f"{mlp}.gate_proj"), named.dense(f"{mlp}.up_proj")),
-        down=named.dense(f"{mlp}.down_proj"),
+        qkv=stacked(*(named.dense(f"{attention}.{part}_proj", bias) for part in "qkv")),
+        out=named.dense(f"{attention}.o_proj", bias),
+        up=stacked(*(named.dense(f"{mlp}.{part}_proj", bias=False) for part in ("gate", "up"))),
+        down=named.dense(f"{mlp}.down_proj", bias=False),
         attn_norm=norm(f"{at}.input_layernorm"),
         post_attn_norm=norm(f"{at}.post_attention_layernorm"),
         mlp_norm=norm(f"{at}.pre_feedforward_layernorm"),
         post_mlp_norm=norm(f"{at}.post_feedforward_layernorm"),
         q_norm=norm(f"{attention}.q_norm") if has_head_norms else None,
         k_norm=norm(f"{attention}.k_norm") if has_head_norms else None,
-        window=config.sliding_window if kind == "sliding_attention" else None,
-        rope=kind,
+        window=window,
+        rope=config.layer_types[index],
     )
 
 
-FAMILY = Family(spec, weights)
+FAMILY = Family(
+    spec, weights, prefixes=("model.language_model.", "language_model.model.", "language_model.", "model.")
+)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
-from rayskip.model.families.parts import Tensors, activation, rope
+from rayskip.model.families.parts import Tensors, activation, max_positions, rope
 from rayskip.model.spec import Dense, Family, Layer, Spec, Weights
 
 
@@ -21,7 +20,7 @@ def spec(config: Any) -> Spec:
         kv_heads=config.num_attention_heads,
         head_dim=dim,
         vocab=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_positions(config),
         activation=activation(config.hidden_act),
         gated=False,
         scale=dim**-0.5,
@@ -29,26 +28,26 @@ def spec(config: Any) -> Spec:
     )
 
 
-def weights(config: Any, spec: Spec, tensors: Mapping[str, Tensor]) -> Weights:
-    named = Tensors(tensors, "gpt_neox.")
+def weights(config: Any, spec: Spec, named: Tensors) -> Weights:
     embed = named["embed_in.weight"]
     return Weights(
         embed=embed,
-        head=named.head(embed, config, "embed_out"),
+        head=named.head(embed, config.tie_word_embeddings, "embed_out"),
         layers=[_layer(config, spec, named, index) for index in range(config.num_hidden_layers)],
         final_norm=named.layer_norm("final_layer_norm", config.layer_norm_eps),
-        ropes={"default": rope(config, GPTNeoXRotaryEmbedding(config))},
+        ropes={"default": rope(config, GPTNeoXRotaryEmbedding, spec)},
     )
 
 
 def _layer(config: Any, spec: Spec, named: Tensors, index: int) -> Layer:
     at, eps = f"layers.{index}", config.layer_norm_eps
-    fused = named.dense(f"{at}.attention.query_key_value")
+    bias = config.attention_bias
+    fused = named.dense(f"{at}.attention.query_key_value", bias)
     return Layer(
         qkv=Dense(_by_kind(fused.weight, spec), None if fused.bias is None else _by_kind(fused.bias, spec)),
-        out=named.dense(f"{at}.attention.dense"),
-        up=named.dense(f"{at}.mlp.dense_h_to_4h"),
-        down=named.dense(f"{at}.mlp.dense_4h_to_h"),
+        out=named.dense(f"{at}.attention.dense", bias),
+        up=named.dense(f"{at}.mlp.dense_h_to_4h", bias=True),
+        down=named.dense(f"{at}.mlp.dense_4h_to_h", bias=True),
         attn_norm=named.layer_norm(f"{at}.input_layernorm", eps),
         mlp_norm=named.layer_norm(f"{at}.post_attention_layernorm", eps),
     )
@@ -60,4 +59,4 @@ def _by_kind(fused: Tensor, spec: Spec) -> Tensor:
     return by_head.transpose(0, 1).reshape(fused.shape)
 
 
-FAMILY = Family(spec, weights)
+FAMILY = Family(spec, weights, prefixes=("gpt_neox.",))

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from rayskip.model.families.parts import Tensors, activation, head_dim, rope
+from rayskip.model.families.parts import (
+    FULL,
+    Tensors,
+    activation,
+    head_dim,
+    max_positions,
+    refuse_set,
+    rope,
+    windows,
+)
 from rayskip.model.spec import Family, Layer, Spec, Weights, stacked
 
 
 def spec(config: Any) -> Spec:
+    if (
+        config.model_type == "llama"
+    ):  # in transformers it has neither key, and sees everything whatever they say
+        refuse_set(config, "sliding_window")
+        if set(getattr(config, "layer_types", None) or [FULL]) != {FULL}:
+            refuse_set(config, "layer_types")
     dim = head_dim(config)
     return Spec(
         model_type=config.model_type,
@@ -21,48 +34,64 @@ def spec(config: Any) -> Spec:
         kv_heads=config.num_key_value_heads,
         head_dim=dim,
         vocab=config.vocab_size,
-        max_positions=config.max_position_embeddings,
+        max_positions=max_positions(config),
         activation=activation(config.hidden_act),
         gated=True,
         scale=dim**-0.5,
     )
 
 
-def weights(config: Any, spec: Spec, tensors: Mapping[str, Tensor]) -> Weights:
-    named = Tensors(tensors, "model.")
+def weights(config: Any, spec: Spec, named: Tensors) -> Weights:
     embed = named["embed_tokens.weight"]
     return Weights(
         embed=embed,
-        head=named.head(embed, config),
-        layers=[_layer(config, named, index) for index in range(config.num_hidden_layers)],
+        head=named.head(embed, config.tie_word_embeddings),
+        layers=[
+            _layer(config, named, index, window)
+            for index, window in zip(range(config.num_hidden_layers), _windows(config), strict=True)
+        ],
         final_norm=named.rms_norm("norm", config.rms_norm_eps),
-        ropes={"default": rope(config, LlamaRotaryEmbedding(config))},
+        ropes={"default": rope(config, LlamaRotaryEmbedding, spec)},
     )
 
 
-def _layer(config: Any, named: Tensors, index: int) -> Layer:
+def _layer(config: Any, named: Tensors, index: int, window: int | None) -> Layer:
     at, eps = f"layers.{index}", config.rms_norm_eps
     attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-    has_head_norms = f"{attention}.q_norm.weight" in named
+    has_head_norms = config.model_type == "qwen3"
+    qkv_bias, out_bias, mlp_bias = _biases(config)
     return Layer(
-        qkv=stacked(*(named.dense(f"{attention}.{part}_proj") for part in "qkv")),
-        out=named.dense(f"{attention}.o_proj"),
-        up=stacked(named.dense(f"{mlp}.gate_proj"), named.dense(f"{mlp}.up_proj")),
-        down=named.dense(f"{mlp}.down_proj"),
+        qkv=stacked(*(named.dense(f"{attention}.{part}_proj", qkv_bias) for part in "qkv")),
+        out=named.dense(f"{attention}.o_proj", out_bias),
+        up=stacked(*(named.dense(f"{mlp}.{part}_proj", mlp_bias) for part in ("gate", "up"))),
+        down=named.dense(f"{mlp}.down_proj", mlp_bias),
         attn_norm=named.rms_norm(f"{at}.input_layernorm", eps),
         mlp_norm=named.rms_norm(f"{at}.post_attention_layernorm", eps),
         q_norm=named.rms_norm(f"{attention}.q_norm", eps) if has_head_norms else None,
         k_norm=named.rms_norm(f"{attention}.k_norm", eps) if has_head_norms else None,
-        window=_window(config, index),
+        window=window,
     )
 
 
-def _window(config: Any, index: int) -> int | None:
-    """Positions a layer sees: Mistral sets one for all, Qwen one for some."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None and kinds[index] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)
+def _biases(config: Any) -> tuple[bool, bool, bool]:
+    """Whether query, key and value, the attention's output and the MLP have biases."""
+    match config.model_type:
+        case "llama":
+            return config.attention_bias, config.attention_bias, config.mlp_bias
+        case "qwen3":
+            return config.attention_bias, config.attention_bias, False
+        case "qwen2":
+            return True, False, False
+        case _:
+            return False, False, False
 
 
-FAMILY = Family(spec, weights)
+def _windows(config: Any) -> list[int | None]:
+    """Positions that each layer sees: Mistral sets one number for all, Qwen one for some."""
+    if config.model_type in ("qwen2", "qwen3"):
+        return windows(config)
+    window = config.sliding_window if config.model_type == "mistral" else None
+    return [window] * config.num_hidden_layers
+
+
+FAMILY = Family(spec, weights, prefixes=("model.",))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 from rayskip.errors import ModelError
 from rayskip.model.families.parts import Tensors, activation
@@ -22,6 +19,8 @@ def spec(config: Any) -> Spec:
         raise ModelError("opt with projected embeddings (word_embed_proj_dim, as opt-350m) is not supported")
     if not config.do_layer_norm_before or config._remove_final_layer_norm:
         raise ModelError("opt with norms after the branches or without a final norm is not supported")
+    if not config.layer_norm_elementwise_affine:
+        raise ModelError("opt without weights in its norms (layer_norm_elementwise_affine) is not supported")
     dim = config.hidden_size // config.num_attention_heads
     return Spec(
         model_type=config.model_type,
@@ -37,30 +36,29 @@ def spec(config: Any) -> Spec:
     )
 
 
-def weights(config: Any, spec: Spec, tensors: Mapping[str, Tensor]) -> Weights:
-    named = Tensors(tensors, "model.decoder.", "decoder.")
+def weights(config: Any, spec: Spec, named: Tensors) -> Weights:
     embed = named["embed_tokens.weight"]
     return Weights(
         embed=embed,
-        head=named.head(embed, config),
-        layers=[_layer(named, index) for index in range(config.num_hidden_layers)],
+        head=named.head(embed, config.tie_word_embeddings),
+        layers=[_layer(config, named, index) for index in range(config.num_hidden_layers)],
         final_norm=named.layer_norm("final_layer_norm", EPS),
         ropes={},
         positions=named["embed_positions.weight"][POSITION_OFFSET:],
     )
 
 
-def _layer(named: Tensors, index: int) -> Layer:
-    at = f"layers.{index}"
+def _layer(config: Any, named: Tensors, index: int) -> Layer:
+    at, bias = f"layers.{index}", config.enable_bias
     return Layer(
-        qkv=stacked(*(named.dense(f"{at}.self_attn.{part}_proj") for part in "qkv")),
-        out=named.dense(f"{at}.self_attn.out_proj"),
-        up=named.dense(f"{at}.fc1"),
-        down=named.dense(f"{at}.fc2"),
+        qkv=stacked(*(named.dense(f"{at}.self_attn.{part}_proj", bias) for part in "qkv")),
+        out=named.dense(f"{at}.self_attn.out_proj", bias),
+        up=named.dense(f"{at}.fc1", bias),
+        down=named.dense(f"{at}.fc2", bias),
         attn_norm=named.layer_norm(f"{at}.self_attn_layer_norm", EPS),
         mlp_norm=named.layer_norm(f"{at}.final_layer_norm", EPS),
         rope=None,
     )
 
 
-FAMILY = Family(spec, weights)
+FAMILY = Family(spec, weights, prefixes=("model.decoder.", "decoder."))

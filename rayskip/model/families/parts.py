@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayskip.errors import ModelError
-from rayskip.model.spec import Activation, Dense, Norm, Rope
+from rayskip.errors import ModelError, shown
+from rayskip.model.files import short_name
+from rayskip.model.refusals import MOST_POSITIONS
+from rayskip.model.spec import Activation, Dense, Norm, Rope, Spec
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -22,32 +24,63 @@ ACTIVATIONS: dict[str, Activation] = {
 
 LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
 
+BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+"""Ends of names of what older checkpoints hold though it follows from the config."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 
 class Tensors:
     """A checkpoint's tensors under their short names: the first of `prefixes` that fits is dropped, so that a
     base model's checkpoint and a causal LM's read alike. A missing name is a ModelError."""
 
-    def __init__(self, stored: Mapping[str, Tensor], *prefixes: str) -> None:
+    def __init__(self, stored: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> None:
         self._stored = stored
-        self._names = {_without(prefixes, name): name for name in stored}
+        self._names: dict[str, str] = {}
+        self._read: set[str] = set()
+        for name in stored:
+            if (other := self._names.setdefault(short_name(name, prefixes), name)) != name:
+                raise ModelError(f"the checkpoint has one tensor under two names, {other} and {name}")
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             some = ", ".join(sorted(self._names)[:6])
             raise ModelError(f"the checkpoint has no tensor {name!r}; it has {some}, …")
+        self._read.add(name)
         return self._stored[self._names[name]]
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
-    def dense(self, name: str) -> Dense:
-        """The linear layer `name`, with its bias where there is one."""
-        has_bias = f"{name}.bias" in self
-        return Dense(self[f"{name}.weight"], self[f"{name}.bias"] if has_bias else None)
+    def check_all_read(self) -> None:
+        """Raises ModelError for a tensor of a layer, or of a module that was read, which the family does not know:
+        a bias, norm, scale or layer too many, without which the model would be another one."""
+        modules = {name.rpartition(".")[0] for name in self._read}
+        for name in self._names.keys() - self._read:
+            within = name.startswith("layers.") or name.rpartition(".")[0] in modules
+            if within and not name.endswith(BUFFERS):
+                raise ModelError(
+                    f"the checkpoint has {self._names[name]}, for which there is no place in a model "
+                    "as config.json describes it"
+                )
 
-    def head(self, embed: Tensor, config: Any, name: str = "lm_head") -> Dense:
-        """The output layer: the embedding itself where the config ties them."""
-        return Dense(embed) if config.tie_word_embeddings else self.dense(name)
+    def dense(self, name: str, bias: bool) -> Dense:
+        """The linear layer `name`. bias: whether the config gives it one."""
+        return Dense(self[f"{name}.weight"], self[f"{name}.bias"] if bias else None)
+
+    def head(self, embed: Tensor, tied: bool, name: str = "lm_head") -> Dense:
+        """The output layer. tied: the config says that it is the embedding, which holds unless the checkpoint has
+        another one, as transformers has it."""
+        own = f"{name}.weight"
+        if own in self:
+            head = self[own]
+            return Dense(embed if tied and not head.is_meta and torch.equal(head, embed) else head)
+        if tied:
+            return Dense(embed)
+        raise ModelError(
+            f"the checkpoint has no {own}, and config.json does not tie it to the embedding (tie_word_embeddings): "
+            "a base model without its output layer generates no text"
+        )
 
     def rms_norm(self, name: str, eps: float, offset: float = 0.0) -> Norm:
         """RMSNorm; Gemma stores its weight less one and multiplies in float32 (offset 1)."""
@@ -58,21 +91,72 @@ class Tensors:
         return Norm("layer", self[f"{name}.weight"], self[f"{name}.bias"], eps)
 
 
-def _without(prefixes: tuple[str, ...], name: str) -> str:
-    return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
-
-
-def rope(config: Any, rotary: Callable[..., tuple[Tensor, Tensor]], *layer_type: str) -> Rope:
+def rope(
+    config: Any, rotary: Callable[[Any], Callable[..., tuple[Tensor, Tensor]]], spec: Spec, *layer_type: str
+) -> Rope:
     """The table of a transformers rotary module, so that every kind of rope scaling is transformers' own.
 
-    Raises ModelError for a kind whose angles change with the length of the text: cached keys, and rows of
-    other lengths, would have been turned by other angles.
+    rotary: makes the module of a config. Raises ModelError for parameters that it cannot read, and for a kind
+    whose angles change with the length of the text: cached keys, and rows of other lengths, would have been turned
+    by other angles.
     """
     parameters = config.rope_parameters[layer_type[0]] if layer_type else config.rope_parameters
     if (kind := parameters["rope_type"]) in LENGTH_DEPENDENT_ROPES:
         raise ModelError(f"config.json: rope_type {kind!r} depends on the text's length and is not supported")
-    cos, sin = rotary(torch.zeros(1), torch.arange(config.max_position_embeddings)[None], *layer_type)
+    try:
+        table = rotary(config)
+        cos, sin = table(torch.zeros(1), torch.arange(spec.max_positions)[None], *layer_type)
+    except Exception as error:  # whatever the arithmetic makes of a value that is missing or of another type
+        raise ModelError(
+            f"config.json: transformers makes no rope of {shown(parameters)} ({type(error).__name__}: {error})"
+        ) from error
+    turned = int(spec.head_dim * (parameters.get("partial_rotary_factor") or 1.0))
+    if cos.shape[-1] != turned:
+        raise ModelError(
+            f"config.json: partial_rotary_factor asks for {turned} turned dimensions of a head, and transformers "
+            f"turns {cos.shape[-1]} in a {config.model_type}; it is not supported"
+        )
     return Rope(cos[0], sin[0])
+
+
+def max_positions(config: Any) -> int:
+    """How long a text may be: max_position_embeddings, or what YaRN extends its own original length to."""
+    longest = int(config.max_position_embeddings)
+    rope_parameters = getattr(config, "rope_parameters", None) or {}
+    if rope_parameters.get("rope_type") != "yarn":
+        return longest
+    original, factor = rope_parameters["original_max_position_embeddings"], rope_parameters["factor"]
+    if (
+        type(original) is not int
+        or type(factor) not in (int, float)
+        or not 0 < original * factor <= MOST_POSITIONS
+    ):
+        raise ModelError(
+            f"config.json: YaRN by factor {shown(factor)} from {shown(original)} positions is not readable"
+        )
+    return max(longest, int(original * factor))
+
+
+def windows(config: Any) -> list[int | None]:
+    """What each layer sees by layer_types: the last sliding_window positions, or None for all."""
+    kinds = config.layer_types
+    if len(kinds) != config.num_hidden_layers or not set(kinds) <= {FULL, SLIDING}:
+        raise ModelError(
+            f"config.json: layer_types must say {FULL} or {SLIDING} for each of {config.num_hidden_layers} layers; "
+            f"it has {len(kinds)}: {', '.join(sorted(map(str, set(kinds))))}"
+        )
+    if SLIDING in kinds and config.sliding_window is None:
+        raise ModelError("config.json: layer_types has sliding_attention, and there is no sliding_window")
+    return [config.sliding_window if kind == SLIDING else None for kind in kinds]
+
+
+def refuse_set(config: Any, *keys: str) -> None:
+    """Raises ModelError where a key is set that this family does not honour."""
+    for key in keys:
+        if value := getattr(config, key, None):
+            raise ModelError(
+                f"config.json: {key} ({shown(value)}) is not supported for a {config.model_type}"
+            )
 
 
 def activation(name: str) -> Activation:

@@ -1,0 +1,155 @@
+"""What is refused of a checkpoint by its json files and its tensors' names and types, before anything is loaded.
+
+Knows no family's names: what a family makes of its config, and whether all of its tensors are there, is
+`checkpoint.check`'s to say.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rayskip.errors import ModelError, shown
+from rayskip.model.adapter import SETTINGS
+from rayskip.model.families import FAMILIES
+from rayskip.model.files import FLOATS, Header, find_key, read_json
+
+WRAPPERS = frozenset({"Gemma3ForConditionalGeneration"})
+"""Architectures beside *ForCausalLM whose text model generates."""
+
+CODE_KEYS = ("auto_map", "custom_pipelines")
+KERNEL_KEYS = (
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+)
+"""transformers downloads and runs a kernel that these name by owner/name."""
+
+QUANTISED_KEYS = ("quantization_config", "compression_config")
+QUANTISED_FILES = ("hf_quant_config.json",)
+QUANTISED_NAMES = (
+    "_scale", "_scale_2", "_scale_inv", "_scales", ".scales", "_zero_point", ".qweight", ".qzeros", ".g_idx",
+    "_g_idx", ".absmax", ".quant_map", ".nested_absmax", ".SCB", "_packed", "_blocks", "_qdata", ".qscales",
+    ".codes", ".codebooks", ".W_q",
+)  # fmt: skip
+"""Ends of names of the tensors that belong to quantised weights: their scales, offsets, maps and packed forms."""
+
+WANTED = "give the checkpoint in bfloat16, float16 or float32"
+
+MOST_LAYERS = 10_000
+MOST_POSITIONS = 1 << 24
+MOST = (1 << 31) - 1
+SIZES = {
+    "vocab_size": MOST,
+    "hidden_size": MOST,
+    "intermediate_size": MOST,
+    "ffn_dim": MOST,
+    "word_embed_proj_dim": MOST,
+    "head_dim": MOST,
+    "num_attention_heads": MOST,
+    "num_key_value_heads": MOST,
+    "num_hidden_layers": MOST_LAYERS,
+    "max_position_embeddings": MOST_POSITIONS,
+    "sliding_window": MOST,
+}
+"""Keys of whole numbers from 1, and the most of each."""
+
+POSITIVE = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "rope_theta",
+            "rope_local_base_freq", "rotary_emb_base", "rms_norm_eps", "layer_norm_eps")  # fmt: skip
+
+
+def check_configs(folder: Path) -> None:
+    """Refuse a folder by its json files: custom code, quantisation, what is no decoder, absurd sizes.
+
+    Raises ModelError.
+    """
+    if not (folder / "config.json").is_file():
+        is_adapter = (folder / SETTINGS).is_file()
+        raise ModelError(
+            f"model.path: {folder} has no config.json; "
+            + (
+                "it is an adapter: name its base in model.path and this folder in model.adapter"
+                if is_adapter
+                else "give a folder saved by transformers"
+            )
+        )
+    check_code(folder)
+    if (folder / SETTINGS).is_file():
+        raise ModelError(
+            f"model.path: {folder} holds an adapter ({SETTINGS}) beside its weights, and is another model with it "
+            "than without; move the adapter to a folder of its own, and name that in model.adapter to have it"
+        )
+    file = folder / "config.json"
+    config = read_json(file)
+    if found := find_key(config, QUANTISED_KEYS):
+        raise ModelError(f"model.path: {folder} is quantised (config.json: {found[0]}); {WANTED}")
+    if marked := next((name for name in QUANTISED_FILES if (folder / name).is_file()), None):
+        raise ModelError(f"model.path: {folder} is quantised ({marked}); {WANTED}")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ModelError(
+            f"model.path: {file} has model_type {shown(model_type)}; known: {', '.join(sorted(FAMILIES))}"
+        )
+    _check_architecture(file, config)
+    for section in (config, config.get("text_config")):
+        if isinstance(section, dict):
+            _check_sizes(file, section)
+
+
+def check_code(folder: Path, key: str = "model.path") -> None:
+    """Refuse a folder in which any config names code to run. key: of the job's config, for the message."""
+    for file in sorted(folder.glob("*config*.json")):
+        config = read_json(file)
+        if found := find_key(config, CODE_KEYS):
+            raise ModelError(f"{key}: {file} names custom code ({found[0]}); rayskip runs none")
+        kernels = find_key(config, KERNEL_KEYS)
+        if kernels and "/" in json.dumps(kernels[1]):
+            raise ModelError(
+                f"{key}: {file} names custom code ({kernels[0]}: {shown(kernels[1])}); rayskip runs none"
+            )
+
+
+def _check_architecture(file: Path, config: dict[str, Any]) -> None:
+    """A model with another head (a reward, a class, an embedding) has a decoder's tensors and generates rubbish."""
+    named = config.get("architectures") or []
+    for name in named if isinstance(named, list) else [named]:
+        known = isinstance(name, str) and (name.endswith(("ForCausalLM", "Model")) or name in WRAPPERS)
+        if not known:
+            raise ModelError(
+                f"model.path: {file} has architectures [{shown(name)}]; a model that generates text is wanted "
+                f"(…ForCausalLM or {', '.join(sorted(WRAPPERS))})"
+            )
+    if (file.parent / "config_sentence_transformers.json").is_file():
+        raise ModelError(
+            f"model.path: {file.parent} is a sentence-transformers model, which embeds text and generates none"
+        )
+
+
+def _check_sizes(file: Path, config: dict[str, Any]) -> None:
+    for key, most in SIZES.items():
+        value = config.get(key)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise ModelError(f"{file}: {key} is {shown(value)}; a whole number from 1 to {most:,} is wanted")
+    for key in POSITIVE:
+        value = config.get(key)
+        if value is not None and (type(value) not in (int, float) or not 0 < value < float("inf")):
+            raise ModelError(f"{file}: {key} is {shown(value)}; a number above 0 is wanted")
+    heads, groups = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        raise ModelError(
+            f"{file}: num_attention_heads {heads} is no multiple of num_key_value_heads {groups}"
+        )
+
+
+def check_tensors(headers: Mapping[str, Header], key: str = "model.path") -> None:
+    """Refuse quantised tensors, whatever the configs say: cast without their scales they would be other weights.
+
+    key: of the job's config, for the message. Raises ModelError.
+    """
+    for name, header in headers.items():
+        packed = name.endswith(".weight") and header.dtype not in FLOATS
+        if packed or name.endswith(QUANTISED_NAMES) or ".quant_state." in name:
+            raise ModelError(f"{key}: {header.file} is quantised ({name}, {header.dtype}); {WANTED}")
