@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -17,9 +18,18 @@ from reference import reference_logits
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from rayskip.data.tokenizer import load_tokenizer
 from rayskip.errors import ModelError
 from rayskip.model import embedded
-from rayskip.model.checkpoint import BLOCK, SAMPLES, load, resolve, weights_fingerprint
+from rayskip.model.checkpoint import (
+    BLOCK,
+    SAMPLES,
+    check,
+    load,
+    resolve,
+    suggested_sampling,
+    weights_fingerprint,
+)
 from rayskip.model.families import FAMILIES, family
 
 CPU = torch.device("cpu")
@@ -73,10 +83,92 @@ def _point_outside(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _retype(folder: Path, name: str, dtype: torch.dtype) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / "model.safetensors")
+
+
+def _add(folder: Path, name: str, shape: tuple[int, ...]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, name: torch.ones(shape)}, folder / "model.safetensors")
+
+
+def _remove(folder: Path, name: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _nest(folder: Path) -> None:
+    (folder / "config.json").write_text('{"rope_scaling": ' + '{"a": ' * 10_000 + "1" + "}" * 10_001)
+
+
+def _bloat(file: Path) -> None:
+    with file.open("r+b") as target:
+        target.truncate(1 << 30)  # sparse: it takes no room
+
+
+def _forge_header(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as target:
+        target.write((1 << 40).to_bytes(8, "little"))
+
+
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        (_nest, "config.json: nested more than 64 levels deep"),
+        (lambda folder: _bloat(folder / "config.json"), "config.json: 1,073,741,824 bytes are no config"),
+        (
+            lambda folder: _bloat(folder / "generation_config.json"),
+            "generation_config.json: 1,073,741,824 bytes",
+        ),
+        (
+            lambda folder: _edit(folder / "config.json", num_hidden_layers=-1),
+            "num_hidden_layers is -1; a whole",
+        ),
+        (lambda folder: _edit(folder / "config.json", num_hidden_layers=10**9), "from 1 to 10,000"),
+        (lambda folder: _edit(folder / "config.json", vocab_size=0), "vocab_size is 0; a whole number"),
+        (lambda folder: _edit(folder / "config.json", hidden_size="32"), "hidden_size is '32'; a whole"),
+        (
+            lambda folder: _edit(folder / "config.json", num_key_value_heads=3),
+            "num_attention_heads 4 is no mult",
+        ),
+        (
+            lambda folder: _edit(folder / "config.json", rms_norm_eps="small"),
+            "rms_norm_eps is 'small'; a number",
+        ),
+        (lambda folder: _edit(folder / "config.json", model_type=["llama"]), "model_type .'llama'.; known"),
+        (
+            lambda folder: _edit(folder / "config.json", architectures=["LlamaForSequenceClassification"]),
+            "architectures .'LlamaForSequenceClassification'.; a model that generates text is wanted",
+        ),
+        (
+            lambda folder: (folder / "config_sentence_transformers.json").write_text("{}"),
+            "sentence-transformers model, which embeds text",
+        ),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "holds an adapter"),
+        (lambda folder: _edit(folder / "config.json", compression_config={"format": "x"}), "quantised"),
+        (
+            lambda folder: (folder / "hf_quant_config.json").write_text("{}"),
+            "quantised .hf_quant_config.json",
+        ),
+        (
+            lambda folder: _retype(folder, "model.layers.0.mlp.up_proj.weight", torch.float8_e4m3fn),
+            "quantised .model.layers.0.mlp.up_proj.weight, F8_E4M3.; give the checkpoint in bfloat16",
+        ),
+        (lambda folder: _retype(folder, "lm_head.weight", torch.int8), "quantised .lm_head.weight, I8"),
+        *(
+            (lambda folder, name=name: _add(folder, name, (1,)), f"quantised .{name}, F32")
+            for name in (
+                "model.layers.0.mlp.up_proj.weight_scale",
+                "model.layers.0.mlp.up_proj.weight_scale_inv",
+                "model.layers.0.mlp.up_proj.qweight",
+                "model.layers.0.mlp.up_proj.weight.absmax",
+                "model.layers.0.mlp.up_proj.weight_packed",
+            )
+        ),
+        (_forge_header, "not a whole safetensors file .*header"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not valid JSON"),
         (lambda folder: _edit(folder / "config.json", auto_map={"AutoModel": "m.M"}), "custom code"),
         (lambda folder: _edit(folder / "config.json", quantization_config={"bits": 4}), "quantised"),
@@ -92,6 +184,135 @@ def test_unusable_folder_is_refused(spoil: Callable[[Path], Any], problem: str, 
     with pytest.raises(ModelError, match=problem) as caught:
         resolve(str(folder))
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"]
+)
+@pytest.mark.parametrize(
+    "content", [{"auto_map": {"AutoTokenizer": ["code.Run", None]}}, {"attn_implementation": "owner/kernel"}]
+)
+def test_code_that_any_config_names_is_refused(name: str, content: dict[str, Any], folder: Path) -> None:
+    known = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps({**known, "nested": [content]}))
+    with pytest.raises(ModelError, match=f"model.path: .*{name} names custom code .{next(iter(content))}"):
+        resolve(str(folder))
+
+
+def test_a_tokenizers_code_never_runs_not_even_with_consent(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = {"tokenizer_class": "Run", "auto_map": {"AutoTokenizer": ["code.Run", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(code))
+    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Run: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(ModelError, match="cannot load the tokenizer"):
+        load_tokenizer(folder)
+    assert not (folder / "ran").exists()
+
+
+def test_a_damaged_tokenizer_is_one_line(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="cannot load the tokenizer") as caught:
+        load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda folder: _add(folder, "model.layers.0.mlp.up_proj.bias", (40,)), "there is no place"),
+        (lambda folder: _add(folder, "model.norm.bias", (32,)), "has model.norm.bias, for which"),
+        (lambda folder: _add(folder, "model.layers.2.mlp.up_proj.weight", (40, 32)), "has model.layers.2"),
+        (lambda folder: _add(folder, "layers.0.mlp.up_proj.weight", (40, 32)), "one tensor under two names"),
+        (lambda folder: _remove(folder, "lm_head.weight"), "no lm_head.weight, and config.json does not tie"),
+        (lambda folder: _edit(folder / "config.json", attention_bias=True), "no tensor .*q_proj.bias"),
+        (
+            lambda folder: _edit(folder / "config.json", head_dim=16),
+            "layer 0 qkv is .64, 32., but config.json",
+        ),
+        (lambda folder: _edit(folder / "config.json", hidden_size=33), "transformers cannot read it"),
+        (lambda folder: _edit(folder / "config.json", eos_token_id="2"), "eos_token_id"),
+        (lambda folder: _edit(folder / "generation_config.json", eos_token_id=["2"]), "eos_token_id is"),
+        (
+            lambda folder: _edit(
+                folder / "config.json", rope_parameters={"rope_type": "new", "rope_theta": 1e4}
+            ),
+            "transformers makes no rope of .*KeyError: 'new'",
+        ),
+        (
+            lambda folder: _edit(folder / "config.json", rope_parameters={"rope_type": "linear"}),
+            "config.json",
+        ),
+        (
+            lambda folder: _edit(folder / "config.json", partial_rotary_factor=0.5),
+            "partial_rotary_factor asks for 4 turned dimensions of a head, and transformers turns 8",
+        ),
+        (
+            lambda folder: _edit(folder / "config.json", sliding_window=8),
+            "sliding_window .8. is not supported",
+        ),
+        (
+            lambda folder: _edit(
+                folder / "config.json", model_type="mistral", layer_types=["full_attention"] * 2
+            ),
+            "transformers takes it for a ministral",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_told_before_a_weight_is_read(
+    spoil: Callable[[Path], Any], problem: str, folder: Path
+) -> None:
+    spoil(folder)
+    with pytest.raises(ModelError, match=problem) as caught:
+        check(resolve(str(folder)))
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_older_checkpoints_hold_beside_their_weights_is_left_out(folder: Path) -> None:
+    _add(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", (4,))
+    assert check(resolve(str(folder))).hidden == 32
+
+
+def test_an_output_layer_of_its_own_is_used_though_the_config_ties_it(folder: Path) -> None:
+    """As in transformers; one that equals the embedding is the embedding."""
+    _edit(folder / "config.json", tie_word_embeddings=True)
+    _, weights = load(folder, torch.float32, CPU)
+    assert torch.equal(weights.head.weight, load_file(folder / "model.safetensors")["lm_head.weight"])
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    _, weights = load(folder, torch.float32, CPU)
+    assert weights.head.weight is weights.embed
+
+
+@pytest.mark.parametrize(
+    ("longest", "scaling", "expected"),
+    [
+        (64, {"factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (256, {"factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (80, {"factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        (64, {"factor": 2.0}, 128),
+    ],
+)
+def test_yarn_extends_the_context(longest: int, scaling: dict[str, Any], expected: int, folder: Path) -> None:
+    rope = {"rope_type": "yarn", "rope_theta": 10000.0, **scaling}
+    _edit(folder / "config.json", rope_parameters=rope, max_position_embeddings=longest)
+    spec, weights = load(folder, torch.float32, CPU)
+    assert (spec.max_positions, len(weights.ropes["default"].cos)) == (expected, expected)
+
+
+def test_a_folder_of_links_is_read_like_the_hubs_cache(folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "snapshots" / "0"
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(folder.iterdir()):
+        blob = tmp_path / "blobs" / str(number)
+        blob.parent.mkdir(exist_ok=True)
+        shutil.copy(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    assert check(resolve(str(snapshot))).hidden == 32
+    assert weights_fingerprint(snapshot) == weights_fingerprint(folder)
 
 
 def test_checking_a_folder_needs_neither_torch_nor_transformers(folder: Path) -> None:
@@ -179,6 +400,35 @@ def test_fingerprint_of_a_large_file_covers_header_start_and_end(folder: Path) -
             target.write(b"\xff")
         seen.add(weights_fingerprint(folder))
     assert len(seen) == 4
+
+
+def test_a_large_tokenizer_is_fingerprinted_whole(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    file.write_text("{}")
+    with file.open("r+b") as target:
+        target.truncate((SAMPLES + 2) * BLOCK)
+    seen = {weights_fingerprint(folder)}
+    for offset in (20, 9 * BLOCK + 7):
+        with file.open("r+b") as target:
+            target.seek(offset)
+            target.write(b"x")
+        seen.add(weights_fingerprint(folder))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.95}, {"temperature": 0.6, "top_p": 0.95}),
+        ({"do_sample": False, "temperature": 0.6, "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+        ({"top_k": None, "eos_token_id": 2}, {}),
+    ],
+)
+def test_the_generation_config_suggests_how_to_sample(
+    content: dict[str, Any], expected: dict[str, Any], folder: Path
+) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(content))
+    assert suggested_sampling(folder) == expected
 
 
 def test_every_named_family_exists() -> None:

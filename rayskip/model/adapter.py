@@ -86,8 +86,8 @@ def read_adapter(folder: Path, prefixes: tuple[str, ...]) -> Adapter:
         if a not in headers or b not in headers:
             raise ModelError(f"model.adapter: {file} has {name} without the other of lora_A and lora_B")
         inner = module.removeprefix(_PREFIX)
-        rank = _of_module(settings, "rank_pattern", inner, settings.get("r"))
-        alpha = _of_module(settings, "alpha_pattern", inner, settings.get("lora_alpha"))
+        rank = _of_module(settings_file, settings, "rank_pattern", inner, settings.get("r"))
+        alpha = _of_module(settings_file, settings, "alpha_pattern", inner, settings.get("lora_alpha"))
         if type(rank) is not int or rank < 1 or type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise ModelError(
                 f"model.adapter: {settings_file} gives {inner} the rank (r, rank_pattern) {shown(rank)} and the "
@@ -142,7 +142,7 @@ def _check_settings(file: Path, settings: dict[str, Any]) -> None:
         )
 
 
-def _of_module(settings: dict[str, Any], key: str, module: str, default: Any) -> Any:
+def _of_module(file: Path, settings: dict[str, Any], key: str, module: str, default: Any) -> Any:
     """What a module gets by the first pattern that its name, or its end after a dot, matches whole."""
     patterns = settings.get(key) or {}
     try:
@@ -150,7 +150,7 @@ def _of_module(settings: dict[str, Any], key: str, module: str, default: Any) ->
             (value for name, value in patterns.items() if re.match(rf"(.*\.)?({name})$", module)), default
         )
     except (re.error, AttributeError) as error:
-        raise ModelError(f"model.adapter: {SETTINGS}: {key} is not readable ({error})") from error
+        raise ModelError(f"model.adapter: {file}: {key} is not readable ({error})") from error
 
 
 class Merged(Mapping[str, "torch.Tensor"]):
