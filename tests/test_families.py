@@ -102,6 +102,29 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt_neox-sequential": GPTNeoXConfig(**PLAIN, use_parallel_residual=False),
     "opt": OPTConfig(**OPT_SIZES, word_embed_proj_dim=96),
 }
+GEMMA3: Any = CONFIGS["gemma3"]
+ROPE_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 24,
+}
+VARIANTS: dict[str, PreTrainedConfig] = {
+    "llama-biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama-yarn": LlamaConfig(**{**SIZES, "max_position_embeddings": 24}, rope_parameters=ROPE_YARN),
+    "qwen3-biases": Qwen3Config(**SIZES, head_dim=48, attention_bias=True),
+    "gemma2-biases": Gemma2Config(**SIZES, head_dim=32, attention_bias=True, final_logit_softcapping=None),
+    "gemma3-untied": Gemma3Config(
+        text_config={**GEMMA3.text_config.to_dict(), "tie_word_embeddings": True},
+        vision_config=GEMMA3.vision_config.to_dict(),
+        mm_tokens_per_image=1,
+        image_token_index=198,
+        tie_word_embeddings=False,
+    ),
+    "gpt_neox-no-biases": GPTNeoXConfig(**PLAIN, attention_bias=False, rotary_pct=0.25),
+    "opt-no-biases": OPTConfig(**OPT_SIZES, enable_bias=False),
+}
+"""Switches of the configs, whose logits alone are compared."""
 PROMPT_LENGTHS = (1, 5, 17, 33, 40)
 NEW_TOKENS = 24
 
@@ -120,9 +143,9 @@ def _peer(config: PreTrainedConfig) -> Any:
     return model
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, *VARIANTS])
 def test_reference_logits_equal_transformers(name: str, tmp_path: Path) -> None:
-    peer = _peer(CONFIGS[name])
+    peer = _peer((CONFIGS | VARIANTS)[name])
     peer.save_pretrained(tmp_path)
     token_ids = torch.randint(3, 190, (45,), generator=torch.Generator().manual_seed(2)).tolist()
 
@@ -173,8 +196,28 @@ def test_greedy_tokens_equal_transformers(name: str, ops: str, tmp_path: Path) -
         (OPTConfig(**OPT_SIZES, word_embed_proj_dim=96, do_layer_norm_before=False), "norms after"),
         (LlamaConfig(**SIZES, hidden_act="tanh"), "activation 'tanh'"),
         (LlamaConfig(**SIZES, rope_parameters=ROPE_DYNAMIC), "rope_type 'dynamic'"),
+        (Gemma3TextConfig(**SIZES, use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (Gemma2Config(**SIZES, use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (Gemma3TextConfig(**SIZES, attn_logit_softcapping=30.0), "attn_logit_softcapping"),
+        (OPTConfig(**OPT_SIZES, layer_norm_elementwise_affine=False), "layer_norm_elementwise_affine"),
+        (
+            Qwen2Config(**SIZES, layer_types=["full_attention"] * 3 + ["linear_attention"]),
+            "layer_types must say",
+        ),
+        (Qwen3Config(**SIZES, layer_types=["sliding_attention"] * 4), "there is no sliding_window"),
     ],
-    ids=["projected-embeddings", "post-norm", "activation", "dynamic-rope"],
+    ids=[
+        "projected-embeddings",
+        "post-norm",
+        "activation",
+        "dynamic-rope",
+        "gemma3-bidirectional",
+        "gemma2-bidirectional",
+        "gemma3-softcap",
+        "plain-norms",
+        "linear-attention",
+        "no-window",
+    ],
 )
 def test_unsupported_variant_is_refused(config: PreTrainedConfig, problem: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
