@@ -27,13 +27,13 @@ def download(name: str, revision: str | None, missing: str) -> Path:
     missing: what to say first when there is no such model. Raises ModelError.
     """
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RemoteEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
         SafetensorsParsingError,
     )
+    from huggingface_hub.utils import httpx
 
     try:
         folder = _snapshot(name, revision, SMALL_FILES)
@@ -54,8 +54,10 @@ def download(name: str, revision: str | None, missing: str) -> Path:
         ) from error
     except SafetensorsParsingError as error:
         raise ModelError(f"model.path: hub model {name} has damaged safetensors ({error})") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+    except (LocalEntryNotFoundError, httpx.HTTPError, ConnectionError) as error:
         raise ModelError(f"{missing}, and the hub cannot be reached") from error
+    except OSError as error:
+        raise ModelError(f"model.path: hub model {name} cannot be stored ({error})") from error
 
 
 def _snapshot(name: str, revision: str | None, files: tuple[str, ...]) -> Path:
