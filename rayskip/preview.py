@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rayskip.config import JobConfig
 from rayskip.data.prompts import PromptBuilder
@@ -16,8 +17,8 @@ from rayskip.data.storage import open_storage
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.driver.commit import adopt, load_commits
 from rayskip.driver.plan import Plan, make_plan
-from rayskip.errors import OutputError, RowError
-from rayskip.model.checkpoint import read_spec, resolve
+from rayskip.errors import OutputError, RowError, shown
+from rayskip.model.checkpoint import read_spec, resolve, suggested_sampling
 
 SAMPLE_ROWS = 10_000
 PROMPTS_SHOWN = 3
@@ -30,7 +31,8 @@ class Preview:
 
     completion_tokens: the most that the good rows looked at may generate. bad: rows by error type, with one
     message each in `examples`. committed: shards that earlier runs of this job finished. refused: why a run
-    would not write into that folder, None if it would.
+    would not write into that folder, None if it would. suggested: sampling parameters that the model's
+    generation_config.json has and the job has otherwise.
     """
 
     job: JobConfig
@@ -38,6 +40,7 @@ class Preview:
     committed: int
     refused: OutputError | None
     max_model_len: int
+    suggested: dict[str, Any] = field(default_factory=dict)
     rows: int = 0
     prompts: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -58,7 +61,10 @@ def preview(job: JobConfig) -> Preview:
     folder = resolve(job.model.path, job.model.revision)
     tokenizer = load_tokenizer(folder)
     longest = read_spec(folder).max_positions
-    seen = Preview(job, plan, committed, refused, min(job.engine.max_model_len or longest, longest))
+    sampling = job.sampling.model_dump()
+    suggested = {name: value for name, value in suggested_sampling(folder).items() if value != sampling[name]}
+    max_model_len = min(job.engine.max_model_len or longest, longest)
+    seen = Preview(job, plan, committed, refused, max_model_len, suggested)
     builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len)
     for shard in sample(plan.shards, SAMPLE_ROWS):
         for index, row in enumerate(read_shard(shard, plan.source).to_pylist(), shard.start):
@@ -104,6 +110,8 @@ def format_preview(seen: Preview) -> str:
     ]
     if record.date:
         parts.append(f"the chat template tells the date: {record.date}")
+    if seen.suggested:
+        parts.append(_suggestion(seen))
     parts += [f"\nprompt {number}:\n{text}" for number, text in enumerate(seen.prompts, 1)]
     parts.append(f"\nprompt tokens, {seen.rows:,} of {record.rows:,} rows looked at:")
     parts += histogram(seen.lengths)
@@ -127,6 +135,14 @@ def histogram(lengths: list[int]) -> list[str]:
 
 def _most_tokens(prompt: Prompt, max_model_len: int) -> int:
     return prompt.params.n * min(prompt.params.max_tokens, max_model_len - len(prompt.token_ids))
+
+
+def _suggestion(seen: Preview) -> str:
+    sampling = seen.job.sampling.model_dump()
+    theirs = ", ".join(f"{name} {shown(value)}" for name, value in seen.suggested.items())
+    ours = ", ".join(f"{name} {shown(sampling[name])}" for name in seen.suggested)
+    greedy = ", greedy" if sampling["temperature"] == 0 else ""
+    return f"the model's generation_config.json suggests {theirs}; the job's sampling has {ours}{greedy}"
 
 
 def _estimate(seen: Preview) -> str:

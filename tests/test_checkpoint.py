@@ -16,6 +16,7 @@ import pytest
 import torch
 from reference import reference_logits
 from safetensors.torch import load_file, save_file
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from rayskip.data.tokenizer import load_tokenizer
@@ -505,3 +506,29 @@ def test_embedded_tokenizer_is_the_original_one(smollm2: Path) -> None:
     assert ours.apply_chat_template(messages, return_dict=False) == original.apply_chat_template(
         messages, return_dict=False
     )
+
+
+def test_a_sentencepiece_model_alone_is_a_tokenizer_if_its_tokens_are_kept(folder: Path) -> None:
+    texts = folder / "texts"
+    texts.write_text(
+        "\n".join(f"the first of {number} words and its greeting, Grüße" for number in range(200))
+    )
+    SentencePieceTrainer.train(
+        input=str(texts),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=400,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer is not None
+    text = "the greeting of 2 words: 你好"
+    own = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert tokenizer.encode(text, add_special_tokens=False) == own.encode(text)
+
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    with pytest.raises(ModelError, match="other tokens of it than SentencePiece does"):
+        load_tokenizer(folder)

@@ -23,6 +23,8 @@ _OPEN, _CLOSE = "\ue000", "\ue001"
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
 
 
+_PROBE = "The first of two words, and 1234: Grüße!"
+
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
@@ -41,6 +43,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
         )
     except Exception as error:  # transformers and tokenizers raise what a damaged file happens to make them
         raise ModelError(f"{folder}: cannot load the tokenizer: {' '.join(str(error).split())}") from error
+    if not (folder / "tokenizer.json").exists():
+        _check_converted(folder / "tokenizer.model", tokenizer)
     return tokenizer
 
 
@@ -72,6 +76,23 @@ def _on_day(template: Any, day: date) -> Any:
         return template
     codes = json.dumps({code: day.strftime(code) for code in _CODES})
     return _STRFTIME.replace("CODES", codes) + template
+
+
+def _check_converted(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a SentencePiece model that transformers, by what the configs beside it say, reads as other tokens."""
+    from sentencepiece import SentencePieceProcessor
+
+    own = SentencePieceProcessor()
+    try:
+        own.Load(str(file))
+    except (OSError, RuntimeError):
+        return  # of another kind
+    prefixed = tokenizer.init_kwargs.get("add_prefix_space") is not False
+    if prefixed and own.encode(_PROBE) != tokenizer.encode(_PROBE, add_special_tokens=False):
+        raise ModelError(
+            f"{file}: transformers makes other tokens of it than SentencePiece does; a tokenizer.json is wanted "
+            "(tokenizer_class in tokenizer_config.json may name the wrong class)"
+        )
 
 
 TEMPLATE_FAULTS = (

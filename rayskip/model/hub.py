@@ -33,7 +33,7 @@ def download(name: str, revision: str | None, missing: str) -> Path:
         RevisionNotFoundError,
         SafetensorsParsingError,
     )
-    from huggingface_hub.utils import httpx
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # its own name for its HTTP library
 
     try:
         folder = _snapshot(name, revision, SMALL_FILES)
