@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from rayskip.config import JobConfig, SamplingParams
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.errors import ModelError
 from rayskip.model import embedded
@@ -32,6 +33,7 @@ from rayskip.model.checkpoint import (
     weights_fingerprint,
 )
 from rayskip.model.families import FAMILIES, family
+from rayskip.preview import format_preview, preview
 
 CPU = torch.device("cpu")
 CONFIG = LlamaConfig(
@@ -532,3 +534,23 @@ def test_a_sentencepiece_model_alone_is_a_tokenizer_if_its_tokens_are_kept(folde
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
     with pytest.raises(ModelError, match="other tokens of it than SentencePiece does"):
         load_tokenizer(folder)
+
+
+def test_plan_says_that_the_model_suggests_other_sampling_than_the_job(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"ids": [3, 4, 5]}\n')
+    _edit(folder / "generation_config.json", do_sample=True, temperature=0.6, top_p=0.95, top_k=0)
+    job = JobConfig.model_validate(
+        {
+            "name": "ids",
+            "model": {"path": str(folder)},
+            "input": {"path": str(tmp_path / "rows.jsonl"), "prompt_token_ids": "ids"},
+            "output": {"path": str(tmp_path / "out")},
+        }
+    )
+    said = (
+        "the model's generation_config.json suggests temperature 0.6, top_p 0.95; "
+        "the job's sampling has temperature 0.0, top_p 1.0, greedy"
+    )
+    assert said in format_preview(preview(job)).splitlines()
+    sampled = SamplingParams(temperature=0.6, top_p=0.95)
+    assert "suggests" not in format_preview(preview(job.model_copy(update={"sampling": sampled})))

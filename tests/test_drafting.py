@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -463,8 +464,15 @@ def test_a_broken_label_and_too_many_branches_are_named(folder: Path, tmp_path: 
     shipped = resolve("smollm2-135m-instruct")
     with pytest.raises(ConfigError, match="branches: 20000 is more than the 10240"):
         check_files(AutoDraft(kind="auto", branches=20000), shipped, full_depth(30))
+    label = json.loads((tmp_path / "kangaroo.json").read_text())
+    (tmp_path / "kangaroo.json").write_text(json.dumps({**label, "exit_layer": LAYERS}))
+    with pytest.raises(ModelError, match=f"follows layer {LAYERS} of a model that has {LAYERS}"):
+        check_files(KangarooDraft(kind="kangaroo", path=str(tmp_path)), folder, full_depth(LAYERS))
+    (tmp_path / "kangaroo.json").write_text(json.dumps({**label, "exit_layer": "2"}))
+    with pytest.raises(ModelError, match=r"kangaroo\.json needs the keys .*exit_layer \(int\)"):
+        check_files(KangarooDraft(kind="kangaroo", path=str(tmp_path)), folder, full_depth(LAYERS))
     (tmp_path / "kangaroo.json").write_text('{"base": "tiny"}')
-    with pytest.raises(ModelError, match=r"kangaroo\.json needs the keys base, .*exit_layer"):
+    with pytest.raises(ModelError, match=r"kangaroo\.json needs the keys base \(str\), .*exit_layer \(int\)"):
         _engine(folder, {"kind": "kangaroo", "path": str(tmp_path)})
 
 
@@ -476,7 +484,7 @@ def test_a_damaged_adapter_and_the_folder_above_one_are_named(folder: Path, tmp_
     check_files(KangarooDraft(kind="kangaroo", path=str(weights.parent)), folder, full_depth(LAYERS))
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ModelError, match=r"kangaroo\.safetensors is damaged"):
-        _engine(folder, {"kind": "kangaroo", "path": str(weights.parent)})
+        check_files(KangarooDraft(kind="kangaroo", path=str(weights.parent)), folder, full_depth(LAYERS))
 
 
 def test_a_drafts_step_as_one_call_does_what_its_operations_do(folder: Path) -> None:
@@ -542,6 +550,14 @@ def test_a_draft_model_with_other_tokens_is_refused(folder: Path, tiny_llama: Ca
     other = tiny_llama("other", 1, vocab_size=VOCAB + 3, max_position_embeddings=64)
     with pytest.raises(ModelError, match="same tokenizer"):
         _engine(folder, {"kind": "draft_model", "model": {"path": str(other)}})
+    draft = DecodeConfig.model_validate(
+        {"draft": {"kind": "draft_model", "model": {"path": str(other)}}}
+    ).draft
+    with pytest.raises(ModelError, match="same tokenizer"):
+        check_files(draft, folder, full_depth(LAYERS))
+    (other / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["code.Run", null]}}')
+    with pytest.raises(ModelError, match="custom code"):
+        check_files(draft, folder, full_depth(LAYERS))
 
 
 def test_skipping_a_layer_that_drafts_is_refused(folder: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rayskip.errors import ModelError
 from rayskip.model.checkpoint import tensors_fingerprint
+from rayskip.model.files import read_headers, read_json
 
 SHIPPED = Path(__file__).parent / "shipped"
 """What comes with the package, one folder a model."""
@@ -38,13 +39,16 @@ class Label:
     agreement: float
 
 
+TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int)}
+"""What a label's fields may hold, by how they are annotated."""
+
 LabelT = TypeVar("LabelT", bound=Label)
 
 
 def find_trained(
     kind: type[LabelT], base: Path | None, folder: Path | None, key: str = "decode.draft.path"
 ) -> tuple[LabelT, Path]:
-    """The label and where it lies; without a folder, what ships for the model in the folder `base`.
+    """The label and where it lies, both files whole; without a folder, what ships for the model in the folder `base`.
 
     key: of the config that names the folder. Raises ModelError when there is none, or when it was made for another
     model.
@@ -61,29 +65,35 @@ def find_trained(
         below = sorted(folder.glob(f"*/{missing[0]}"))
         hint = f"did you mean {below[0].parent}?" if below else f"`rayskip train {kind.KIND}` makes one"
         raise ModelError(f"{key}: {folder} has no {missing[0]}; {hint}")
+    label = _read_label(kind, folder / names[0], key)
     try:
-        label = kind(**json.loads((folder / names[0]).read_text()))
-    except (TypeError, ValueError) as error:
-        wanted = ", ".join(field.name for field in fields(kind))
-        raise ModelError(f"{key}: {folder / names[0]} needs the keys {wanted} ({error})") from error
+        read_headers([folder / names[1]])
+    except ModelError as error:
+        raise ModelError(f"{key}: {folder / names[1]} is damaged ({error})") from error
     if fingerprint is not None and fingerprint != label.base_tensors:
         raise ModelError(f"{key}: {folder} was trained on {label.base}, {base} is another model")
     return label, folder
 
 
+def _read_label(kind: type[LabelT], file: Path, key: str) -> LabelT:
+    content = read_json(file)
+    wanted = {field.name: TYPES[str(field.type)] for field in fields(kind)}
+    if content.keys() != wanted.keys() or not all(
+        type(value) in wanted[name] for name, value in content.items()
+    ):
+        told = ", ".join(f"{name} ({types[0].__name__})" for name, types in wanted.items())
+        raise ModelError(f"{key}: {file} needs the keys {told} and no others")
+    return kind(**content)
+
+
 def load_trained(
     kind: type[LabelT], base: Path | None, folder: Path | None, key: str = "decode.draft.path"
 ) -> tuple[LabelT, dict[str, Tensor], Path]:
-    """What `find_trained` finds, with its tensors. Raises ModelError as that does, and for a damaged file."""
-    from safetensors import SafetensorError
+    """What `find_trained` finds, with its tensors. Raises ModelError as that does."""
     from safetensors.torch import load_file
 
     label, folder = find_trained(kind, base, folder, key)
-    path = folder / f"{kind.KIND}.safetensors"
-    try:
-        return label, load_file(path), folder
-    except SafetensorError as error:
-        raise ModelError(f"{key}: {path} is damaged ({error})") from error
+    return label, load_file(folder / f"{kind.KIND}.safetensors"), folder
 
 
 def check_shapes(

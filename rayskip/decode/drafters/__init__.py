@@ -145,6 +145,10 @@ def _adapter(config: KangarooDraft | AutoDraft, model: Path | None, policy: Skip
     if not named and not has_shipped(KangarooLabel, model):
         return None
     label, folder = find_trained(KangarooLabel, model, _folder(config.path))
+    if not 0 < label.exit_layer < len(policy.until):
+        raise ModelError(
+            f"decode.draft.path: {folder} follows layer {label.exit_layer} of a model that has {len(policy.until)}"
+        )
     try:
         check_policy(label.exit_layer, policy)
     except LayerSkipped:
