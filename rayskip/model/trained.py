@@ -48,7 +48,7 @@ LabelT = TypeVar("LabelT", bound=Label)
 def find_trained(
     kind: type[LabelT], base: Path | None, folder: Path | None, key: str = "decode.draft.path"
 ) -> tuple[LabelT, Path]:
-    """The label and where it lies, both files whole; without a folder, what ships for the model in the folder `base`.
+    """The label and where it lies, both files whole; without a folder, what ships for the model in `base`.
 
     key: of the config that names the folder. Raises ModelError when there is none, or when it was made for another
     model.
