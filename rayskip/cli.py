@@ -109,10 +109,22 @@ def status(out: Out) -> None:
 
 
 @app.command()
-def verify(out: Out) -> None:
+def verify(
+    out: Out,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Take damaged shards back instead, so that a run redoes them alone."),
+    ] = False,
+) -> None:
     """Check a finished job: hashes, row counts, every row exactly once."""
+    from rayskip.driver.verify import repair as repair_job
     from rayskip.driver.verify import verify as verify_job
 
+    if repair:
+        for problem in (problems := repair_job(out)):
+            print(problem)
+        print("taken back; the run command redoes them" if problems else f"{out}: nothing to repair")
+        return
     found = verify_job(out)
     print(
         f"{found.name}: whole. {found.rows:,} rows ({found.rows_failed:,} failed) exactly once "

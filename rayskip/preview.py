@@ -15,7 +15,7 @@ from rayskip.data.records import Prompt, Shard
 from rayskip.data.sources import read_shard
 from rayskip.data.storage import open_storage
 from rayskip.data.tokenizer import load_tokenizer
-from rayskip.driver.commit import adopt, load_commits
+from rayskip.driver.commit import adopt, load_commits, lost_files, sizes
 from rayskip.driver.plan import Plan, make_plan
 from rayskip.errors import OutputError, RowError, shown
 from rayskip.model.checkpoint import read_spec, resolve, suggested_sampling
@@ -89,7 +89,8 @@ def _committed(job: JobConfig, plan: Plan) -> tuple[Plan, int, OutputError | Non
     storage = open_storage(job.output.path)
     try:
         plan = replace(plan, record=adopt(storage, plan.record))
-        return plan, len(load_commits(storage, plan.record.fingerprint, plan.shards)), None
+        commits = load_commits(storage, plan.record.fingerprint, plan.shards)
+        return plan, len(commits) - len(lost_files(storage, sizes(commits.values()))), None
     except OutputError as error:
         return plan, 0, error
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rayskip.train.loop import Point
 
 LINE_EVERY_S = 5.0
+MOST_SHOWN = 10
 
 
 @contextmanager
@@ -74,11 +75,20 @@ def format_status(status: JobStatus) -> str:
         "rows": f"{status.rows:,} of {status.rows_total:,}, {status.rows_failed:,} failed",
         "completion tokens": f"{status.completion_tokens:,}",
     }
+    if status.lost:
+        facts["missing or changed"] = _some(status.lost)
+    if status.strays:
+        facts["of no record"] = f"{_some(status.strays)}; the same run command deletes them"
     if status.driver:
         facts["last driver"] = (
             f"process {status.driver.pid} on {status.driver.host}, since {status.driver.started}"
         )
     return "\n".join(f"{key:<18} {value}" for key, value in facts.items())
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - MOST_SHOWN
+    return ", ".join(names[:MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _facts(progress: Progress) -> dict[str, str]:

@@ -8,15 +8,17 @@ import os
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
+import pyarrow.dataset as ds
 import pytest
 
 from rayskip.cluster.local_pool import LocalPool
 from rayskip.config import JobConfig
+from rayskip.data.attempt import write_attempt
 from rayskip.data.records import Shard, ShardResult
 from rayskip.data.sources import Source
 from rayskip.data.storage import open_storage
@@ -26,6 +28,7 @@ from rayskip.driver.progress import Progress
 from rayskip.driver.records import JobRecord, Manifest
 from rayskip.driver.report import Report, format_report
 from rayskip.driver.status import status
+from rayskip.driver.verify import repair, verify
 from rayskip.errors import InputError, Interrupted, JobFailed, OutputError, ReplicaLost, StorageBusy
 from rayskip.pool import ReplicaInfo, ReplicaProgress
 from rayskip.stats import Stats
@@ -34,11 +37,18 @@ ROWS = 10
 
 
 class TinyReplica:
-    """Writes one line per row. `mishap(shard)` runs first and may raise what a real replica raises."""
+    """Writes one line per row. `mishap(shard)` runs first and may raise what a real replica raises; `wrote(shard)`
+    runs when the file is there."""
 
-    def __init__(self, out: str, mishap: Callable[[Shard], None] = lambda shard: None) -> None:
+    def __init__(
+        self,
+        out: str,
+        mishap: Callable[[Shard], None] = lambda shard: None,
+        wrote: Callable[[Shard], None] = lambda shard: None,
+    ) -> None:
         self.storage = open_storage(out)
         self.mishap = mishap
+        self.wrote = wrote
         self.rows = 0
 
     def ready(self) -> ReplicaInfo:
@@ -49,20 +59,30 @@ class TinyReplica:
 
     def run(self, shard: Shard) -> ShardResult:
         self.mishap(shard)
-        body = b"".join(
-            json.dumps([shard.name, row]).encode() + b"\n" for row in range(shard.start, shard.stop)
-        )
-        path = f"data/shard-{shard.index:05d}-{uuid.uuid4().hex}.jsonl"
-        assert self.storage.create(path, body)
+        body = lines(shard.name, shard.start, shard.stop)
+        try:
+            assert write_attempt(self.storage, shard.output, body) == body
+        finally:
+            self.wrote(shard)
         self.rows += shard.rows
         stats = Stats(rows=shard.rows, rows_failed=1, completion_tokens=shard.rows * 7, steps=1)
         return ShardResult(
-            shard.index, path, hashlib.sha256(body).hexdigest(), len(body), shard.rows, 1, stats
+            shard.index, shard.output, hashlib.sha256(body).hexdigest(), len(body), shard.rows, 1, stats
         )
 
 
+def lines(name: str, start: int, stop: int) -> bytes:
+    identities = [{"row_file": name, "row_index": row, "sample_index": 0} for row in range(start, stop)]
+    return b"".join(json.dumps(identity).encode() + b"\n" for identity in identities)
+
+
 def config(out: Path, **sections: object) -> JobConfig:
-    base = {"name": "tiny", "model": {"path": "m"}, "input": {"path": "in"}, "output": {"path": str(out)}}
+    base = {
+        "name": "tiny",
+        "model": {"path": "m"},
+        "input": {"path": "in"},
+        "output": {"path": str(out), "format": "jsonl"},
+    }
     return JobConfig.model_validate({**base, **sections})
 
 
@@ -95,7 +115,12 @@ def content(out: Path) -> bytes:
 
 
 def whole(shards: int = 6) -> bytes:
-    return b"".join(json.dumps(["a", row]).encode() + b"\n" for row in range(shards * ROWS))
+    return lines("a", 0, shards * ROWS)
+
+
+def rows_read(out: Path) -> int:
+    """Rows that a reader of data/ finds who does as the README says."""
+    return ds.dataset(out / "data", format="json").count_rows()
 
 
 def test_an_undisturbed_run(tmp_path: Path) -> None:
@@ -208,6 +233,156 @@ def test_a_later_driver_takes_over(tmp_path: Path) -> None:
     thread.join(30)
     assert "took this job over" in str(errors[0])
     assert content(tmp_path) == whole()
+
+
+@pytest.mark.parametrize("moment", ["before its write", "after its write"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_replica_that_outlives_its_driver_leaves_no_second_file(
+    tmp_path: Path, moment: str, fresh: bool
+) -> None:
+    """It stops at a shard, with its driver, and wakes when another driver has finished the job, or another job."""
+    stopped, woken, wrote = threading.Event(), threading.Event(), threading.Event()
+
+    def stop(shard: Shard) -> None:
+        if shard.index == 2:
+            stopped.set()
+            assert woken.wait(30)
+
+    def writes(shard: Shard) -> None:
+        if moment == "after its write":
+            stop(shard)
+        if shard.index == 2:
+            wrote.set()
+
+    def first() -> None:
+        def pool(job: JobConfig, source: Source) -> LocalPool:
+            mishap = stop if moment == "before its write" else lambda shard: None
+            return LocalPool(lambda: TinyReplica(job.output.path, mishap, writes))
+
+        with suppress(OutputError):
+            run_plan(config(tmp_path), plan(6), pool)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert stopped.wait(30)
+    second = plan(6, "f2" if fresh else "f1")
+    run_plan(
+        config(tmp_path),
+        second,
+        lambda job, source: LocalPool(lambda: TinyReplica(job.output.path)),
+        fresh=fresh,
+    )
+    woken.set()
+    assert wrote.wait(30)
+    thread.join(30)
+    assert rows_read(tmp_path) == verify(str(tmp_path)).rows == 60
+    assert len(list((tmp_path / "data").iterdir())) == 6
+
+
+def test_strays_are_named_and_a_finished_run_sweeps_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as an earlier version's replica could leave; what is not ours by name is named and stays."""
+    run(config(tmp_path))
+    stray, foreign = "data/shard-00002-" + 32 * "a" + ".jsonl", "data/mine.jsonl"
+    for path in (stray, foreign):
+        (tmp_path / path).write_bytes(lines("a", 20, 30))
+    (tmp_path / "data/.DS_Store").write_bytes(b"\0")
+    with pytest.raises(OutputError) as refused:
+        verify(str(tmp_path))
+    assert f"no record names {stray}" in str(refused.value)
+    assert f"no record names {foreign}" in str(refused.value)
+    assert ".DS_Store" not in str(refused.value)
+    assert status(str(tmp_path)).strays == [stray]
+    run(config(tmp_path))
+    assert f"deleted {stray}" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "data").iterdir())[:2] == [".DS_Store", "mine.jsonl"]
+    (tmp_path / foreign).unlink()
+    assert rows_read(tmp_path) == verify(str(tmp_path)).rows
+
+
+def test_files_of_a_desktop_are_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(JobFailed):
+        run(config(tmp_path, retry={"max_shard_attempts": 1}), fail_at(4))
+    for folder in ("_commits", "_epochs", "data"):
+        (tmp_path / folder / ".DS_Store").write_bytes(b"\0")
+        (tmp_path / folder / "notes.txt").write_text("mine")
+    assert status(str(tmp_path)).driver
+    run(config(tmp_path))
+    assert content(tmp_path) == whole()
+    run(config(tmp_path), fresh=True)
+    assert (tmp_path / "_commits/notes.txt").read_text() == "mine"
+
+
+def fail_at(index: int) -> Callable[[Shard], None]:
+    def mishap(shard: Shard) -> None:
+        if shard.index == index:
+            raise ReplicaLost("signal 9")
+
+    return mishap
+
+
+def only(*shards: int) -> Callable[[Shard], None]:
+    """A mishap for a run that must redo these shards and no other."""
+
+    def mishap(shard: Shard) -> None:
+        assert shard.index in shards
+
+    return mishap
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_deleted_data_file_is_found_at_the_start_and_its_shard_redone(
+    tmp_path: Path, finished: bool
+) -> None:
+    run(config(tmp_path)) if finished else interrupted(tmp_path)
+    gone = next((tmp_path / "data").glob("shard-00001-*"))
+    gone.unlink()
+    assert status(str(tmp_path)).lost == [f"data/{gone.name}"]
+    run(config(tmp_path), only(1) if finished else only(1, 4, 5))
+    assert content(tmp_path) == whole()
+    assert verify(str(tmp_path)).rows == 60
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_changed_data_file_stays_until_repair_takes_its_shard_back(tmp_path: Path, finished: bool) -> None:
+    run(config(tmp_path)) if finished else interrupted(tmp_path)
+    changed, cut = (next((tmp_path / "data").glob(f"shard-0000{shard}-*")) for shard in (1, 3))
+    changed.write_bytes(changed.read_bytes().replace(b'"a"', b'"b"'))  # of the same size
+    cut.write_bytes(b"cut")
+    with pytest.raises(
+        OutputError, match=rf"data/{cut.name} has 3 bytes, .* committed; .*verify OUT --repair"
+    ):
+        run(config(tmp_path), only())
+    assert cut.read_bytes() == b"cut"
+    assert len(repair(str(tmp_path))) == 2
+    assert not (tmp_path / "manifest.json").exists()
+    run(config(tmp_path), only(1, 3) if finished else only(1, 3, 4, 5))
+    assert content(tmp_path) == whole()
+    assert repair(str(tmp_path)) == []
+    assert verify(str(tmp_path)).rows == 60
+
+
+def test_repair_takes_a_damaged_record_back_with_its_file(tmp_path: Path) -> None:
+    """The file could be damaged too, and a replica would take it for an attempt before its own."""
+    run(config(tmp_path))
+    (tmp_path / "_commits/shard-00004.json").write_bytes(b"{")
+    (tmp_path / "manifest.json").write_bytes(b"[]")
+    with pytest.raises(OutputError, match=r"manifest\.json is damaged"):
+        verify(str(tmp_path))
+    assert "shard-00004.json is damaged" in repair(str(tmp_path))[0]
+    assert not list((tmp_path / "data").glob("shard-00004-*"))
+    run(config(tmp_path), only(4))
+    assert content(tmp_path) == whole()
+
+
+def interrupted(out: Path) -> None:
+    """A job with shards 0 to 3 committed."""
+    run(config(out))
+    (out / "manifest.json").unlink()
+    for shard in (4, 5):
+        (out / f"_commits/shard-0000{shard}.json").unlink()
+        next((out / "data").glob(f"shard-0000{shard}-*")).unlink()
 
 
 def test_a_signal_commits_what_is_in_flight(tmp_path: Path) -> None:

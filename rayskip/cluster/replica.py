@@ -10,14 +10,15 @@ import math
 import os
 import platform
 import time
-import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayskip.cluster.engine_thread import EngineThread, failed_row
 from rayskip.config import JobConfig
 from rayskip.data.agreement import agreement
-from rayskip.data.output import SUFFIXES, encode, output_table
+from rayskip.data.attempt import write_attempt
+from rayskip.data.output import count_rows, encode, output_table
 from rayskip.data.records import Generation, Prompt, Shard, ShardResult
 from rayskip.data.sources import Source, read_shard
 from rayskip.data.storage import open_storage
@@ -58,7 +59,7 @@ class Replica:
         return ReplicaProgress(self._engine.rows, self._engine.tokens)
 
     def run(self, shard: Shard) -> ShardResult:
-        """Generate a shard and write its attempt file.
+        """Generate a shard and write its output file, or find it written by an attempt before.
 
         Raises InputError for a file that can no longer be read, StorageBusy or OutputError from the write,
         ReplicaLost when the engine is dead.
@@ -72,8 +73,9 @@ class Replica:
         with own.timed("write"):
             rows = sorted(rows + generated.rows, key=lambda row: (row.row_index, row.sample_index))
             data = encode(self._job.output.format, output_table(table, rows, shard, self._job))
-            path = self._write(shard, data)
-        return _result(shard, path, data, rows, generated.stats + own + agreement(rows, generated.again))
+            there = write_attempt(self._storage, shard.output, data)
+        result = _result(shard, data, rows, generated.stats + own + agreement(rows, generated.again))
+        return result if there == data else self._other(result, shard, there)
 
     def _prompts_of(self, table: pa.Table, shard: Shard) -> tuple[list[Prompt], list[Generation]]:
         """The rows that can run, and the output rows of those that cannot."""
@@ -92,14 +94,24 @@ class Replica:
             return []
         return [prompt for prompt in prompts if prompt.key < self._job.quality.sample * 2**64]
 
-    def _write(self, shard: Shard, data: bytes) -> str:
-        path = f"data/shard-{shard.index:05d}-{uuid.uuid4().hex}.{SUFFIXES[self._job.output.format]}"
-        if not self._storage.create(path, data) and self._storage.get(path) != data:
-            raise OutputError(f"{self._storage.url}/{path} exists with other content")
-        return path
+    def _other(self, result: ShardResult, shard: Shard, there: bytes) -> ShardResult:
+        """The result of an attempt that was first and differs, as engines do that are not batch-invariant."""
+        try:
+            rows, rows_failed = count_rows(there, self._job.output.format, shard)
+        except ValueError as error:
+            raise OutputError(
+                f"{self._storage.url}/{shard.output}: {error}; delete it and run again"
+            ) from error
+        return replace(
+            result,
+            sha256=hashlib.sha256(there).hexdigest(),
+            bytes=len(there),
+            rows=rows,
+            rows_failed=rows_failed,
+        )
 
 
-def _result(shard: Shard, path: str, data: bytes, rows: list[Generation], stats: Stats) -> ShardResult:
+def _result(shard: Shard, data: bytes, rows: list[Generation], stats: Stats) -> ShardResult:
     """Counters of rows and tokens are the shard's own; steps and seconds are the engine's since the last
     shard ended, since shards share steps."""
     stats.rows = len(rows)
@@ -109,7 +121,7 @@ def _result(shard: Shard, path: str, data: bytes, rows: list[Generation], stats:
     stats.completion_tokens = sum(row.completion_tokens for row in rows)
     return ShardResult(
         shard=shard.index,
-        path=path,
+        path=shard.output,
         sha256=hashlib.sha256(data).hexdigest(),
         bytes=len(data),
         rows=stats.rows,

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -251,6 +252,39 @@ def read_identities(data: bytes, format: str) -> list[tuple[str, int, int]]:
             for sample in range(line["samples"])
         ]
     return [(line["row_file"], line["row_index"], line["sample_index"]) for line in _lines(data)]
+
+
+def identity_problems(
+    identities: list[tuple[str, int, int]], name: str, start: int, stop: int
+) -> Iterator[str]:
+    """What keeps them from being rows [start, stop) of input file `name`, each with each of its samples once."""
+    samples = Counter((file, row) for file, row, _ in identities)
+    if samples.keys() != {(name, row) for row in range(start, stop)}:
+        yield f"does not hold exactly rows {start} to {stop - 1} of {name}"
+    wanted = {(file, row, sample) for (file, row), count in samples.items() for sample in range(count)}
+    if set(identities) != wanted:
+        yield "holds a sample twice or lacks one"
+
+
+def count_rows(data: bytes, format: str, shard: Shard) -> tuple[int, int]:
+    """Output rows of a shard's data file, and how many of them failed. Raises ValueError if it is not one."""
+    try:
+        identities = read_identities(data, format)
+        failed = _count_failed(data, format)
+    except (ValueError, KeyError, TypeError, OSError) as error:  # OSError: pyarrow's, of damaged bytes
+        raise ValueError(f"is no output of this job ({error})") from error
+    for problem in identity_problems(identities, shard.name, shard.start, shard.stop):
+        raise ValueError(problem)
+    return len(identities), failed
+
+
+def _count_failed(data: bytes, format: str) -> int:
+    if format == "parquet":
+        errors = _read_parquet(data, ["error_type"])["error_type"]
+        return len(errors) - int(errors.null_count)
+    if format == "openai":
+        return sum(line["samples"] for line in _lines(data) if line["error"])
+    return sum(line["error_type"] is not None for line in _lines(data))
 
 
 def _lines(data: bytes) -> Iterator[dict[str, Any]]:

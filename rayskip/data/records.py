@@ -65,6 +65,7 @@ class Shard:
 
     file: where to read it. name: the file's part of the row identity (its path below the input's root).
     rows: [start, stop) in the file. full_depth: no layer is skipped, whatever the job's policy.
+    output: the file to write, relative to the output folder; the driver says so when it hands the shard out.
     """
 
     index: int
@@ -73,6 +74,7 @@ class Shard:
     start: int
     stop: int
     full_depth: bool = False
+    output: str = ""
 
     @property
     def rows(self) -> int:
@@ -81,7 +83,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardResult:
-    """What a replica did for a shard: a whole attempt file written, not yet committed.
+    """What a replica did for a shard: its whole output file is there, not yet committed.
 
     path: relative to the output folder. sha256, bytes: of the file. rows: output rows in it.
     """

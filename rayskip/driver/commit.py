@@ -6,12 +6,15 @@ save work, correctness does not rest on them. Nothing compares wall clocks.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
 import socket
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from typing import TypeVar
@@ -19,14 +22,13 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 import rayskip
+from rayskip.data.attempt import DATA, JOB
 from rayskip.data.records import Shard, ShardResult
 from rayskip.data.storage import Storage, probe
 from rayskip.driver.identity import differences
 from rayskip.driver.records import (
     COMMITS,
-    DATA,
     EPOCHS,
-    JOB,
     MANIFEST,
     REPORT,
     VERSION,
@@ -44,7 +46,19 @@ from rayskip.errors import OutputError
 
 D = TypeVar("D", bound=Document)
 
-_OUR_DATA = re.compile(r"data/shard-\d+-[0-9a-f]+\.[a-z]+")
+_log = logging.getLogger(__name__)
+
+# What we write, and nothing that a person or a system (.DS_Store) puts beside it.
+_OUR_DATA = re.compile(r"data/shard-\d{5,}-[0-9a-f]+\.[a-z]+")
+_OUR_COMMIT = re.compile(r"_commits/shard-\d{5,}\.json")
+_OUR_EPOCH = re.compile(r"_epochs/\d{6,}\.json")
+
+REPAIR = "`rayskip verify OUT --repair` takes such shards back, and the run command then redoes them alone"
+_WAYS_ON = {
+    JOB: "; if the folder is this job's, delete that file, and the run command goes on with what is committed",
+    MANIFEST: f"; {REPAIR}",
+    REPORT: "; delete that file, and the run command writes a new one",
+}
 _READERS = 16
 _WRITERS = 32
 
@@ -71,29 +85,58 @@ def read(storage: Storage, key: str, kind: type[D]) -> D | None:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise OutputError(f"{storage.url}/{key} is damaged: {where} {first['msg']}".rstrip()) from error
+        problem = f"{storage.url}/{key} is damaged: {where} {first['msg']}".rstrip()
+        raise OutputError(problem + _WAYS_ON.get(key, "")) from error
 
 
 def read_commits(storage: Storage) -> list[CommitRecord]:
     """All commit records, by shard. Raises OutputError for one that is damaged or misnamed."""
-    keys = sorted(storage.list(COMMITS))
+    commits, damaged = scan_commits(storage)
+    for problem in damaged.values():
+        raise OutputError(f"{problem}; {REPAIR}")
+    return commits
+
+
+def scan_commits(storage: Storage) -> tuple[list[CommitRecord], dict[str, str]]:
+    """All commit records that can be read, by shard, and what is wrong with the others, by key."""
+    damaged: dict[str, str] = {}
+
+    def record(key: str) -> CommitRecord | None:
+        try:
+            found = read(storage, key, CommitRecord)
+            if found is not None and commit_key(found.shard) != key:
+                raise OutputError(f"{storage.url}/{key} is damaged: it holds shard {found.shard}")
+            return found
+        except OutputError as error:
+            damaged[key] = str(error)
+            return None
+
     with ThreadPoolExecutor(_READERS) as readers:
-        records = readers.map(lambda key: read(storage, key, CommitRecord), keys)
-    found = [record for record in records if record is not None]
-    for key, record in zip(keys, found, strict=True):
-        if key != commit_key(record.shard):
-            raise OutputError(f"{storage.url}/{key} is damaged: it holds shard {record.shard}")
-    return sorted(found, key=lambda record: record.shard)
+        found = [record for record in readers.map(record, commit_keys(storage)) if record is not None]
+    return sorted(found, key=lambda record: record.shard), damaged
+
+
+def commit_keys(storage: Storage) -> list[str]:
+    return sorted(filter(_OUR_COMMIT.fullmatch, storage.list(COMMITS)))
+
+
+def epoch_keys(storage: Storage) -> list[str]:
+    return sorted(filter(_OUR_EPOCH.fullmatch, storage.list(EPOCHS)))
 
 
 class Lease:
-    """A driver's epoch. A driver that sees a later epoch has been replaced and stops."""
+    """A driver's epoch. A driver that sees a later epoch has been replaced and stops.
+
+    nonce: by which this job names its data files; `open_job` sets it.
+    """
+
+    nonce = ""
 
     def __init__(self, storage: Storage) -> None:
         """Claim the next epoch, fencing the driver before."""
         self._storage = storage
         while True:
-            self.epoch = 1 + max((int(PurePosixPath(key).stem) for key in storage.list(EPOCHS)), default=0)
+            self.epoch = 1 + max((int(PurePosixPath(key).stem) for key in epoch_keys(storage)), default=0)
             claim = EpochRecord(
                 epoch=self.epoch,
                 nonce=uuid.uuid4().hex,
@@ -122,15 +165,54 @@ def open_job(storage: Storage, record: JobRecord, fresh: bool) -> Lease:
     fresh: an earlier job's files are deleted. Raises OutputError when the folder holds another job, before
     a driver that may still run it is fenced.
     """
-    if not fresh:
+    if fresh:
+        refuse_strangers(storage)
+    else:
         adopt(storage, record)
     probe(storage)
     lease = Lease(storage)
     if fresh:
         clear(storage)
-    if not storage.create(JOB, record.to_bytes()):
-        adopt(storage, record)
+    storage.create(JOB, record.model_copy(update={"nonce": uuid.uuid4().hex}).to_bytes())
+    there = read(storage, JOB, JobRecord)
+    if there is None:
+        raise OutputError(f"{storage.url}/{JOB} is gone: another run starts this job over; this one stops")
+    adopt(storage, record)
+    lease.nonce = there.nonce or there.fingerprint[:32]
     return lease
+
+
+def refuse_strangers(storage: Storage, fingerprint: str | None = None) -> None:
+    """Raises OutputError when files by the names that a job uses are not a job's, or not of job `fingerprint`.
+
+    `--fresh` deletes what has these names, and a run that ends replaces it.
+    """
+    known = read(storage, JOB, JobRecord) is not None
+    for key in (MANIFEST, REPORT):
+        found = _fingerprint(storage, key)
+        ours = found == fingerprint if fingerprint else found and known
+        if found is not None and not ours:
+            raise OutputError(
+                f"{storage.url}/{key} is not this job's, and a run would replace it; move it away, or choose "
+                f"another output.path"
+            )
+    if not known and not fingerprint and commit_keys(storage):
+        raise OutputError(
+            f"{storage.url} holds {COMMITS} and no {JOB}, so it is not known to be a job's and --fresh deletes "
+            f"nothing there; delete the folder yourself, or choose another output.path"
+        )
+
+
+def _fingerprint(storage: Storage, key: str) -> str | None:
+    """The fingerprint that a manifest or report names, of whatever version; "" for other content, None for none."""
+    data = storage.get(key)
+    if data is None:
+        return None
+    with suppress(ValueError):
+        document = json.loads(data)
+        if isinstance(document, dict) and isinstance(document.get("fingerprint"), str):
+            return str(document["fingerprint"])
+    return ""
 
 
 def adopt(storage: Storage, record: JobRecord) -> JobRecord:
@@ -141,9 +223,10 @@ def adopt(storage: Storage, record: JobRecord) -> JobRecord:
     """
     existing = read(storage, JOB, JobRecord)
     if existing is None:
+        refuse_strangers(storage, record.fingerprint)
         return record
     if differ := differences(existing, record):
-        committed = len(storage.list(COMMITS))
+        committed = len(commit_keys(storage))
         raise OutputError(
             f"{storage.url} holds another job, {existing.name!r}, {committed:,} of {existing.shards:,} shards "
             f"committed; different: {', '.join(differ)}. Choose another output.path, or run with --fresh to "
@@ -160,15 +243,15 @@ def clear(storage: Storage) -> None:
     """
     storage.delete([MANIFEST])
     storage.delete([REPORT])
-    storage.delete(storage.list(COMMITS))
-    storage.delete(_data_files(storage))
+    storage.delete(commit_keys(storage))
+    storage.delete(data_files(storage))
     storage.delete([JOB])
 
 
 def commit(
     storage: Storage, lease: Lease, fingerprint: str, shard: Shard, result: ShardResult
 ) -> CommitRecord:
-    """Commit a shard's attempt and return the record that counts: ours, or the one that was first.
+    """Commit a shard's output and return the record that counts: ours, or the one that was first.
 
     Raises OutputError when this driver has been replaced.
     """
@@ -180,6 +263,8 @@ def commit(
     existing = read(storage, key, CommitRecord)
     if existing is None or existing.fingerprint != fingerprint:
         raise OutputError(f"{storage.url}/{key} belongs to another job; --fresh deletes it and starts over")
+    if existing.file == ours.file and existing.sha256 != ours.sha256:
+        raise OutputError(f"{storage.url}/{key} is of what {ours.file} held before; {REPAIR}")
     return existing
 
 
@@ -208,15 +293,10 @@ def load_commits(storage: Storage, fingerprint: str, shards: Iterable[Shard]) ->
 
 
 def finish(storage: Storage, manifest: Manifest) -> None:
-    """Make the job visible: check that every data file is there whole, sweep orphans, create manifest.json.
-
-    Orphans go only now: with every shard committed, no driver can commit one of them any more.
-    """
-    present = _data_files(storage)
-    for file in manifest.files:
-        if present.pop(file.path, None) != file.bytes:
-            raise OutputError(f"{storage.url}/{file.path} is missing or cut short; --fresh starts over")
-    storage.delete(present)
+    """Make the job visible: check that every data file is there whole, sweep strays, create manifest.json."""
+    for path in lost_files(storage, sizes(manifest)):
+        raise OutputError(f"{storage.url}/{path} is gone; the same command runs its shard again")
+    sweep(storage, manifest)
     if storage.create(MANIFEST, manifest.to_bytes()):
         return
     if read(storage, MANIFEST, Manifest) != manifest:
@@ -227,5 +307,51 @@ def _range(record: CommitRecord | Shard) -> tuple[str, int, int]:
     return record.name, record.start, record.stop
 
 
-def _data_files(storage: Storage) -> dict[str, int]:
+def data_files(storage: Storage) -> dict[str, int]:
+    """The files in data/ that have the name of a shard's output, with their sizes in bytes."""
     return {key: size for key, size in storage.list(DATA).items() if _OUR_DATA.fullmatch(key)}
+
+
+def sizes(committed: Manifest | Iterable[CommitRecord]) -> dict[str, int]:
+    """Bytes of each data file that was committed."""
+    if isinstance(committed, Manifest):
+        return {file.path: file.bytes for file in committed.files}
+    return {record.file: record.bytes for record in committed}
+
+
+def lost_files(storage: Storage, committed: Mapping[str, int]) -> set[str]:
+    """Those of the committed files, given with their sizes, that are not there any more.
+
+    Raises OutputError for one of another size: it holds what no run of ours wrote, so that a person has to say that
+    it may go.
+    """
+    there = data_files(storage)
+    for path, size in committed.items():
+        if there.get(path, size) != size:
+            raise OutputError(
+                f"{storage.url}/{path} has {there[path]:,} bytes, {size:,} were committed; {REPAIR}"
+            )
+    return committed.keys() - there.keys()
+
+
+def sweep(storage: Storage, manifest: Manifest) -> None:
+    """Delete files by the name of a shard's output that the manifest does not name, and say so.
+
+    Only when every shard is committed: no driver can commit one of them any more.
+    """
+    strays = sorted(data_files(storage).keys() - sizes(manifest).keys())
+    if strays:
+        _log.warning("%s: deleted %s, which no record names", storage.url, ", ".join(strays))
+        storage.delete(strays)
+
+
+def take_back(storage: Storage, files: Iterable[str], records: Iterable[str]) -> None:
+    """Delete data files and commit records, so that the next run redoes their shards.
+
+    In this order: a crash leaves no manifest that promises what is gone, and no damaged file without a record,
+    which a replica would find under its shard's name and take for an attempt before its own. A record without its
+    file is taken back by the next run.
+    """
+    storage.delete([MANIFEST])
+    storage.delete(files)
+    storage.delete(records)

@@ -11,12 +11,26 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rayskip.config import JobConfig
+from rayskip.data.attempt import data_key
+from rayskip.data.output import SUFFIXES
 from rayskip.data.sources import Source
 from rayskip.data.storage import Storage, open_storage
-from rayskip.driver.commit import Lease, adopt, commit_all, finish, load_commits, open_job, read
+from rayskip.driver.commit import (
+    Lease,
+    adopt,
+    commit_all,
+    finish,
+    load_commits,
+    lost_files,
+    open_job,
+    read,
+    sizes,
+    sweep,
+    take_back,
+)
 from rayskip.driver.plan import Plan, make_plan
 from rayskip.driver.progress import Meter, Progress
-from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, fold, signature
+from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, commit_key, fold, signature
 from rayskip.driver.report import Report, merged, total
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
@@ -73,9 +87,27 @@ def run_plan(
 
 
 def finished_report(storage: Storage, plan: Plan) -> Report | None:
-    """The report of a job that is finished already, else None. Raises OutputError for another job."""
+    """The report of a job that is finished already and has all its files, else None; strays are swept.
+
+    Raises OutputError for another job, and for a data file that has changed its size.
+    """
     adopt(storage, plan.record)
-    return read(storage, REPORT, Report) if read(storage, MANIFEST, Manifest) else None
+    manifest = read(storage, MANIFEST, Manifest)
+    if manifest is None or lost_files(storage, sizes(manifest)):
+        return None
+    sweep(storage, manifest)
+    return read(storage, REPORT, Report)
+
+
+def still_there(storage: Storage, commits: dict[int, CommitRecord]) -> dict[int, CommitRecord]:
+    """The commits whose files are there; the others are taken back, so that their shards run again."""
+    lost = lost_files(storage, sizes(commits.values()))
+    if not lost:
+        return commits
+    gone = [shard for shard, record in commits.items() if record.file in lost]
+    _log.warning("%s: %s gone, run again", storage.url, ", ".join(sorted(lost)))
+    take_back(storage, [], map(commit_key, gone))
+    return {shard: record for shard, record in commits.items() if shard not in gone}
 
 
 class Run:
@@ -99,7 +131,7 @@ class Run:
         self.began = time.monotonic() - plan.seconds
         self.cpu_began = time.process_time()
         self.first_token: float | None = None
-        self.commits = load_commits(storage, plan.record.fingerprint, plan.shards)
+        self.commits = still_there(storage, load_commits(storage, plan.record.fingerprint, plan.shards))
         self.whole = total(self.commits.values())
         self.resumed = frozenset(self.commits)
         self.rows_failed = sum(record.rows_failed for record in self.commits.values())
@@ -178,7 +210,8 @@ class Run:
     def _obey(self, pool: Pool, instruction: Instruction) -> None:
         match instruction:
             case Assign(replica, shard):
-                pool.submit(replica, replace(shard, full_depth=self.below_floor))
+                output = data_key(shard.index, self.lease.nonce, SUFFIXES[self.job.output.format])
+                pool.submit(replica, replace(shard, full_depth=self.below_floor, output=output))
             case Kill(replica):
                 pool.kill(replica)
                 self.meter.lost(replica)

@@ -4,7 +4,7 @@ Does not know storage. Layout, relative to OUT:
 
     job.json                       what the job is; created once
     _epochs/000001.json            one per driver that ever ran; the highest is the one that may commit
-    data/shard-00042-<hex>.parquet attempt files; only those named by a commit record count
+    data/shard-00042-<hex>.parquet created once per shard, <hex> being the job's nonce; counts once it is committed
     _commits/shard-00042.json      created once per shard: the first creator wins
     report.json                    throughput of the run that finished the job
     manifest.json                  created last; a reader that finds it sees the whole job
@@ -29,10 +29,8 @@ VERSION = 1
 """Of the folder's format. It grows only when an older rayskip would misread a folder: a field that is added has a
 default, so that documents without it load, and an unknown field is passed over."""
 
-JOB = "job.json"
 MANIFEST = "manifest.json"
 REPORT = "report.json"
-DATA = "data"
 COMMITS = "_commits"
 EPOCHS = "_epochs"
 
@@ -71,6 +69,7 @@ class JobRecord(Signed):
     fingerprint: hash of what decided the output when the job began; ties its commit records to it.
     parts: hash of each content, files and weights. config: the job's config as given, every key of it.
     date: that chat templates tell as today's; None where none asks for it. rows: input rows.
+    nonce: new whenever a job begins in the folder; "" before it does, and in folders of earlier versions.
     """
 
     version: int = VERSION
@@ -81,6 +80,7 @@ class JobRecord(Signed):
     rows: int
     config: dict[str, Any]
     date: datetime.date | None = None
+    nonce: str = Field("", pattern="^[0-9a-f]*$")
 
 
 class EpochRecord(Document):

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rayskip.data.attempt import JOB
 from rayskip.data.storage import Storage, open_storage
-from rayskip.driver.commit import read, read_commits
-from rayskip.driver.records import EPOCHS, JOB, MANIFEST, EpochRecord, JobRecord, Manifest
+from rayskip.driver.commit import data_files, epoch_keys, read, read_commits, sizes
+from rayskip.driver.records import MANIFEST, EpochRecord, JobRecord, Manifest
 from rayskip.driver.report import total
 from rayskip.errors import OutputError
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """rows: input rows; rows_failed: output rows. driver: the last to claim the job, alive or not."""
+    """rows: input rows; rows_failed: output rows. driver: the last to claim the job, alive or not.
+
+    lost: committed files that are missing or have another size. strays: files of a finished job's data/ that no
+    record names, though they have a name of ours.
+    """
 
     name: str
     finished: bool
@@ -24,6 +29,8 @@ class JobStatus:
     rows_failed: int
     completion_tokens: int
     driver: EpochRecord | None
+    lost: list[str]
+    strays: list[str]
 
 
 def status(out: str) -> JobStatus:
@@ -31,10 +38,12 @@ def status(out: str) -> JobStatus:
     storage = open_storage(out)
     job = read_job(storage)
     commits = read_commits(storage)
-    last = max(storage.list(EPOCHS), default=None)
+    finished = read(storage, MANIFEST, Manifest) is not None
+    committed, there = sizes(commits), data_files(storage)
+    last = max(epoch_keys(storage), default=None)
     return JobStatus(
         name=job.name,
-        finished=read(storage, MANIFEST, Manifest) is not None,
+        finished=finished,
         shards=len(commits),
         shards_total=job.shards,
         rows=sum(commit.stop - commit.start for commit in commits),
@@ -42,6 +51,8 @@ def status(out: str) -> JobStatus:
         rows_failed=sum(commit.rows_failed for commit in commits),
         completion_tokens=total(commits).completion_tokens,
         driver=read(storage, last, EpochRecord) if last else None,
+        lost=sorted(path for path, size in committed.items() if there.get(path) != size),
+        strays=sorted(there.keys() - committed.keys()) if finished else [],
     )
 
 

@@ -1,4 +1,4 @@
-"""Is the job in an output folder whole: hashes, counts, records, and every row exactly once.
+"""Is the job in an output folder whole: hashes, counts, records, every row exactly once; and what is to be redone.
 
 Trusts nothing that a run said: reads every data file. Holds one file in memory at a time.
 """
@@ -6,14 +6,15 @@ Trusts nothing that a run said: reads every data file. Holds one file in memory 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
-from rayskip.data.output import read_identities
+from rayskip.data.attempt import DATA
+from rayskip.data.output import identity_problems, read_identities
 from rayskip.data.storage import Storage, open_storage
-from rayskip.driver.commit import read, read_commits
-from rayskip.driver.records import MANIFEST, CommitRecord, JobRecord, Manifest, fold
+from rayskip.driver.commit import REPAIR, Lease, data_files, read, scan_commits, sizes, sweep, take_back
+from rayskip.driver.records import MANIFEST, CommitRecord, JobRecord, Manifest, commit_key, fold
 from rayskip.driver.status import read_job
 from rayskip.errors import OutputError
 
@@ -39,10 +40,11 @@ def verify(out: str) -> VerifyResult:
     if manifest is None:
         raise OutputError(f"{storage.url}: the job is not finished ({MANIFEST} is not there); run it again")
     problems = list(_problems(storage, job, manifest))
-    if problems:
-        more = len(problems) - MOST_SHOWN
-        shown = problems[:MOST_SHOWN] + ([f"and {more} more"] if more > 0 else [])
-        raise OutputError(f"{storage.url}: " + "; ".join(shown))
+    found = problems + list(_strays(storage, manifest))
+    if found:
+        more = len(found) - MOST_SHOWN
+        shown = found[:MOST_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+        raise OutputError(f"{storage.url}: " + "; ".join(shown) + (f". {REPAIR}" if problems else ""))
     return VerifyResult(
         name=manifest.name,
         files=len(manifest.files),
@@ -52,13 +54,68 @@ def verify(out: str) -> VerifyResult:
     )
 
 
+def repair(out: str) -> list[str]:
+    """Take back what is damaged in folder `out`, finished or not, so that the next run redoes those shards alone.
+
+    Claims the folder first: a driver that still runs stops. Returns what was wrong, nothing for a job that is whole
+    as far as it is committed. Raises OutputError when there is no job.
+    """
+    storage = open_storage(out)
+    job = read_job(storage)
+    Lease(storage)
+    commits, damaged = scan_commits(storage)
+    problems = list(damaged.values())
+    format = job.config["output"]["format"]
+    bad = set(damaged)
+    for commit in commits:
+        found = list(_file_problems(storage, format, commit))
+        if commit.fingerprint != job.fingerprint:
+            found.append(f"shard {commit.shard} is of another job")
+        if found:
+            bad.add(commit_key(commit.shard))
+            problems += found
+    good = [commit for commit in commits if commit_key(commit.shard) not in bad]
+    if bad:
+        kept = {commit.file for commit in good}
+        shards = {PurePosixPath(key).stem for key in bad}
+        files = [path for path in data_files(storage) if _shard_of(path) in shards and path not in kept]
+        take_back(storage, files, bad)
+        return problems
+    try:
+        manifest = read(storage, MANIFEST, Manifest)
+    except OutputError as error:
+        storage.delete([MANIFEST])
+        return [str(error)]
+    if manifest and manifest != fold(job.name, job.fingerprint, manifest.format, manifest.skip, good):
+        storage.delete([MANIFEST])
+        return [f"{MANIFEST} does not match the commit records"]
+    if manifest:
+        sweep(storage, manifest)
+    return []
+
+
+def _shard_of(path: str) -> str:
+    """The part of a data file's name that names its shard, as in the commit record's."""
+    return PurePosixPath(path).stem.rsplit("-", 1)[0]
+
+
 def _problems(storage: Storage, job: JobRecord, manifest: Manifest) -> Iterator[str]:
-    commits = read_commits(storage)
+    commits, damaged = scan_commits(storage)
+    yield from damaged.values()
     if manifest != fold(job.name, job.fingerprint, manifest.format, manifest.skip, commits):
         yield f"{MANIFEST} does not match the commit records"
     yield from _partition_problems(job, commits)
     for commit in commits:
         yield from _file_problems(storage, manifest.format, commit)
+
+
+def _strays(storage: Storage, manifest: Manifest) -> Iterator[str]:
+    """Files in data/ that dataset readers would take for the job's; they pass over names with "." or "_" first."""
+    ours = data_files(storage)
+    for path in sorted(storage.list(DATA).keys() - sizes(manifest).keys()):
+        if not any(part.startswith((".", "_")) for part in PurePosixPath(path).parts):
+            way_out = "the run command deletes it" if path in ours else "move it away"
+            yield f"no record names {path}, and readers of {DATA}/ would read it too: {way_out}"
 
 
 def _partition_problems(job: JobRecord, commits: list[CommitRecord]) -> Iterator[str]:
@@ -90,9 +147,5 @@ def _file_problems(storage: Storage, format: str, commit: CommitRecord) -> Itera
     identities = read_identities(data, format)
     if len(identities) != commit.rows:
         yield f"{commit.file} holds {len(identities)} rows, {commit.rows} were committed"
-    samples = Counter((name, row) for name, row, _ in identities)
-    if samples.keys() != {(commit.name, row) for row in range(commit.start, commit.stop)}:
-        yield f"{commit.file} does not hold exactly rows {commit.start} to {commit.stop - 1} of {commit.name}"
-    wanted = {(name, row, sample) for (name, row), count in samples.items() for sample in range(count)}
-    if set(identities) != wanted:
-        yield f"{commit.file} holds a sample twice or lacks one"
+    for problem in identity_problems(identities, commit.name, commit.start, commit.stop):
+        yield f"{commit.file} {problem}"
