@@ -28,7 +28,8 @@ from typing import Any
 
 import psutil
 
-from rayskip.cluster.ray_pool import RayPool, usable_cores
+from rayskip.cluster.ray_cluster import usable_cores
+from rayskip.cluster.ray_pool import RayPool
 from rayskip.cluster.replica import use_threads
 from rayskip.config import JobConfig
 from rayskip.config_file import load_config

@@ -70,7 +70,9 @@ def run(
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what OUT holds and start over.")] = False,
 ) -> None:
     """Run a job, or go on where it stopped. Prints the report."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    from rayskip.driver.signals import heeded
+
+    for number in heeded():
         signal.signal(number, _stop)
     from rayskip.config_file import load_config
 

@@ -1,4 +1,4 @@
-"""Replicas as Ray actors; the only file that imports ray for the job path.
+"""Replicas as Ray actors.
 
 Does not know what shards are for or when a replica is to be replaced: Ray's own restarts and retries are
 off, because they would stay bound to a broken actor and know nothing of attempts.
@@ -7,19 +7,14 @@ off, because they would stay bound to a broken actor and know nothing of attempt
 from __future__ import annotations
 
 import math
-import os
-import secrets
-import signal
-import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayskip.config import ClusterConfig, JobConfig
+from rayskip.cluster.ray_cluster import RayCluster
+from rayskip.config import JobConfig
 from rayskip.data.records import Shard
-from rayskip.errors import ConfigError, Interrupted, ReplicaLost
+from rayskip.errors import Interrupted, ReplicaLost
 from rayskip.pool import LOOK_AHEAD, Alive, Done, Event, Failed, Lost, Ready
 
 if TYPE_CHECKING:
@@ -40,14 +35,15 @@ class _Call:
 class RayPool:
     """A Pool of actors on the cluster at `cluster.address` or RAY_ADDRESS, or on a local one started here.
 
-    Raises ConfigError when a local cluster can never hold the replicas asked for.
+    Raises ConfigError for an address where no usable cluster is, and for replicas that never fit.
     """
 
     def __init__(self, job: JobConfig, source: Source) -> None:
-        import ray
+        self._ray_cluster = RayCluster(job.cluster)
+        self._cluster = self._ray_cluster.config
+        import ray  # not before: a local one is told through the environment where to listen
 
         self._ray = ray
-        self._owns_cluster, self._cluster = _connect(job.cluster)
         self._job = job.model_copy(update={"cluster": self._cluster})
         self._source = ray.put(source)
         self._actors: dict[int, Any] = {}
@@ -100,8 +96,7 @@ class RayPool:
     def close(self) -> None:
         for replica in list(self._actors):
             self.kill(replica)
-        if self._owns_cluster:
-            self._ray.shutdown()
+        self._ray_cluster.close()
 
     def _ask_progress(self) -> None:
         now = time.monotonic()
@@ -137,75 +132,3 @@ class RayPool:
             return Done(call.replica, value)
         self._ready[call.replica] = time.monotonic() + PROGRESS_EVERY_S
         return Ready(call.replica, value) if call.kind == "ready" else Alive(call.replica, value)
-
-
-def _connect(cluster: ClusterConfig) -> tuple[bool, ClusterConfig]:
-    """Attach to the cluster, or start a local one; whether it was started here and ends with the job, and the
-    config with its cpus_per_replica filled in."""
-    import ray
-
-    most = cluster.replica_range[1]
-    if ray.is_initialized():
-        return False, cluster.with_cpus(most)
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _init(address=address, log_to_driver=False)
-        return False, cluster.with_cpus(most)
-    _make_private_token()
-    cores = usable_cores()
-    cluster = cluster.with_cpus(cores)
-    _init(
-        num_cpus=max(cores, math.ceil(most * (cluster.cpus_per_replica or 0))),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    gpus: float = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
-    if cluster.gpus_per_replica * cluster.replica_range[0] > gpus:
-        ray.shutdown()
-        raise ConfigError(
-            f"cluster.gpus_per_replica: {cluster.replica_range[0]} replicas with "
-            f"{cluster.gpus_per_replica:g} GPUs each do not fit on this machine, which has {gpus:g}; "
-            f"0 runs on its CPU, cluster.address names a larger cluster"
-        )
-    return True, cluster
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, cut by a container's quota (cgroup v2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.exists() and (parts := quota.read_text().split())[0].isdigit():
-        cores = min(cores, max(1, int(parts[0]) // int(parts[1])))
-    return cores
-
-
-def _init(**options: Any) -> None:
-    """ray.init without its signal handling: it turns SIGTERM into an exit that would lose our own code."""
-    import ray
-
-    in_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**options)
-    except SystemExit as error:
-        raise Interrupted("stopped by a signal while Ray started; the same command resumes") from error
-    finally:
-        if in_main:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _make_private_token() -> None:
-    """Make the token that a local cluster asks for, in a file that only this user reads (Ray's is 0644)."""
-    if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        return
-    path = Path.home() / ".ray" / "auth_token"
-    path.parent.mkdir(exist_ok=True)
-    if path.exists():
-        return
-    aside = path.with_name(f"auth_token.{os.getpid()}")
-    aside.touch(mode=0o600, exist_ok=True)
-    aside.write_text(secrets.token_hex(32))
-    with suppress(FileExistsError):  # another driver was first; a half-written token is never seen
-        os.link(aside, path)
-    aside.unlink()

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a question that the loop asks. Does not know what is to be saved."""
+"""SIGTERM, SIGHUP and Ctrl-C as a question that the loop asks. Does not know what is to be saved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from typing import Any
 
 from rayskip.errors import Interrupted
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def heeded() -> list[signal.Signals]:
+    """The signals that stop a run: not SIGHUP under nohup, which has it ignored."""
+    hang_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [number for number in SIGNALS if hang_up or number is not signal.SIGHUP]
 
 
 class StopSignal:
@@ -24,7 +30,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in heeded()}
         return self
 
     def __exit__(
