@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from s3_server import s3_server
+from s3_server import Fault, FaultProxy, s3_server
 
 from rayskip.data.storage import LocalStorage, Storage, open_storage, probe
 from rayskip.errors import OutputError, StorageBusy
@@ -55,6 +56,26 @@ def test_exactly_one_racer_creates(storage: Storage) -> None:
             won = list(pool.map(lambda body, key=key: storage.create(key, body), bodies))
             assert won.count(True) == 1
             assert storage.get(key) == bodies[won.index(True)]
+
+
+@pytest.mark.parametrize("faults", [["409"], ["503"], ["drop"], ["409", "503", "409"], ["409", "drop"]])
+def test_a_create_outlasts_passing_faults(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, faults: list[Fault]
+) -> None:
+    """Afterwards the object is there, and only a reply that was lost lets its writer take it for another's."""
+    monkeypatch.setattr("rayskip.data.storage._BACKOFF_S", 0.01)
+    proxy = FaultProxy(os.environ["AWS_ENDPOINT_URL"])
+    with proxy.running():
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        storage = open_storage(f"{bucket}/{uuid.uuid4().hex}")
+        proxy.faults = list(faults)
+        assert storage.create("k", b"mine") is ("drop" not in faults)
+        assert (storage.get("k"), proxy.faults) == (b"mine", [])
+        proxy.faults = ["409"]
+        assert not storage.create("k", b"other")
+        proxy.faults = ["409"] * 9
+        with pytest.raises(StorageBusy, match="conflicting write"):
+            storage.create("never", b"")
 
 
 def test_a_store_that_overwrites_is_refused(tmp_path: Path) -> None:

@@ -173,14 +173,7 @@ class ObjectStorage:
         )
 
     def create(self, key: str, data: bytes) -> bool:
-        import obstore
-        from obstore.exceptions import AlreadyExistsError
-
-        try:
-            self._retrying(lambda: obstore.put(self._store, key, data, mode="create"))
-        except AlreadyExistsError:
-            return False
-        return True
+        return self._retrying(lambda: self._create(key, data))
 
     def put(self, key: str, data: bytes) -> None:
         import obstore
@@ -202,6 +195,21 @@ class ObjectStorage:
         names = list(keys)
         if names:
             self._retrying(lambda: obstore.delete(self._store, names))
+
+    def _create(self, key: str, data: bytes) -> bool:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, GenericError
+
+        try:
+            obstore.put(self._store, key, data, mode="create")
+        except AlreadyExistsError as error:
+            # obstore says so of 412, the key exists, and of 409: a write of it was under way, and may have failed.
+            try:
+                obstore.head(self._store, key)
+            except FileNotFoundError:
+                raise GenericError(f"{key}: a conflicting write is under way") from error
+            return False
+        return True
 
     def _get(self, key: str) -> bytes | None:
         import obstore
