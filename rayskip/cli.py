@@ -5,9 +5,11 @@ Everything heavy is imported inside the commands, so that --help and a wrong opt
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -45,10 +47,11 @@ Out = Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a job:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit; without `args`, with this process's own."""
+    _open_closed_streams()
     try:
         app(args)
     except RayskipError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         raise SystemExit(error.exit_code) from None
 
 
@@ -59,7 +62,7 @@ def _options(
     if version:
         import rayskip
 
-        print(rayskip.__version__)
+        _show(rayskip.__version__)
         raise typer.Exit
 
 
@@ -83,8 +86,8 @@ def run(
 
     with live_view(job.name) as on_progress:
         report = run_job(job, fresh, on_progress)
-    print(format_report(report))
-    print(f"committed to {job.output.path}")
+    _show(format_report(report))
+    _show(f"committed to {job.output.path}")
 
 
 @app.command()
@@ -96,7 +99,7 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     from rayskip.preview import format_preview, preview
 
     seen = preview(job)
-    print(format_preview(seen))
+    _show(format_preview(seen))
     if seen.refused:
         raise seen.refused
 
@@ -107,7 +110,7 @@ def status(out: Out) -> None:
     from rayskip.driver.status import status as read_status
     from rayskip.view import format_status
 
-    print(format_status(read_status(out)))
+    _show(format_status(read_status(out)))
 
 
 @app.command()
@@ -124,11 +127,11 @@ def verify(
 
     if repair:
         for problem in (problems := repair_job(out)):
-            print(problem)
-        print("taken back; the run command redoes them" if problems else f"{out}: nothing to repair")
+            _show(problem)
+        _show("taken back; the run command redoes them" if problems else f"{out}: nothing to repair")
         return
     found = verify_job(out)
-    print(
+    _show(
         f"{found.name}: whole. {found.rows:,} rows ({found.rows_failed:,} failed) exactly once "
         f"in {found.files:,} files, {found.bytes:,} bytes, all hashes match"
     )
@@ -142,7 +145,7 @@ def model(
     """Print the local safetensors folder of a model, preparing it first."""
     from rayskip.model.checkpoint import resolve
 
-    print(resolve(name, revision))
+    _show(resolve(name, revision))
 
 
 @app.command()
@@ -158,7 +161,7 @@ def schema(
 
     if command not in CONFIGS:
         raise ConfigError(f"schema: no command {command!r} reads a config; these do: {', '.join(CONFIGS)}")
-    print(json.dumps(CONFIGS[command].model_json_schema(), indent=2))
+    _show(json.dumps(CONFIGS[command].model_json_schema(), indent=2))
 
 
 @train_app.command("skip")
@@ -172,7 +175,7 @@ def train_skip(config: Config, overrides: Overrides = None) -> None:
     from rayskip.view import show_point
 
     if folder := run_training(job, show_point):
-        print(f"checkpoint in {folder}")
+        _show(f"checkpoint in {folder}")
 
 
 @train_app.command("kangaroo")
@@ -187,7 +190,7 @@ def train_kangaroo(config: Config, overrides: Overrides = None) -> None:
     from rayskip.view import show_point
 
     if qualities := run_training(job, show_point):
-        print(format_draft_quality(qualities))
+        _show(format_draft_quality(qualities))
 
 
 @train_app.command("medusa")
@@ -202,7 +205,7 @@ def train_medusa(config: Config, overrides: Overrides = None) -> None:
     from rayskip.view import show_point
 
     if qualities := run_training(job, show_point):
-        print(format_draft_quality(qualities))
+        _show(format_draft_quality(qualities))
 
 
 @eval_app.command("quality")
@@ -214,10 +217,8 @@ def eval_quality(config: Config, overrides: Overrides = None) -> None:
     job = load_section(EvalQualityConfig, config, overrides or ())
     from rayskip.evaluate.quality import evaluate_quality, format_quality
 
-    results = evaluate_quality(
-        job, lambda result: print(f"{result.name}: BLEU {result.bleu:.1f}", file=sys.stderr)
-    )
-    print(format_quality(results))
+    results = evaluate_quality(job, lambda result: _say(f"{result.name}: BLEU {result.bleu:.1f}"))
+    _show(format_quality(results))
 
 
 @eval_app.command("spec-bench")
@@ -229,7 +230,7 @@ def eval_spec_bench(config: Config, overrides: Overrides = None) -> None:
     job = load_section(SpecBenchConfig, config, overrides or ())
     from rayskip.evaluate.spec_bench import format_scores, run_spec_bench
 
-    print(format_scores(run_spec_bench(job, _say)))
+    _show(format_scores(run_spec_bench(job, _say)))
 
 
 @app.command()
@@ -242,12 +243,35 @@ def bench(config: Config, overrides: Overrides = None) -> None:
     from rayskip.evaluate.bench import run_bench
     from rayskip.evaluate.timing import format_timings
 
-    print(format_timings(run_bench(job, _say)))
+    _show(format_timings(run_bench(job, _say)))
 
 
 def _say(line: str) -> None:
-    """How far a long command is; its result goes to stdout."""
-    print(line, file=sys.stderr)
+    """How far a long command is, or why it ends; its result goes to stdout."""
+    with suppress(OSError):  # nobody reads it any more
+        print(line, file=sys.stderr)
+
+
+def _show(result: object) -> None:
+    """Print a command's result. That its reader has gone, as `head` goes, is no failure of the command."""
+    try:
+        print(result, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails at its last flush
+    except OSError as error:
+        raise RayskipError(f"the result cannot be written: {error.strerror}") from error
+
+
+def _open_closed_streams() -> None:
+    """Open standard streams that are closed (`2>&-`): the next file opened would get their numbers, and what native
+    code prints would go into it."""
+    for number, mode in enumerate("rww"):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            name = ("stdin", "stdout", "stderr")[number]
+            setattr(sys, name, open(number, mode))  # noqa: SIM115  (for the process's life)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

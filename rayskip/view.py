@@ -5,15 +5,17 @@ Does not know where the numbers come from, and decides nothing.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from rayskip.driver.progress import Progress
 from rayskip.driver.status import JobStatus
@@ -28,12 +30,31 @@ MOST_SHOWN = 10
 @contextmanager
 def live_view(name: str, console: Console | None = None) -> Iterator[Callable[[Progress], None]]:
     """What to call with each snapshot of job `name`; shown on stderr, or on `console`."""
-    console = console or Console(stderr=True)
+    console = console or Console(file=cast(IO[str], _Lasting(sys.stderr)))
     if not console.is_terminal:
         yield PlainLines(name, console)
         return
     with Live(console=console, refresh_per_second=4, transient=True) as live:
         yield lambda progress: live.update(progress_table(name, progress))
+
+
+class _Lasting:
+    """A stream that may close before the job ends, as terminals and pipes do: what it does not take is dropped."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 class PlainLines:
@@ -59,7 +80,7 @@ class PlainLines:
 def progress_table(name: str, progress: Progress) -> Table:
     """The live view of one snapshot."""
     table = Table.grid(padding=(0, 2))
-    table.add_row(f"[bold]{name}[/]", progress.phase)
+    table.add_row(Text(name, style="bold"), progress.phase)  # no markup: a name may hold brackets
     table.add_row("", ProgressBar(total=max(1, progress.rows_total), completed=progress.rows, width=50))
     for key, value in _facts(progress).items():
         table.add_row(key, value)

@@ -208,6 +208,33 @@ def test_a_terminal_gets_a_live_view() -> None:
     assert "400 now 350 overall" in shown.getvalue()
 
 
+def test_a_name_with_brackets_is_shown_as_it_is() -> None:
+    shown = io.StringIO()
+    with live_view("run [/bold] [red]", Console(file=shown, force_terminal=True, width=100)) as on_progress:
+        on_progress(progress("generating", 150))
+    assert "run [/bold] [red]" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("streams", "code"),
+    [("2>&-", 2), (">&- 2>&-", 2), ("2>/dev/full", 2), ("2> >(true)", 2), ("<&- >/dev/full", 2)],
+)
+def test_closed_streams_change_no_exit_code(tmp_path: Path, streams: str, code: int) -> None:
+    command = f"{sys.executable} -c '{MAIN}' status nowhere {streams}"
+    found = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert found.returncode == code
+    assert "Traceback" not in found.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("stdout", "code"), [(">&-", 0), ("| true", 0), ("> /dev/full", 1)])
+def test_a_result_that_nobody_reads(stdout: str, code: int) -> None:
+    command = f"set -o pipefail; {sys.executable} -c '{MAIN}' schema {stdout}"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert found.returncode == code
+    assert found.stderr.count("\n") == code, found.stderr
+
+
 def test_histogram_counts_every_length_once() -> None:
     assert histogram([1, 2, 3, 9]) == [
         f"        1 to       1        1  {'#' * 20}",

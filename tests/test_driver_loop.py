@@ -241,23 +241,28 @@ def test_a_replica_that_outlives_its_driver_leaves_no_second_file(
     tmp_path: Path, moment: str, fresh: bool
 ) -> None:
     """It stops at a shard, with its driver, and wakes when another driver has finished the job, or another job."""
-    stopped, woken, wrote = threading.Event(), threading.Event(), threading.Event()
+    stopped, woken = threading.Event(), threading.Event()
+    begun: list[int] = []
+    ended: list[int] = []
 
     def stop(shard: Shard) -> None:
         if shard.index == 2:
             stopped.set()
             assert woken.wait(30)
 
-    def writes(shard: Shard) -> None:
+    def begins(shard: Shard) -> None:
+        begun.append(shard.index)
+        if moment == "before its write":
+            stop(shard)
+
+    def ends(shard: Shard) -> None:
         if moment == "after its write":
             stop(shard)
-        if shard.index == 2:
-            wrote.set()
+        ended.append(shard.index)
 
     def first() -> None:
         def pool(job: JobConfig, source: Source) -> LocalPool:
-            mishap = stop if moment == "before its write" else lambda shard: None
-            return LocalPool(lambda: TinyReplica(job.output.path, mishap, writes))
+            return LocalPool(lambda: TinyReplica(job.output.path, begins, ends))
 
         with suppress(OutputError):
             run_plan(config(tmp_path), plan(6), pool)
@@ -273,8 +278,10 @@ def test_a_replica_that_outlives_its_driver_leaves_no_second_file(
         fresh=fresh,
     )
     woken.set()
-    assert wrote.wait(30)
     thread.join(30)
+    while sorted(begun) != sorted(ended):
+        time.sleep(0.01)
+    assert 2 in ended
     assert rows_read(tmp_path) == verify(str(tmp_path)).rows == 60
     assert len(list((tmp_path / "data").iterdir())) == 6
 
@@ -385,21 +392,45 @@ def interrupted(out: Path) -> None:
         next((out / "data").glob(f"shard-0000{shard}-*")).unlink()
 
 
-def test_a_signal_commits_what_is_in_flight(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_commits_what_is_in_flight(tmp_path: Path, number: signal.Signals) -> None:
     def mishap(shard: Shard) -> None:
         if shard.index == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             time.sleep(0.8)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(Interrupted, match="the same command resumes") as caught:
         run(config(tmp_path), mishap)
     assert caught.value.exit_code == 75
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
     committed = status(str(tmp_path)).shards
     assert 2 <= committed < 6
     assert run(config(tmp_path)).shards_resumed == committed
     assert content(tmp_path) == whole()
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        run(config(tmp_path), lambda shard: os.kill(os.getpid(), signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert content(tmp_path) == whole()
+
+
+def test_a_folder_that_vanishes_stops_the_job(tmp_path: Path) -> None:
+    """Nothing that is written afterwards could be told whose it is."""
+    out = tmp_path / "out"
+
+    def mishap(shard: Shard) -> None:
+        if shard.index == 2:
+            out.rename(tmp_path / "moved")
+
+    with pytest.raises(OutputError, match=r"job\.json is gone or another job's"):
+        run(config(out), mishap)
+    assert not (out / "job.json").exists()
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:

@@ -96,6 +96,14 @@ def test_user_errors_name_the_place(tmp_path: Path, bucket: str) -> None:
         open_storage(str(tmp_path / "file")).create("job.json", b"")
     with pytest.raises(OutputError, match="File name too long"):
         open_storage(str(tmp_path / ("x" * 300))).get("job.json")
+    with pytest.raises(OutputError, match="File name too long"):
+        open_storage(str(tmp_path / ("x" * 300))).list("data")
+    for nowhere in ("", "a\0b", "s3://"):
+        with pytest.raises(OutputError):
+            open_storage(nowhere)
+    (tmp_path / "out/manifest.json").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"manifest\.json"):
+        open_storage(str(tmp_path / "out")).delete(["manifest.json"])
     with pytest.raises(OutputError, match="no-such-bucket"):
         open_storage("s3://no-such-bucket/out").create("job.json", b"")
 

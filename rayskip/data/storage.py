@@ -10,6 +10,7 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -56,7 +57,12 @@ class Storage(Protocol):
 
 
 def open_storage(url: str) -> Storage:
-    """The storage at a local path or an s3:// or gs:// url. Nothing is written before the first object."""
+    """The storage at a local path or an s3:// or gs:// url. Nothing is written before the first object.
+
+    Raises OutputError for what names no place.
+    """
+    if not url or "\0" in url:
+        raise OutputError(f"{url!r} is no path of an output folder")
     if "://" not in url:
         return LocalStorage(url)
     if url.split("://")[0] not in ("s3", "gs"):
@@ -99,17 +105,25 @@ class LocalStorage:
             raise self._refused(key, error) from error
 
     def list(self, prefix: str) -> dict[str, int]:
+        def refuse(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):  # what cannot be read must not pass for empty
+                raise self._refused(prefix, error) from error
+
         found = {}
-        for folder, _, names in os.walk(self._root / prefix):
+        for folder, _, names in os.walk(self._root / prefix, onerror=refuse):
             for name in names:
                 path = Path(folder, name)
                 if not name.startswith(_TEMPORARY):
-                    found[path.relative_to(self._root).as_posix()] = path.stat().st_size
+                    with suppress(FileNotFoundError):  # deleted meanwhile
+                        found[path.relative_to(self._root).as_posix()] = path.stat().st_size
         return found
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
-            (self._root / key).unlink(missing_ok=True)
+            try:
+                (self._root / key).unlink(missing_ok=True)
+            except OSError as error:
+                raise self._refused(key, error) from error
 
     def _write(self, key: str, data: bytes, publish: Callable[[Path, Path], None]) -> bool:
         """Write aside, fsync, publish under the name, fsync the folder: a crash leaves all or nothing."""
@@ -161,16 +175,20 @@ class ObjectStorage:
     """Objects on S3 or Google Cloud Storage; credentials and AWS_ENDPOINT_URL come from the environment."""
 
     def __init__(self, url: str) -> None:
+        from obstore.exceptions import BaseError
         from obstore.store import from_url
 
         self.url = url
         # Plain http is for an endpoint that the user named so, never for the cloud's own.
         plain = os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-        self._store: ObjectStore = from_url(
-            url,
-            client_options={"allow_http": plain, "timeout": timedelta(seconds=60)},
-            retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=60)},
-        )
+        try:
+            self._store: ObjectStore = from_url(
+                url,
+                client_options={"allow_http": plain, "timeout": timedelta(seconds=60)},
+                retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=60)},
+            )
+        except (BaseError, ValueError) as error:
+            raise OutputError(f"{url}: {_first_line(error)}") from error
 
     def create(self, key: str, data: bytes) -> bool:
         return self._retrying(lambda: self._create(key, data))
