@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -65,12 +66,13 @@ def write_config(data: Path | str, folder: Path, out: str, replicas: int = 1) ->
 
 @contextmanager
 def driver(config: Path) -> Iterator[subprocess.Popen[str]]:
-    """A driver process, dead with all its children at the end."""
+    """A driver process in a process group of its own, dead with all its children at the end."""
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, "run", str(config)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
     try:
         yield process
@@ -180,19 +182,24 @@ def test_a_killed_replica_is_replaced(data: Path, undisturbed: list[str], tmp_pa
 
 
 def test_a_stopped_and_a_killed_driver_resume(data: Path, undisturbed: list[str], tmp_path: Path) -> None:
-    """SIGTERM, then Ctrl-C twice, then SIGKILL, then to the end, always with the same command."""
+    """SIGTERM to all processes, as schedulers send it, then Ctrl-C twice, then SIGKILL, then to the end, always with
+    the same command."""
     out = tmp_path / "out"
     config = write_config(data, tmp_path, str(out))
     with driver(config) as process:
+        wait_for_work(process, 1)
         wait_for_commits(process, out)
+        children = descendants(process.pid)
+        at_signal = status(str(out)).shards
         began = time.monotonic()
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 75, output
         assert time.monotonic() - began < 20
         assert "Traceback" not in output
+        assert not psutil.wait_procs(children, timeout=5)[1]
     stopped = status(str(out))
-    assert 1 <= stopped.shards < stopped.shards_total
+    assert at_signal < stopped.shards < stopped.shards_total
 
     with driver(config) as process:
         wait_for_commits(process, out, stopped.shards + 1)

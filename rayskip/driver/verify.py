@@ -65,7 +65,7 @@ def repair(out: str) -> list[str]:
     Lease(storage)
     commits, damaged = scan_commits(storage)
     problems = list(damaged.values())
-    format = job.config["output"]["format"]
+    format = job.config.get("output", {}).get("format", "parquet")
     bad = set(damaged)
     for commit in commits:
         found = list(_file_problems(storage, format, commit))
