@@ -51,7 +51,7 @@ class Alive:
 
 @dataclass(frozen=True)
 class Done:
-    """A shard's attempt file is written."""
+    """A shard's output file is there."""
 
     replica: int
     result: ShardResult
@@ -84,7 +84,7 @@ class Worker(Protocol):
         """Load the engine. Raises ModelError for a checkpoint that cannot be loaded."""
 
     def run(self, shard: Shard) -> ShardResult:
-        """Generate a shard and write its attempt file. LOOK_AHEAD threads call it at once.
+        """Generate a shard and write its output file. LOOK_AHEAD threads call it at once.
 
         Raises ReplicaLost when the engine died: the replica is of no more use.
         """

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rayskip.config import JobConfig
 from rayskip.data.records import Shard, ShardResult
 from rayskip.data.storage import LocalStorage
-from rayskip.driver.commit import commit, finish, load_commits, open_job
+from rayskip.driver.commit import commit, finish, load_commits, open_job, scan_commits
 from rayskip.driver.records import CommitRecord, JobRecord, Manifest, fold, to_commit
 from rayskip.driver.report import total
 from rayskip.errors import OutputError
@@ -37,7 +37,7 @@ def job(fingerprint: str = "f1", parts: dict[str, str] | None = None, **sections
 
 
 def attempt(storage: LocalStorage, shard: int, by: str = "0") -> ShardResult:
-    """Write an attempt file, as a replica does."""
+    """Write an output file, as a replica does (of an earlier version, with a name for each attempt)."""
     body = f"shard {shard} by {by}".encode()
     path = f"data/shard-{shard:05d}-{hashlib.md5(body).hexdigest()}.jsonl"
     assert storage.create(path, body)
@@ -225,6 +225,23 @@ def test_a_folder_of_an_earlier_version_has_no_nonce_and_goes_on(storage: LocalS
     storage.create("job.json", job("fe" * 32).to_bytes().replace(b',\n  "nonce": ""', b""))
     assert b"nonce" not in (storage.get("job.json") or b"")
     assert open_job(storage, job("fe" * 32), fresh=False).nonce == "fe" * 16
+
+
+def test_what_cannot_be_read_is_not_taken_for_damaged(storage: LocalStorage) -> None:
+    """Repair deletes what is damaged, and a store that refuses says nothing about what it holds."""
+
+    class Refuses(LocalStorage):
+        def get(self, key: str) -> bytes | None:
+            raise OutputError(f"{key}: Permission denied")
+
+    lease = open_job(storage, job(), fresh=False)
+    commit(storage, lease, "f1", SHARDS[0], attempt(storage, 0))
+    storage.put("_commits/shard-00001.json", b"{")
+    commits, damaged = scan_commits(storage)
+    assert [record.shard for record in commits] == [0]
+    assert list(damaged) == ["_commits/shard-00001.json"]
+    with pytest.raises(OutputError, match="Permission denied"):
+        scan_commits(Refuses(storage.url))
 
 
 def test_damage_is_refused_by_name(storage: LocalStorage) -> None:

@@ -1,4 +1,4 @@
-"""The run on an in-process pool, with replicas that do no model work but really write attempt files."""
+"""The run on an in-process pool, with replicas that do no model work but really write output files."""
 
 from __future__ import annotations
 

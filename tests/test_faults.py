@@ -182,8 +182,7 @@ def test_a_killed_replica_is_replaced(data: Path, undisturbed: list[str], tmp_pa
 
 
 def test_a_stopped_and_a_killed_driver_resume(data: Path, undisturbed: list[str], tmp_path: Path) -> None:
-    """SIGTERM to all processes, as schedulers send it, then Ctrl-C twice, then SIGKILL, then to the end, always with
-    the same command."""
+    """SIGTERM to all processes, as schedulers send it; Ctrl-C twice; SIGKILL; then to the end, with one command."""
     out = tmp_path / "out"
     config = write_config(data, tmp_path, str(out))
     with driver(config) as process:

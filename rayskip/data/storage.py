@@ -10,7 +10,6 @@ import os
 import time
 import uuid
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -106,7 +105,8 @@ class LocalStorage:
 
     def list(self, prefix: str) -> dict[str, int]:
         def refuse(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError):  # what cannot be read must not pass for empty
+            # What cannot be read must not pass for empty; what is not there, or no more, is.
+            if not isinstance(error, FileNotFoundError):
                 raise self._refused(prefix, error) from error
 
         found = {}
@@ -114,8 +114,10 @@ class LocalStorage:
             for name in names:
                 path = Path(folder, name)
                 if not name.startswith(_TEMPORARY):
-                    with suppress(FileNotFoundError):  # deleted meanwhile
+                    try:
                         found[path.relative_to(self._root).as_posix()] = path.stat().st_size
+                    except OSError as error:
+                        refuse(error)
         return found
 
     def delete(self, keys: Iterable[str]) -> None:

@@ -63,6 +63,10 @@ _READERS = 16
 _WRITERS = 32
 
 
+class Damaged(OutputError):
+    """A document was read and is not what its key says: unlike one that cannot be read now, it will never be."""
+
+
 class _Head(Signed):
     """What documents of every format have: enough to tell whether the rest can be read."""
 
@@ -70,8 +74,8 @@ class _Head(Signed):
 
 
 def read(storage: Storage, key: str, kind: type[D]) -> D | None:
-    """A document of the folder; None when absent. Raises OutputError when it is not a valid one, or of a format
-    that is newer than VERSION."""
+    """A document of the folder; None when absent. Raises Damaged when it is not a valid one, OutputError when it is of
+    a format that is newer than VERSION."""
     data = storage.get(key)
     if data is None:
         return None
@@ -86,7 +90,7 @@ def read(storage: Storage, key: str, kind: type[D]) -> D | None:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         problem = f"{storage.url}/{key} is damaged: {where} {first['msg']}".rstrip()
-        raise OutputError(problem + _WAYS_ON.get(key, "")) from error
+        raise Damaged(problem + _WAYS_ON.get(key, "")) from error
 
 
 def read_commits(storage: Storage) -> list[CommitRecord]:
@@ -105,9 +109,9 @@ def scan_commits(storage: Storage) -> tuple[list[CommitRecord], dict[str, str]]:
         try:
             found = read(storage, key, CommitRecord)
             if found is not None and commit_key(found.shard) != key:
-                raise OutputError(f"{storage.url}/{key} is damaged: it holds shard {found.shard}")
+                raise Damaged(f"{storage.url}/{key} is damaged: it holds shard {found.shard}")
             return found
-        except OutputError as error:
+        except Damaged as error:
             damaged[key] = str(error)
             return None
 

@@ -94,7 +94,7 @@ class EpochRecord(Document):
 
 
 class CommitRecord(Signed):
-    """A shard is done: this attempt file is its output.
+    """A shard is done: this file is its output.
 
     name, start, stop: the input rows (see Shard). rows, rows_failed: output rows. bytes, sha256: of the file.
     """

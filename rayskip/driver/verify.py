@@ -13,7 +13,17 @@ from pathlib import PurePosixPath
 from rayskip.data.attempt import DATA
 from rayskip.data.output import identity_problems, read_identities
 from rayskip.data.storage import Storage, open_storage
-from rayskip.driver.commit import REPAIR, Lease, data_files, read, scan_commits, sizes, sweep, take_back
+from rayskip.driver.commit import (
+    REPAIR,
+    Damaged,
+    Lease,
+    data_files,
+    read,
+    scan_commits,
+    sizes,
+    sweep,
+    take_back,
+)
 from rayskip.driver.records import MANIFEST, CommitRecord, JobRecord, Manifest, commit_key, fold
 from rayskip.driver.status import read_job
 from rayskip.errors import OutputError
@@ -83,7 +93,7 @@ def repair(out: str) -> list[str]:
         return problems
     try:
         manifest = read(storage, MANIFEST, Manifest)
-    except OutputError as error:
+    except Damaged as error:
         storage.delete([MANIFEST])
         return [str(error)]
     if manifest and manifest != fold(job.name, job.fingerprint, manifest.format, manifest.skip, good):
