@@ -74,8 +74,8 @@ class _Head(Signed):
 
 
 def read(storage: Storage, key: str, kind: type[D]) -> D | None:
-    """A document of the folder; None when absent. Raises Damaged when it is not a valid one, OutputError when it is of
-    a format that is newer than VERSION."""
+    """A document of the folder; None when absent. Raises Damaged when it is not a valid one, OutputError when it is
+    of a format that is newer than VERSION."""
     data = storage.get(key)
     if data is None:
         return None
