@@ -33,6 +33,7 @@ _WANTED = {
     "bool_parsing": "true or false",
     "string_type": "text",
     "string_too_short": "a text that is not empty",
+    "string_too_long": "a shorter text",
     "tuple_type": "a list",
     "too_long": "a shorter list",
 }

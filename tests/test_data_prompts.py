@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TokenizersBackend
 from rayskip.config import InputConfig, SamplingParams
 from rayskip.data.prompts import PromptBuilder, check_input, merge_params, row_key
 from rayskip.data.records import BROKEN_ROW
+from rayskip.data.templates import Templates
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.errors import InputError, ModelError, RowError
 
@@ -24,6 +25,10 @@ CHAT = (
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
 START, END = 0, 1
+TEMPLATES = Templates()
+NESTED: list[Any] = []
+for _ in range(100_000):
+    NESTED = [NESTED]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def builder(tokenizer: PreTrainedTokenizerBase | None, length: int = 1000, **config: Any) -> PromptBuilder:
-    return PromptBuilder(InputConfig(path="in", **config), SamplingParams(), tokenizer, length)
+    return PromptBuilder(InputConfig(path="in", **config), SamplingParams(), tokenizer, length, TEMPLATES)
 
 
 def tokens(made: PromptBuilder, row: dict[str, Any]) -> list[int]:
@@ -183,6 +188,16 @@ def test_template_faults_are_row_errors(tokenizer: PreTrainedTokenizerBase, temp
         ({"prompt_token_ids": "t"}, {"t": [-1]}, "bad_token_id"),
         ({"template": "{% if q %}x{% endif %}"}, {"q": ""}, "empty_prompt"),
         ({"prompt": "q"}, {"q": None, BROKEN_ROW: "line 3: not JSON"}, "invalid_row"),
+        ({"prompt_token_ids": "t"}, {"t": [True]}, "bad_token_id"),
+        ({"prompt_token_ids": "t"}, {"t": [2**64]}, "bad_token_id"),
+        ({"prompt_token_ids": "t"}, {"t": f"[{'9' * 5000}]"}, "bad_token_id"),
+        ({"prompt_token_ids": "t"}, {"t": "[" * 100_000}, "bad_token_id"),
+        ({"messages": "m"}, {"m": "[" * 100_000}, "bad_messages"),
+        ({"messages": "m"}, {"m": f"[{'9' * 5000}]"}, "bad_messages"),
+        ({"messages": "m"}, {"m": [{"role": "user", "content": "a", "x": NESTED}]}, "bad_prompt"),
+        ({"messages": "m"}, {"m": [{"role": "user", "content": "a", "x": "\ud800"}]}, "invalid_utf8"),
+        ({"template": "{{ q }}"}, {"q": NESTED}, "bad_prompt"),
+        ({"template": "{{ q * 10 ** 13 }}"}, {"q": "a"}, "template_error"),
     ],
 )
 def test_bad_rows(tokenizer: PreTrainedTokenizerBase, config: Any, row: Any, kind: str) -> None:
@@ -209,6 +224,23 @@ def test_row_parameters_go_over_the_jobs(own: Any) -> None:
         ("{", "JSON"),
         (5, "int"),
         ("[1]", "list"),
+        ({"n": 100_000_000}, "n: .* 1024"),
+        ({"n": True}, "n: .*integer"),
+        ({"max_tokens": "7"}, "max_tokens"),
+        ({"max_tokens": 2**70}, "max_tokens"),
+        ({"temperature": float("nan")}, "temperature: .*finite"),
+        ('{"temperature": 1e999}', "temperature: .*finite"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
+        ({"stop": ["x"] * 65}, "stop: .*64"),
+        ({"stop": "x" * 1025}, r"stop\.0: .*1024"),
+        ({"stop_token_ids": [2**40]}, r"stop_token_ids\.0"),
+        ({"stop_token_ids": list(range(2000))}, "stop_token_ids: .*1024"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"stop": NESTED}, "stop"),
+        (f'{{"seed": {"9" * 5000}}}', "digits"),
+        ("[" * 100_000, "recursion"),
+        ([(["a"], 1)], "unhashable"),
     ],
 )
 def test_bad_row_parameters_name_the_key(own: Any, named: str) -> None:

@@ -174,13 +174,29 @@ def test_a_shard_that_never_succeeds_fails_the_job_and_the_rest_stays(tmp_path: 
         if shard.index == 2:
             raise ReplicaLost("signal 9")
 
-    with pytest.raises(JobFailed, match=r"shard 2 \(rows 20 to 29 of a\) failed 2 times"):
+    with pytest.raises(JobFailed, match=r"shard 2 \(rows 20 to 29 of a\) ends every replica"):
         run(config(tmp_path, retry={"max_shard_attempts": 2}), mishap)
     committed = status(str(tmp_path)).shards
     assert committed >= 4  # all but the shard and its neighbour on the first replica
     assert not (tmp_path / "manifest.json").exists()
     assert run(config(tmp_path)).shards_resumed == committed
     assert content(tmp_path) == whole()
+
+
+def test_a_row_that_ends_replicas_is_left_out_of_its_shard(tmp_path: Path) -> None:
+    """The shard still is one attempt file and one record over all of its rows."""
+    left_out: list[tuple[tuple[int, str], ...]] = []
+
+    def mishap(shard: Shard) -> None:
+        if 23 in set(range(shard.start, shard.stop)) - {row for row, _ in shard.lost}:
+            raise ReplicaLost("signal 11")
+        if shard.lost and not shard.probe:
+            left_out.append(shard.lost)
+
+    report = run(config(tmp_path, retry={"max_shard_attempts": 2}), mishap)
+    assert left_out == [((23, "signal 11"),)]
+    assert content(tmp_path) == whole()
+    assert (report.rows, report.completion_tokens) == (60, 420)
 
 
 def test_an_error_of_the_user_is_not_retried(tmp_path: Path) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rayskip.data.records import Shard
-from rayskip.driver.retry import MAX_FAILED_STARTS, Assign, Dispatch, Kill, Start
+from rayskip.driver.retry import MAX_FAILED_STARTS, MAX_LOST_ROWS, Assign, Dispatch, Kill, Start
 from rayskip.errors import JobFailed
 from rayskip.pool import LOOK_AHEAD
 
@@ -79,26 +79,6 @@ def test_a_lost_replica_is_replaced_and_its_shards_run_last_and_alone() -> None:
     assert state.retries == 2
 
 
-def test_a_shard_that_kills_every_replica_fails_the_job_after_all_others() -> None:
-    state, done = dispatch(5, attempts=3), set()
-
-    def run() -> None:
-        for replica in range(100):
-            assert state.decide(0) == [Start()]
-            state.started(replica, 0)
-            state.became_ready(replica, 0)
-            while 0 not in (held := [shard for _, shard in assigned(state)]):
-                for shard in held:
-                    state.done(replica, shard, 0)
-                    done.add(shard)
-            state.lost(replica, "signal 9")
-
-    with pytest.raises(JobFailed, match=r"shard 0 \(rows 0 to 9 of a\.jsonl\) failed 3 times.*: signal 9"):
-        run()
-    assert done == {1, 2, 3, 4}
-    assert state.retries == 3  # twice shard 0, once its neighbour
-
-
 def test_a_passing_fault_keeps_the_replica() -> None:
     state = dispatch(1, attempts=2)
     begin(state, 1)
@@ -161,6 +141,110 @@ def test_after_stop_nothing_is_assigned_or_started() -> None:
     state.lost(0, "killed")
     assert state.decide(1) == []
     assert state.in_flight == 0
+
+
+class Fleet:
+    """Replicas that end over the rows of `poison`, as `Dispatch` sees them. killed: so many did."""
+
+    def __init__(self, state: Dispatch, poison: set[int]) -> None:
+        self.state, self.poison = state, poison
+        self.killed = self.runs = 0
+        self.lost: dict[int, set[int]] = {}  # committed shard -> the rows it leaves out
+
+    def run(self) -> None:
+        next_replica = 0
+        while not self.state.finished:
+            held: dict[int, list[Shard]] = {}
+            for instruction in self.state.decide(0):
+                match instruction:
+                    case Start():
+                        self.state.started(next_replica, 0)
+                        self.state.became_ready(next_replica, 0)
+                        next_replica += 1
+                    case Assign(replica, shard):
+                        held.setdefault(replica, []).append(shard)
+            for replica, shards in held.items():
+                self.generate(replica, shards)
+
+    def generate(self, replica: int, shards: list[Shard]) -> None:
+        for shard in shards:
+            self.runs += 1
+            left_out = {row for row, _ in shard.lost}
+            if self.poison & set(range(shard.start, shard.stop)) - left_out:
+                self.killed += 1
+                self.state.lost(replica, "signal 11")
+                return
+            if not self.state.done(replica, shard.index, 0).probe:
+                assert shard.index not in self.lost
+                self.lost[shard.index] = left_out
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    attempts=st.integers(1, 4),
+    replicas=st.integers(1, 3),
+    data=st.data(),
+)
+def test_rows_that_end_replicas_are_found_and_only_they(
+    sizes: list[int], attempts: int, replicas: int, data: st.DataObject
+) -> None:
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    cut = [
+        Shard(index, "f", "f", start, start + size)
+        for index, (start, size) in enumerate(zip(starts, sizes, strict=True))
+    ]
+    poison: set[int] = set()
+    for shard in cut:
+        rows = st.integers(shard.start, shard.stop - 1)
+        poison |= data.draw(st.sets(rows, max_size=min(MAX_LOST_ROWS, 4)))
+    fleet = Fleet(Dispatch(cut, (1, replicas), attempts, shard_timeout_s=60), poison)
+    fleet.run()
+    assert fleet.lost == {shard.index: poison & set(range(shard.start, shard.stop)) for shard in cut}
+    longest = max(sizes)
+    # Its own deaths are a shard's; its neighbour on the replica may add one to the first, that it was innocent of.
+    assert fleet.killed <= len(poison) * (attempts + (longest - 1).bit_length()) + (attempts == 1) * len(
+        poison
+    )
+
+
+def test_three_rows_of_one_shard_within_the_bound() -> None:
+    fleet = Fleet(Dispatch([Shard(0, "f", "f", 0, 256)], (1, 1), 4, shard_timeout_s=60), {0, 100, 255})
+    fleet.run()
+    assert fleet.lost == {0: {0, 100, 255}}
+    assert 4 < fleet.killed <= 4 + 8 + 2 * (1 + 8)
+    assert fleet.runs <= 4 + 3 * (8 + 2)  # halves, and not one row after the other
+
+
+def test_a_shard_of_which_every_row_ends_replicas_fails_the_job_after_all_others() -> None:
+    state = dispatch(3, attempts=2)
+    fleet = Fleet(state, set(range(10)))
+    with pytest.raises(
+        JobFailed, match=r"shard 0 \(rows 0 to 9 of a\.jsonl\) ends every replica; rows 0, 1, .* do"
+    ):
+        fleet.run()
+    assert fleet.lost == {1: set(), 2: set()}
+
+
+def test_deaths_that_no_row_is_to_blame_for_blame_none() -> None:
+    """Machines that are taken away while a shard happens to run: the search ends in vain, and twice is enough."""
+    state = dispatch(1, attempts=2)
+    for replica in range(100):
+        assert state.decide(0) == [Start()]
+        state.started(replica, 0)
+        state.became_ready(replica, 0)
+        while (run := next(x.shard for x in state.decide(0) if isinstance(x, Assign))).probe:
+            assert run.lost == ()
+            state.done(replica, 0, 0)
+        assert (run.start, run.stop, run.lost) == (0, 10, ())
+        if replica == 4:
+            break
+        if replica == 3:
+            with pytest.raises(JobFailed, match="none of its rows does so alone"):
+                state.lost(replica, "preempted")
+            return
+        state.lost(replica, "preempted")
+    raise AssertionError("the job went on for ever")
 
 
 class Runs(RuleBasedStateMachine):

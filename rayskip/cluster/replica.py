@@ -22,7 +22,8 @@ from rayskip.data.output import count_rows, encode, output_table
 from rayskip.data.records import Generation, Prompt, Shard, ShardResult
 from rayskip.data.sources import Source, read_shard
 from rayskip.data.storage import open_storage
-from rayskip.errors import OutputError, RowError
+from rayskip.errors import OutputError, RowError, UserError
+from rayskip.failpoints import failpoint
 from rayskip.pool import ReplicaInfo, ReplicaProgress
 from rayskip.stats import Stats
 
@@ -44,12 +45,16 @@ class Replica:
         """Load the engine and start its thread. Raises ModelError."""
         began = time.monotonic()
         use_threads(self._job.cluster.cpus_per_replica or 1)
-        from rayskip.data.prompts import PromptBuilder
-        from rayskip.engine import Engine
+        from rayskip.data.prompts import PromptBuilder, prepare_templates
 
         job = self._job
+        templates = prepare_templates(job.input)  # while the engine loads
+        from rayskip.engine import Engine
+
         engine = Engine.load(job.model, job.engine, job.decode)
-        self._prompts = PromptBuilder(job.input, job.sampling, engine.tokenizer, engine.max_model_len)
+        self._prompts = PromptBuilder(
+            job.input, job.sampling, engine.tokenizer, engine.max_model_len, templates
+        )
         facts = hardware(), engine.info  # the latter tries out batch invariance, which is part of loading
         self._engine = EngineThread(engine)
         return ReplicaInfo(time.monotonic() - began, *facts)
@@ -59,7 +64,7 @@ class Replica:
         return ReplicaProgress(self._engine.rows, self._engine.tokens)
 
     def run(self, shard: Shard) -> ShardResult:
-        """Generate a shard and write its output file, or find it written by an attempt before.
+        """Generate a shard and write its output file, or find it written by an attempt before; of a probe, generate it.
 
         Raises InputError for a file that can no longer be read, StorageBusy or OutputError from the write,
         ReplicaLost when the engine is dead.
@@ -70,6 +75,8 @@ class Replica:
             prompts, rows = self._prompts_of(table, shard)
         again = [] if shard.full_depth else self._to_decode_again(prompts)
         generated = self._engine.generate(prompts, again, shard.full_depth)
+        if shard.probe:
+            return _result(shard, b"", rows + generated.rows, generated.stats + own)
         with own.timed("write"):
             rows = sorted(rows + generated.rows, key=lambda row: (row.row_index, row.sample_index))
             data = encode(self._job.output.format, output_table(table, rows, shard, self._job))
@@ -81,11 +88,20 @@ class Replica:
         """The rows that can run, and the output rows of those that cannot."""
         prompts: list[Prompt] = []
         failed: list[Generation] = []
+        lost = dict(shard.lost)
         for index, row in enumerate(table.to_pylist(), shard.start):
             try:
+                if index in lost:
+                    raise RowError("replica_lost", f"a replica ends whenever it runs this row: {lost[index]}")
+                failpoint("replica.row", index)
                 prompts.append(self._prompts.build(row, index, shard.name))
             except RowError as error:
                 failed += failed_row(index, self._prompts.samples(row), error)
+            except UserError:
+                raise
+            except Exception as error:  # what nobody foresaw costs the row that brought it, not the job
+                unforeseen = RowError("row_fault", f"{type(error).__name__}: {error}")
+                failed += failed_row(index, self._prompts.samples(row), unforeseen)
         return prompts, failed
 
     def _to_decode_again(self, prompts: list[Prompt]) -> list[Prompt]:

@@ -99,14 +99,11 @@ def output_table(table: pa.Table, rows: Sequence[Generation], shard: Shard, job:
 
 
 def _value(row: Generation, column: str, shard: Shard) -> Any:
-    if column == "row_file":
-        return shard.name
     if column == "logprobs":
         return None if row.logprobs is None else [_logprob(token) for token in row.logprobs]
-    if column == "error_message" and row.error_message is not None:
-        # It may quote what was wrong with the row, and that may be what no UTF-8 file can hold.
-        return row.error_message.encode(errors="backslashreplace").decode()
-    return getattr(row, column)
+    value = shard.name if column == "row_file" else getattr(row, column)
+    # An error may quote what was wrong with the row, and that may be what no UTF-8 file can hold.
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _logprob(token: TokenLogprob) -> dict[str, Any]:

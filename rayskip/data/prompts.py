@@ -11,17 +11,15 @@ import hashlib
 import json
 from collections.abc import Iterable
 from difflib import get_close_matches
+from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-import jinja2.meta
-import jinja2.nodes
-from jinja2.sandbox import SandboxedEnvironment
 from pydantic import ValidationError
 
 from rayskip.config import InputConfig, SamplingParams
 from rayskip.data.records import BROKEN_ROW, Prompt
-from rayskip.data.tokenizer import TEMPLATE_FAULTS, Encoder
+from rayskip.data.templates import Templates
+from rayskip.data.tokenizer import Encoder
 from rayskip.errors import InputError, ModelError, RowError
 
 if TYPE_CHECKING:
@@ -73,8 +71,7 @@ def check_input(config: InputConfig, columns: Iterable[str]) -> None:
     kind, source = prompt_source(config, present)
     needed = [(f"input.{kind}", source)] if kind != "template" else []
     if kind == "template":
-        names = jinja2.meta.find_undeclared_variables(_parse(source))
-        needed = [("input.template", name) for name in sorted(names)]
+        needed = [("input.template", name) for name in Templates().variables(source)]
     if config.sampling_params is not None:
         needed.append(("input.sampling_params", config.sampling_params))
     for key, column in needed:
@@ -84,18 +81,19 @@ def check_input(config: InputConfig, columns: Iterable[str]) -> None:
             raise InputError(f"{config.path}: {key} names {column!r}, which is no column of the data; {hint}")
 
 
-def _parse(template: str) -> jinja2.nodes.Template:
-    try:
-        return SandboxedEnvironment().parse(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"input.template: line {error.lineno}: {error.message}") from error
+def prepare_templates(config: InputConfig) -> Templates:
+    """What renders the job's templates, and prepares to while the caller loads a model."""
+    templates = Templates()
+    if config.chat or not (config.prompt or config.prompt_token_ids or config.template):
+        templates.prepare_chat()
+    return templates
 
 
 class PromptBuilder:
     """Turns rows into prompts; made once per replica, may be called from several threads.
 
     tokenizer: None when the model has none; then only prompt_token_ids work. max_model_len: positions of the
-    context. Raises InputError for a template with a syntax error.
+    context. templates: what renders them. Raises InputError for a template with a fault.
     """
 
     def __init__(
@@ -104,13 +102,18 @@ class PromptBuilder:
         sampling: SamplingParams,
         tokenizer: PreTrainedTokenizerBase | None,
         max_model_len: int,
+        templates: Templates | None = None,
     ) -> None:
+        templates = templates or Templates()
         self._config = config
         self._params = sampling
         self._params_column = config.sampling_params or (OPENAI_PARAMS if config.format == "openai" else None)
         self._max_model_len = max_model_len
-        self._encoder = Encoder(tokenizer, config.date) if tokenizer is not None else None
-        self._template = self._compile(config.template) if config.template is not None else None
+        self._encoder = (
+            Encoder(tokenizer, max_model_len, templates, config.date) if tokenizer is not None else None
+        )
+        self._columns = templates.variables(config.template) if config.template is not None else []
+        self._template = self._marked(config.template) if config.template is not None else None
 
     def build(self, row: Row, row_index: int, name: str) -> Prompt:
         """The prompt of row `row_index` of file `name`.
@@ -143,7 +146,8 @@ class PromptBuilder:
         column = self._params_column
         own = merge_params(self._params, row.get(column)) if column else self._params
         if own.stop and self._encoder is None:
-            raise ModelError("stop strings need a tokenizer, and the model has none; use stop_token_ids")
+            reason = "stop strings need a tokenizer, and the model has none; use stop_token_ids"
+            raise ModelError(reason) if self._params.stop else RowError("invalid_sampling_params", reason)
         return own
 
     def _token_ids(self, row: Row) -> list[int]:
@@ -154,36 +158,23 @@ class PromptBuilder:
         if value is None:
             raise RowError("null_prompt", f"column {source!r} is null")
         if kind == "prompt_token_ids":
-            return _token_list(_from_json(value), source)
+            return _token_list(_from_json(value, "bad_token_id", source), source)
         if kind == "messages":
-            return self._chat(_messages(_from_json(value), source))
+            return self._chat(_messages(_from_json(value, "bad_messages", source), source))
         text = _text(value, f"column {source!r}")
         return self._chat(_user(text)) if self._config.chat else self._text_encoder.data(text)
 
-    def _from_template(self, row: Row, template: jinja2.Template) -> list[int]:
+    def _from_template(self, row: Row, template: str) -> list[int]:
         """With `chat` the result is the user's message, without it the template is the job's own text."""
-        try:
-            text = template.render(row)
-        except TEMPLATE_FAULTS as error:
-            raise RowError("template_error", f"input.template: {type(error).__name__}: {error}") from error
-        text = _text(text, "what input.template renders")
-        return self._chat(_user(text)) if self._config.chat else self._text_encoder.trusted(text, start=True)
+        values = {column: row[column] for column in self._columns if column in row}
+        text = self._text_encoder.render(template, values)
+        if not text:
+            raise RowError("empty_prompt", "what input.template renders is empty")
+        return self._chat(_user(text)) if self._config.chat else self._text_encoder.written(text)
 
-    def _compile(self, template: str) -> jinja2.Template:
-        _parse(template)
-        sandbox = SandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=self._finalize)
-        return sandbox.from_string(template)
-
-    def _finalize(self, value: object) -> object:
-        """For every value a template writes. Undefined stays as it is, so that writing it fails; so does a null,
-        which would otherwise be the word None."""
-        if value is None:
-            raise RowError(
-                "null_prompt", "input.template writes a null; give it a default, as in {{ x or '' }}"
-            )
-        if self._config.chat or isinstance(value, jinja2.Undefined):
-            return value
-        return self._text_encoder.shield(str(value))
+    def _marked(self, template: str) -> str:
+        """Only without `chat` may a template write special tokens."""
+        return template if self._config.chat else self._text_encoder.mark(template)
 
     def _chat(self, messages: list[Row]) -> list[int]:
         if self._config.system is not None and messages[0]["role"] != "system":
@@ -212,18 +203,18 @@ def merge_params(base: SamplingParams, own: Any) -> SamplingParams:
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
-        wrong = f"{key}: {fault['msg']}, got {fault['input']!r}"
+        wrong = f"{key}: {fault['msg'].removeprefix('Value error, ')}, got {short_repr(fault['input'])}"
         raise RowError("invalid_sampling_params", wrong) from error
 
 
-def _mapping(own: Any) -> dict[str, Any]:
-    if isinstance(own, str):
-        try:
+def _mapping(own: Any) -> dict[Any, Any]:
+    try:
+        if isinstance(own, str):
             own = json.loads(own)
-        except json.JSONDecodeError as error:
-            raise RowError("invalid_sampling_params", f"not JSON: {error}") from error
-    if isinstance(own, list) and all(isinstance(pair, tuple) for pair in own):
-        own = dict(own)
+        if isinstance(own, list) and all(isinstance(pair, tuple) for pair in own):
+            own = dict(own)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RowError("invalid_sampling_params", f"not JSON: {error}") from error
     if not isinstance(own, dict):
         raise RowError("invalid_sampling_params", f"an object is needed, got {type(own).__name__}")
     return own
@@ -247,17 +238,21 @@ def _text(value: Any, what: str) -> str:
     return text
 
 
-def _from_json(value: Any) -> Any:
+def _from_json(value: Any, error_kind: str, column: str) -> Any:
     """A list may come as JSON text: all that CSV has, and JSONL when its rows differ in their types."""
     try:
         return json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError:
         return value
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise RowError(error_kind, f"column {column!r} holds JSON that cannot be read: {error}") from error
 
 
 def _token_list(value: Any, column: str) -> list[int]:
-    if not isinstance(value, list) or not all(isinstance(token, int) and token >= 0 for token in value):
-        raise RowError("bad_token_id", f"column {column!r} must hold a list of token ids, integers from 0")
+    if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 2**31 for token in value):
+        raise RowError(
+            "bad_token_id", f"column {column!r} must hold a list of token ids, integers from 0 to {2**31 - 1}"
+        )
     return value
 
 

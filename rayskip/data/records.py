@@ -66,6 +66,8 @@ class Shard:
     file: where to read it. name: the file's part of the row identity (its path below the input's root).
     rows: [start, stop) in the file. full_depth: no layer is skipped, whatever the job's policy.
     output: the file to write, relative to the output folder; the driver says so when it hands the shard out.
+    lost: rows that are known to end a replica, each with how: error rows, that are not run.
+    probe: whether its rows end a replica is all that is asked: nothing is written.
     """
 
     index: int
@@ -75,6 +77,8 @@ class Shard:
     stop: int
     full_depth: bool = False
     output: str = ""
+    lost: tuple[tuple[int, str], ...] = ()
+    probe: bool = False
 
     @property
     def rows(self) -> int:
@@ -85,7 +89,8 @@ class Shard:
 class ShardResult:
     """What a replica did for a shard: its whole output file is there, not yet committed.
 
-    path: relative to the output folder. sha256, bytes: of the file. rows: output rows in it.
+    path: relative to the output folder; empty for a probe, which writes none. sha256, bytes: of the file.
+    rows: output rows in it.
     """
 
     shard: int

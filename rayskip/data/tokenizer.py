@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
-import re
+import math
 import threading
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from string import ascii_letters
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from rayskip.data.marks import Marks
+from rayskip.data.templates import Templates, too_long
 from rayskip.errors import ModelError, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Private-use characters around a number: no template changes them, no tokenizer's special token has them.
-_OPEN, _CLOSE = "\ue000", "\ue001"
-_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
-
+_LEAST_MOST = 1 << 20
+"""Characters that are always encoded, in case a tokenizer joins or drops some of the text."""
 
 _PROBE = "The first of two words, and 1234: Grüße!"
 
@@ -95,79 +96,95 @@ def _check_converted(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-TEMPLATE_FAULTS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    AttributeError,
-)
-"""What a template raises when a row's values are not what its expressions expect."""
-
-
 class Encoder:
-    """Text to token ids, keeping apart what the job wrote and what the data says.
+    """Text to token ids, keeping apart what a template wrote and what the data says (see `Marks`).
 
-    `shield` replaces every special token in data by a mark that survives templating; `trusted` then encodes
-    the marks as the plain text they stand for and the special tokens around them as such. Thread-safe: it has
-    its own copy of the tokenizer, behind a lock, because choosing how special tokens are read changes it.
-    day: what chat templates tell as today's date; by default the day on which this is made.
+    Thread-safe: it has its own copy of the tokenizer, behind a lock, because choosing how special tokens are read
+    changes it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, day: date | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_model_len: int | None = None,
+        templates: Templates | None = None,
+        day: date | None = None,
+    ) -> None:
+        """max_model_len: positions of the context; a text that is too long for it in any case is not encoded. day:
+        what chat templates tell as today's date; by default the day on which this is made."""
         self._tokenizer = copy.deepcopy(tokenizer)
         self._tokenizer.chat_template = _on_day(tokenizer.chat_template, day or date.today())
         self._lock = threading.Lock()
+        self._templates = templates or Templates()
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        # Longest first, so that no token hides behind one that starts like it; the mark itself is data too.
-        special |= set(tokenizer.all_special_tokens)
-        self._shielded = [_OPEN, *sorted(special, key=lambda text: (-len(text), text))]
-        self._index = {text: index for index, text in enumerate(self._shielded)}
-        self._special = re.compile("|".join(map(re.escape, self._shielded)))
-
-    def shield(self, text: str) -> str:
-        """`text` with marks in place of special tokens."""
-        return self._special.sub(lambda found: f"{_OPEN}{self._index[found[0]]}{_CLOSE}", text)
+        self._marks = Marks(special | set(tokenizer.all_special_tokens))
+        self._most = math.inf if max_model_len is None else _most_characters(tokenizer, max_model_len)
 
     def data(self, text: str) -> list[int]:
         """Token ids of a plain prompt: the model's start token, if it has one, and no other special token."""
+        self._check_length(text)
         return self._encode(text, plain=True, start=True)
 
-    def trusted(self, text: str, start: bool) -> list[int]:
-        """Token ids of the job's text with shielded data inside. start: with the model's start token."""
-        ids: list[int] = []
-        for place, piece in enumerate(_MARK.split(text)):  # text, mark's index, text, ...
-            if place % 2:
-                ids += self._encode(self._shielded[int(piece)], plain=True, start=False)
-            elif piece or place == 0:
-                ids += self._encode(piece, plain=False, start=start and place == 0)
-        return ids
+    def mark(self, template: str) -> str:
+        """A template's source, ready to be rendered by `render`. Raises jinja2.TemplateSyntaxError."""
+        return self._marks.mark(template)
+
+    def render(self, template: str, values: dict[str, Any]) -> str:
+        """What a job's template makes of a row's values. Raises RowError."""
+        _check_text(values)
+        return self._templates.plain(template, values, self._most)
+
+    def written(self, rendered: str) -> list[int]:
+        """Token ids of what a marked template rendered, with the model's start token, if it has one, once."""
+        bos = self._tokenizer.bos_token
+        return self._marked(rendered, start=not (bos and self._marks.begins_with(rendered, str(bos))))
 
     def chat(self, messages: list[dict[str, Any]]) -> list[int]:
         """Token ids of a conversation, ending where the assistant's answer begins.
 
         Raises ModelError when the model has no chat template, RowError when that refuses them.
         """
+        source, values = self._chat_template
+        _check_text(messages)
+        return self._marked(self._templates.chat(source, messages, values, self._most), start=False)
+
+    @cached_property
+    def _chat_template(self) -> tuple[str, dict[str, str]]:
+        """Its marked source, and the special tokens that it may name."""
         if self._tokenizer.chat_template is None:
             raise ModelError("the model has no chat template; give plain prompts, without input.chat")
-        shielded = [{key: self._shield_all(value) for key, value in message.items()} for message in messages]
+        names = self._tokenizer.special_tokens_map
         try:
-            text = self._tokenizer.apply_chat_template(shielded, add_generation_prompt=True, tokenize=False)
-        except TEMPLATE_FAULTS as error:
-            raise RowError("bad_messages", f"the chat template refuses the messages: {error}") from error
-        return self.trusted(str(text), start=False)
+            source = self.mark(self._tokenizer.get_chat_template())
+        except (jinja2.TemplateSyntaxError, ValueError) as error:
+            raise ModelError(f"the model's chat template cannot be read: {error}") from error
+        return source, {name: self._marks.tokens(token) for name, token in names.items()}
 
-    def _shield_all(self, value: Any) -> Any:
-        """Tool calls and their like are nested: shield every text in them."""
-        if isinstance(value, str):
-            return self.shield(value)
-        if isinstance(value, list):
-            return [self._shield_all(item) for item in value]
-        if isinstance(value, dict):
-            return {key: self._shield_all(item) for key, item in value.items()}
-        return value
+    def _marked(self, rendered: str, start: bool) -> list[int]:
+        ids: list[int] = []
+        for place, (text, special) in enumerate(self._marks.runs(rendered)):
+            ids += self._encode(text, plain=not special, start=start and place == 0)
+        return ids
+
+    def _check_length(self, text: str) -> None:
+        if len(text) > self._most:
+            raise too_long(len(text), self._most)
 
     def _encode(self, text: str, plain: bool, start: bool) -> list[int]:
         with self._lock:
             return list(self._tokenizer.encode(text, add_special_tokens=start, split_special_tokens=plain))
+
+
+def _most_characters(tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> int:
+    """Characters beyond which no text fits the context: as many of the longest token."""
+    return max(_LEAST_MOST, max_model_len * max(map(len, tokenizer.get_vocab()), default=1))
+
+
+def _check_text(values: Any) -> None:
+    """Refuse what JSON or UTF-8 cannot hold, wherever it is nested. Raises RowError."""
+    try:
+        json.dumps(values, ensure_ascii=False, default=str).encode()
+    except UnicodeError as error:
+        raise RowError("invalid_utf8", f"the row's text is not valid UTF-8: {error}") from error
+    except (RecursionError, TypeError, ValueError) as error:
+        raise RowError("bad_prompt", f"the row's values cannot be read: {error}") from error

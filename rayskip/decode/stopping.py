@@ -17,6 +17,9 @@ class Stopper:
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
+        added = tokenizer.added_tokens_decoder if tokenizer is not None else {}
+        self._special = {token.content: token_id for token_id, token in added.items() if token.special}
+        """Token ids by text, of tokens that the completion's text does not show."""
 
     def text(self, token_ids: Sequence[int], params: SamplingParams) -> str | None:
         """The completion's text, cut before the first stop string."""
@@ -36,7 +39,10 @@ class Stopper:
         newest = token_ids[-1]
         if newest in params.stop_token_ids or (newest in self._eos and not params.ignore_eos):
             return "stop"
-        if params.stop and self._stops(token_ids, params.stop):
+        if params.stop and (
+            any(self._special.get(stop) == newest for stop in params.stop)
+            or self._stops(token_ids, params.stop)
+        ):
             return "stop"
         return "length" if len(token_ids) >= params.max_tokens or room <= 0 else None
 

@@ -246,10 +246,20 @@ class Run:
         """Commit together what came in together: with hundreds of replicas, shards finish faster than a store
         answers one commit after the other."""
         now = time.monotonic()
-        shards = [self.dispatch.done(done.replica, done.result.shard, now) for done in finished]
-        attempts = zip(shards, (done.result for done in finished), strict=True)
-        records = commit_all(self.storage, self.lease, self.plan.record.fingerprint, attempts)
-        for done, record in zip(finished, records, strict=True):
+        attempts = []
+        for done in finished:
+            shard = self.dispatch.done(done.replica, done.result.shard, now)
+            if shard.probe:
+                self.meter.dropped(done.replica, shard.rows, done.result.stats.completion_tokens)
+            else:
+                attempts.append((done, shard))
+        records = commit_all(
+            self.storage,
+            self.lease,
+            self.plan.record.fingerprint,
+            [(shard, done.result) for done, shard in attempts],
+        )
+        for (done, _), record in zip(attempts, records, strict=True):
             self._committed(done, record)
         self.check_limits()
 

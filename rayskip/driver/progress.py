@@ -80,6 +80,10 @@ class Meter:
         """A shard of this replica is committed, with so many input rows and completion tokens."""
         self._rows += rows
         self._tokens += tokens
+        self.dropped(replica, rows, tokens)
+
+    def dropped(self, replica: int, rows: int, tokens: int) -> None:
+        """A replica generated so much that is not to be counted, or is already."""
         before = self._committed.get(replica, _NOTHING)
         self._committed[replica] = ReplicaProgress(before.rows + rows, before.completion_tokens + tokens)
         self._count_ahead(replica)

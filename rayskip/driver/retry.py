@@ -5,9 +5,9 @@ Pure decisions. Does not know pools, storage or signals, and never reads a clock
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from rayskip.data.records import Shard
 from rayskip.errors import JobFailed
@@ -15,6 +15,9 @@ from rayskip.pool import LOOK_AHEAD
 
 # Replicas that may die while loading, one after the other, before the job does without them.
 MAX_FAILED_STARTS = 3
+
+# Rows of one shard that may each end replicas before it is held to be the model or the machine.
+MAX_LOST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,41 @@ class _Replica:
     shards: list[Shard] = field(default_factory=list)
 
 
+@dataclass
+class _Search:
+    """For the rows of a shard that end replicas, one after the other, by halves.
+
+    lost: those found, and how each ended the last one. start, stop: where the next one is; known by the death of
+    a replica that ran these rows, or because the rest of such rows was survived. vain: searches that found none.
+    """
+
+    whole: Shard
+    start: int
+    stop: int
+    lost: dict[int, str] = field(default_factory=dict)
+    vain: int = 0
+
+    def probe(self) -> Shard:
+        """The next to run: half of the rows, or the last one, which is to blame only if it ends a replica alone."""
+        stop = max(self.start + 1, (self.start + self.stop) // 2)
+        return replace(self._shard(), start=self.start, stop=stop, probe=True)
+
+    def all_but_lost(self) -> Shard:
+        """The shard without the rows found; whatever ends a replica now is looked for among all again."""
+        self.start, self.stop = self.whole.start, self.whole.stop
+        return self._shard()
+
+    def _shard(self) -> Shard:
+        return replace(self.whole, lost=tuple(sorted(self.lost.items())))
+
+
 class Dispatch:
     """The state of a run's shards and replicas.
 
     A shard that was on a replica when it died is a suspect: it runs last and alone, so that a shard that
-    kills replicas takes no others with it, and what never was in doubt is finished before the job fails.
+    kills replicas takes no others with it, and what never was in doubt is finished first. One that has had all its
+    attempts is searched for the row at fault: with n rows, k attempts and m such rows, it ends at most
+    m (k + ceil(log2 n)) replicas. Then it runs without them.
     """
 
     def __init__(
@@ -65,7 +98,9 @@ class Dispatch:
         self._least, self._most = replicas
         self._max_attempts = max_attempts
         self._timeout_s = shard_timeout_s
-        self._attempts: dict[int, int] = {}
+        self._deaths: Counter[int] = Counter()  # of replicas, per shard that they ran
+        self._faults: Counter[int] = Counter()
+        self._searches: dict[int, _Search] = {}
         self._failed_starts = 0
         self._stopped = False
         self.retries = 0
@@ -120,17 +155,29 @@ class Dispatch:
             self._replicas[replica].since = now
 
     def done(self, replica: int, shard: int, now: float) -> Shard:
-        """A replica finished a shard; returns it."""
+        """A replica finished a shard; returns it. Of a probe there is nothing to commit."""
         self._replicas[replica].since = now
-        return self._take_back(replica, shard)
+        done = self._take_back(replica, shard)
+        if done.probe:
+            self._suspects.append(self._after_survived(done))
+        else:
+            self._searches.pop(shard, None)
+        return done
 
     def failed(self, replica: int, shard: int, reason: str, now: float) -> None:
-        """A shard failed in a way worth another attempt; its replica lives on."""
+        """A shard failed in a way worth another attempt; its replica lives on. Raises JobFailed after too many."""
         self._replicas[replica].since = now
-        self._pending.append(self._again(self._take_back(replica, shard), reason))
+        failed = self._take_back(replica, shard)
+        self._faults[shard] += 1
+        if self._faults[shard] >= self._max_attempts:
+            raise self._gave_up(
+                failed, f"failed {self._max_attempts} times (retry.max_shard_attempts)", reason
+            )
+        self.retries += 1
+        (self._suspects if failed.probe else self._pending).append(failed)
 
     def lost(self, replica: int, reason: str) -> None:
-        """A replica is gone; its shards go back. Raises JobFailed for one that has had all its attempts."""
+        """A replica is gone; its shards go back. Raises JobFailed when there is no way on."""
         gone = self._replicas.pop(replica)
         if not gone.ready:
             self._failed_starts += 1
@@ -140,16 +187,43 @@ class Dispatch:
                 and len(self._replicas) < min(self._least, self._left)
             ):
                 raise JobFailed(f"{self._failed_starts} replicas in a row died loading; the last: {reason}")
-        self._suspects.extend(self._again(shard, reason) for shard in gone.shards)
+        alone = len(gone.shards) == 1
+        self.retries += len(gone.shards)
+        self._suspects.extend(self._after_death(shard, alone, reason) for shard in gone.shards)
 
-    def _again(self, shard: Shard, reason: str) -> Shard:
-        if self._attempts[shard.index] >= self._max_attempts:
-            raise JobFailed(
-                f"shard {shard.index} (rows {shard.start} to {shard.stop - 1} of {shard.name}) failed "
-                f"{self._max_attempts} times (retry.max_shard_attempts); the last: {reason}"
-            )
-        self.retries += 1
-        return shard
+    def _after_death(self, shard: Shard, alone: bool, reason: str) -> Shard:
+        """What to run after a shard that was on a replica when it died."""
+        self._deaths[shard.index] += 1
+        search = self._searches.get(shard.index)
+        if search is None:
+            if self._deaths[shard.index] < self._max_attempts:
+                return shard
+            search = self._searches[shard.index] = _Search(shard, shard.start, shard.stop)
+        if search.vain >= self._max_attempts:
+            raise self._gave_up(search.whole, "ends replicas, and none of its rows does so alone", reason)
+        search.start, search.stop = shard.start, shard.stop
+        if shard.rows > 1 or not alone:
+            return search.probe()
+        if shard.start in search.lost or len(search.lost) == MAX_LOST_ROWS:
+            rows = ", ".join(map(str, sorted({*search.lost, shard.start})))
+            raise self._gave_up(search.whole, f"ends every replica; rows {rows} do, each alone", reason)
+        search.lost[shard.start] = reason
+        return search.all_but_lost()
+
+    def _after_survived(self, probe: Shard) -> Shard:
+        """What to run after a probe that no replica died of: it is in the other half, or was no single row."""
+        search = self._searches[probe.index]
+        if probe.stop < search.stop:
+            search.start = probe.stop
+            return search.probe()
+        search.vain += 1
+        return search.all_but_lost()
+
+    def _gave_up(self, shard: Shard, what: str, reason: str) -> JobFailed:
+        return JobFailed(
+            f"shard {shard.index} (rows {shard.start} to {shard.stop - 1} of {shard.name}) {what}; "
+            f"the last: {reason}"
+        )
 
     def _take_back(self, replica: int, index: int) -> Shard:
         held = self._replicas[replica].shards
@@ -190,12 +264,11 @@ class Dispatch:
                     if not state.shards:
                         state.since = now
                     state.shards.append(shard)
-                    self._attempts[shard.index] = self._attempts.get(shard.index, 0) + 1
                     assigned.append(Assign(replica, shard))
         return assigned
 
     def _next_for(self, state: _Replica) -> Shard | None:
-        if any(self._attempts[shard.index] > 1 for shard in state.shards):
+        if any(self._deaths[shard.index] for shard in state.shards):
             return None
         if self._pending:
             return self._pending.popleft()
