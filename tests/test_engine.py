@@ -131,6 +131,10 @@ def test_end_tokens_lengths_and_logprobs(smollm2: Path) -> None:
     assert ended.finish_reason == "stop"
     assert ended.token_ids is not None
     assert ended.token_ids[-1] in engine.decoder.spec.eos_token_ids
+    by_text = SamplingParams(max_tokens=200, ignore_eos=True, stop=("<|im_end|>",))
+    ((stopped,),) = engine.generate([messages], by_text)
+    assert (stopped.finish_reason, stopped.token_ids) == ("stop", ended.token_ids)
+    assert stopped.text == ended.text
     assert ended.logprobs is not None
     assert [entry.token_id for entry in ended.logprobs] == ended.token_ids
     assert all(entry.logprob == entry.top[0][1] <= 0 for entry in ended.logprobs)

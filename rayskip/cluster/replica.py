@@ -64,7 +64,8 @@ class Replica:
         return ReplicaProgress(self._engine.rows, self._engine.tokens)
 
     def run(self, shard: Shard) -> ShardResult:
-        """Generate a shard and write its output file, or find it written by an attempt before; of a probe, generate it.
+        """Generate a shard and write its output file, or find it written by an attempt before. A probe is generated
+        and not written.
 
         Raises InputError for a file that can no longer be read, StorageBusy or OutputError from the write,
         ReplicaLost when the engine is dead.

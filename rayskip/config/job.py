@@ -185,7 +185,12 @@ def _range(replicas: int | tuple[int, int]) -> tuple[int, int]:
 class RetryConfig(Section):
     """When to try again and when to give up."""
 
-    max_shard_attempts: int = Field(4, ge=1, description="attempts of a shard before the job fails")
+    max_shard_attempts: int = Field(
+        4,
+        ge=1,
+        description="attempts of a shard before the row that ends its replicas is searched for; where the store or "
+        "the input cannot be reached, before the job fails",
+    )
     max_failed_rows: Annotated[int, Field(ge=0)] | Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="stop the job past this many (integer) or this share (0.0 to 1.0) of failed rows"
     )

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rayskip.config import SamplingParams
 from rayskip.stats import Stats
@@ -25,6 +29,11 @@ class Prompt:
     token_ids: list[int]
     params: SamplingParams
     key: int
+
+    @cached_property
+    def token_array(self) -> NDArray[np.int64]:
+        """`token_ids`, once for all of the row's samples."""
+        return np.asarray(self.token_ids, dtype=np.int64)
 
 
 @dataclass(frozen=True)

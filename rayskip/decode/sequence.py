@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-from numpy.typing import NDArray
-
 from rayskip.config import SamplingParams
 from rayskip.data.records import Prompt, TokenLogprob
 from rayskip.decode.draft import Draft
@@ -41,10 +38,6 @@ class Sequence:
     draft: Draft = field(default_factory=Draft)
     draft_cached: int = 0
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_array: NDArray[np.int64] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self.prompt_array = np.asarray(self.prompt.token_ids, dtype=np.int64)
 
     def anew(self) -> Sequence:
         """The same sample before its first step."""
@@ -114,6 +107,7 @@ class Sequence:
 
     def common_prefix(self, other: Sequence) -> int:
         """How many leading prompt tokens two sequences share."""
-        size = min(len(self.prompt_array), len(other.prompt_array))
-        differs = self.prompt_array[:size] != other.prompt_array[:size]
+        mine, others = self.prompt.token_array, other.prompt.token_array
+        size = min(len(mine), len(others))
+        differs = mine[:size] != others[:size]
         return int(differs.argmax()) if differs.any() else size

@@ -65,7 +65,7 @@ class Engine:
         self.decode = decode or DecodeConfig()
         longest = decoder.spec.max_positions
         self.max_model_len = min(engine.max_model_len or longest, longest)
-        encoder = Encoder(tokenizer) if tokenizer is not None else None
+        encoder = Encoder(tokenizer, self.max_model_len) if tokenizer is not None else None
         self._prompts = Prompts(encoder, decoder.spec.vocab, self.max_model_len)
         self._waiting: deque[Sequence] = deque()
         self.policy = skip_policy(self.decode.skip, len(decoder.layers))
