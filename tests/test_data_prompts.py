@@ -254,10 +254,18 @@ def test_row_seed_decides_the_key(tokenizer: PreTrainedTokenizerBase) -> None:
     assert made.build({"q": "a", "s": {"seed": 5}}, 3, "f").key == row_key(5, "f", 3)
 
 
+def test_a_row_that_asks_for_too_many_samples_is_one_error_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    made = builder(tokenizer, prompt="q", sampling_params="s")
+    assert made.samples({"q": "a", "s": {"n": 3}}) == 3
+    assert made.samples({"q": "a", "s": {"n": 10**8}}) == 1
+
+
 def test_without_tokenizer_only_token_ids_work() -> None:
     assert tokens(builder(None, prompt_token_ids="t"), {"t": [1]}) == [1]
     with pytest.raises(ModelError, match="prompt_token_ids"):
         tokens(builder(None, prompt="q"), {"q": "a"})
+    made = builder(None, prompt_token_ids="t", sampling_params="s")
+    assert error_kind(made, {"t": [1], "s": {"stop": "x"}}) == "invalid_sampling_params"
 
 
 def test_check_input_names_the_nearest_column() -> None:

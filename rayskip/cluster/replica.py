@@ -22,7 +22,7 @@ from rayskip.data.output import count_rows, encode, output_table
 from rayskip.data.records import Generation, Prompt, Shard, ShardResult
 from rayskip.data.sources import Source, read_shard
 from rayskip.data.storage import open_storage
-from rayskip.errors import OutputError, RowError, UserError
+from rayskip.errors import OutputError, RowError
 from rayskip.failpoints import failpoint
 from rayskip.pool import ReplicaInfo, ReplicaProgress
 from rayskip.stats import Stats
@@ -98,11 +98,6 @@ class Replica:
                 prompts.append(self._prompts.build(row, index, shard.name))
             except RowError as error:
                 failed += failed_row(index, self._prompts.samples(row), error)
-            except UserError:
-                raise
-            except Exception as error:  # what nobody foresaw costs the row that brought it, not the job
-                unforeseen = RowError("row_fault", f"{type(error).__name__}: {error}")
-                failed += failed_row(index, self._prompts.samples(row), unforeseen)
         return prompts, failed
 
     def _to_decode_again(self, prompts: list[Prompt]) -> list[Prompt]:

@@ -20,7 +20,7 @@ from rayskip.config import InputConfig, SamplingParams
 from rayskip.data.records import BROKEN_ROW, Prompt
 from rayskip.data.templates import Templates
 from rayskip.data.tokenizer import Encoder
-from rayskip.errors import InputError, ModelError, RowError
+from rayskip.errors import InputError, ModelError, RayskipError, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -120,6 +120,14 @@ class PromptBuilder:
 
         Raises RowError when the row is bad; InputError or ModelError when no row of the job can be a prompt.
         """
+        try:
+            return self._build(row, row_index, name)
+        except RayskipError:
+            raise
+        except Exception as error:  # what nobody foresaw costs the row that brought it, not the job
+            raise RowError("row_fault", f"{type(error).__name__}: {error}") from error
+
+    def _build(self, row: Row, row_index: int, name: str) -> Prompt:
         if (reason := row.get(BROKEN_ROW)) is not None:
             raise RowError("invalid_row", reason)
         params = self._row_params(row)
