@@ -15,6 +15,8 @@ from rayskip.config_file import load_config
 from rayskip.data.prompts import PromptBuilder, row_key
 from rayskip.data.records import Generation, Prompt
 from rayskip.data.sources import discover, plan_shards, read_shard
+from rayskip.data.tokenizer import load_tokenizer
+from rayskip.decode.stopping import Stopper
 from rayskip.engine import Engine
 from rayskip.errors import RowError
 from rayskip.model.checkpoint import load
@@ -124,6 +126,18 @@ def test_stop_strings_end_the_text_before_them(smollm2: Path) -> None:
     assert cut.completion_tokens < whole.completion_tokens
 
 
+def test_a_stop_string_may_be_a_special_token(smollm2: Path) -> None:
+    """The text does not show it."""
+    tokenizer = load_tokenizer(smollm2)
+    assert tokenizer is not None
+    stopper, params = Stopper(tokenizer, eos_token_ids=()), SamplingParams(stop=("never", "<|im_end|>"))
+    *text, end = tokenizer.encode("Yes.<|im_end|>")
+    assert stopper.reason(text, params, room=9) is None
+    assert stopper.reason([*text, end], params, room=9) == "stop"
+    assert stopper.reason([*text, end], SamplingParams(), room=9) is None
+    assert stopper.text([*text, end], params) == "Yes."
+
+
 def test_end_tokens_lengths_and_logprobs(smollm2: Path) -> None:
     engine = _engine(smollm2, "bfloat16", max_batch_rows=2)
     messages = [{"role": "user", "content": "Say yes."}]
@@ -131,10 +145,6 @@ def test_end_tokens_lengths_and_logprobs(smollm2: Path) -> None:
     assert ended.finish_reason == "stop"
     assert ended.token_ids is not None
     assert ended.token_ids[-1] in engine.decoder.spec.eos_token_ids
-    by_text = SamplingParams(max_tokens=200, ignore_eos=True, stop=("<|im_end|>",))
-    ((stopped,),) = engine.generate([messages], by_text)
-    assert (stopped.finish_reason, stopped.token_ids) == ("stop", ended.token_ids)
-    assert stopped.text == ended.text
     assert ended.logprobs is not None
     assert [entry.token_id for entry in ended.logprobs] == ended.token_ids
     assert all(entry.logprob == entry.top[0][1] <= 0 for entry in ended.logprobs)

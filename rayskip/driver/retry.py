@@ -69,14 +69,10 @@ class _Search:
     def probe(self) -> Shard:
         """The next to run: half of the rows, or the last one, which is to blame only if it ends a replica alone."""
         stop = max(self.start + 1, (self.start + self.stop) // 2)
-        return replace(self._shard(), start=self.start, stop=stop, probe=True)
+        return replace(self.all_but_lost(), start=self.start, stop=stop, probe=True)
 
     def all_but_lost(self) -> Shard:
-        """The shard without the rows found; whatever ends a replica now is looked for among all again."""
-        self.start, self.stop = self.whole.start, self.whole.stop
-        return self._shard()
-
-    def _shard(self) -> Shard:
+        """The shard without the rows found."""
         return replace(self.whole, lost=tuple(sorted(self.lost.items())))
 
 
