@@ -250,3 +250,30 @@ def test_a_process_that_was_ended_is_started_anew() -> None:
     assert made._process is not None
     made._process.kill()
     assert made.plain("{{ q }}", {"q": "b"}, 9) == "b"
+
+
+def test_an_answer_that_nobody_waited_for_is_no_later_ones() -> None:
+    """As when Ctrl-C comes while a template is rendered."""
+
+    class Interrupting(Templates):
+        def _running(self) -> Any:
+            process = super()._running()
+            if interrupt:
+                interrupt.clear()
+                process.stdout = Interrupted(process.stdout)
+            return process
+
+    class Interrupted:
+        def __init__(self, pipe: Any) -> None:
+            self.close = pipe.close
+
+        def readline(self) -> bytes:
+            raise KeyboardInterrupt
+
+    interrupt: list[int] = []
+    made = Interrupting()
+    assert made.plain("{{ q }}", {"q": "a"}, 9) == "a"
+    interrupt.append(1)
+    with pytest.raises(KeyboardInterrupt):
+        made.plain("{{ q }}", {"q": "b"}, 9)
+    assert made.plain("{{ q }}", {"q": "c"}, 9) == "c"

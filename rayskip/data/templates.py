@@ -43,7 +43,7 @@ class Templates:
     def prepare_chat(self) -> None:
         """Have the process import what chat templates need, for seconds; does not wait."""
         with self._lock:
-            self._send(self._running(), ("prepare", 0))
+            _send(self._running(), pickle.dumps(("prepare", 0)))
 
     def variables(self, source: str) -> list[str]:
         """Names that a job's template reads, sorted. Raises InputError for one with a fault."""
@@ -78,28 +78,23 @@ class Templates:
 
     def _ask(self, *request: object) -> tuple[str | None, str]:
         """What the process answers; for one that ended over it, a fault that says why."""
+        try:
+            data = pickle.dumps(request)
+        except (RecursionError, ValueError, TypeError, AttributeError, pickle.PicklingError) as error:
+            return "fault", f"the row's values: {type(error).__name__}: {error}"
         with self._lock:
             for _ in range(2):  # it may have been ended by something else
-                process = self._running()
-                try:
-                    self._send(process, request)
-                except (RecursionError, ValueError, TypeError, AttributeError, pickle.PicklingError) as error:
-                    return "fault", f"the row's values: {type(error).__name__}: {error}"
+                # Out of reach until it has answered: no later request may get this one's answer.
+                process, self._process = self._running(), None
+                _send(process, data)
                 assert process.stdout is not None
                 if (line := process.stdout.readline()).endswith(b"\n"):
+                    self._process = process
                     fault, text = json.loads(line)
                     return fault, text
-                self._process, code = None, process.wait()
-                if code == -signal.SIGPROF:
+                if (code := process.wait()) == -signal.SIGPROF:
                     return "fault", f"takes more than {self._limits[0]:g} s of processor time"
         return "fault", f"ends the process that renders it (exit code {code})"
-
-    def _send(self, process: subprocess.Popen[bytes], request: object) -> None:
-        assert process.stdin is not None
-        data = pickle.dumps(request)
-        with suppress(BrokenPipeError):  # it ended: the answer's end tells
-            process.stdin.write(data)
-            process.stdin.flush()
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -114,6 +109,13 @@ def too_long(characters: int, most: float) -> RowError:
     return RowError(
         "prompt_too_long", f"the prompt has {characters:,} characters; the context holds at most {most:,.0f}"
     )
+
+
+def _send(process: subprocess.Popen[bytes], data: bytes) -> None:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it ended: the answer's end tells
+        process.stdin.write(data)
+        process.stdin.flush()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
