@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayskip.config import JobConfig
-from rayskip.data.prompts import PromptBuilder
+from rayskip.data.prompts import PromptBuilder, prompt_columns
 from rayskip.data.records import Prompt, Shard
 from rayskip.data.sources import read_shard
 from rayskip.data.storage import open_storage
 from rayskip.data.tokenizer import load_tokenizer
+from rayskip.data.values import python_rows
 from rayskip.driver.commit import adopt, load_commits, lost_files, sizes
 from rayskip.driver.plan import Plan, make_plan
 from rayskip.errors import OutputError, RowError, shown
@@ -66,8 +67,9 @@ def preview(job: JobConfig) -> Preview:
     max_model_len = min(job.engine.max_model_len or longest, longest)
     seen = Preview(job, plan, committed, refused, max_model_len, suggested)
     builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len)
+    columns = prompt_columns(job.input)
     for shard in sample(plan.shards, SAMPLE_ROWS):
-        for index, row in enumerate(read_shard(shard, plan.source).to_pylist(), shard.start):
+        for index, row in enumerate(python_rows(read_shard(shard, plan.source), columns), shard.start):
             seen.rows += 1
             try:
                 prompt = builder.build(row, index, shard.name)

@@ -231,7 +231,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = JobConfig.model_validate(job)
     source = discover(config.input)
     builder = PromptBuilder(config.input, config.sampling, decoder.tokenizer, 2048)
-    for _, index, row in every_row(source, None):
+    for _, index, row in every_row(source, source.columns):
         decoder.add(builder.build(row, index, "prompts.jsonl"))
     found = sorted((done.generations[0] for done in decoder.run()), key=lambda own: own.row_index)
     shard = Shard(0, str(root / "prompts.jsonl"), "prompts.jsonl", 0, 12)

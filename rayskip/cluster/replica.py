@@ -22,6 +22,7 @@ from rayskip.data.output import count_rows, encode, output_table
 from rayskip.data.records import Generation, Prompt, Shard, ShardResult
 from rayskip.data.sources import Source, read_shard
 from rayskip.data.storage import open_storage
+from rayskip.data.values import python_rows
 from rayskip.errors import OutputError, RowError
 from rayskip.failpoints import failpoint
 from rayskip.pool import ReplicaInfo, ReplicaProgress
@@ -45,7 +46,7 @@ class Replica:
         """Load the engine and start its thread. Raises ModelError."""
         began = time.monotonic()
         use_threads(self._job.cluster.cpus_per_replica or 1)
-        from rayskip.data.prompts import PromptBuilder, prepare_templates
+        from rayskip.data.prompts import PromptBuilder, prepare_templates, prompt_columns
 
         job = self._job
         templates = prepare_templates(job.input)  # while the engine loads
@@ -55,6 +56,7 @@ class Replica:
         self._prompts = PromptBuilder(
             job.input, job.sampling, engine.tokenizer, engine.max_model_len, templates
         )
+        self._columns = prompt_columns(job.input, templates)
         facts = hardware(), engine.info  # the latter tries out batch invariance, which is part of loading
         self._engine = EngineThread(engine)
         return ReplicaInfo(time.monotonic() - began, *facts)
@@ -90,7 +92,7 @@ class Replica:
         prompts: list[Prompt] = []
         failed: list[Generation] = []
         lost = dict(shard.lost)
-        for index, row in enumerate(table.to_pylist(), shard.start):
+        for index, row in enumerate(python_rows(table, self._columns), shard.start):
             try:
                 if index in lost:
                     raise RowError("replica_lost", f"a replica ends whenever it runs this row: {lost[index]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
@@ -25,7 +26,9 @@ class InputConfig(Section):
     format: Literal["parquet", "arrow", "jsonl", "openai", "csv", "datasets", "hub"] | None = Field(
         None, description="read from the suffix when left out"
     )
-    split: str = Field("train", description="split of a datasets folder or hub dataset that has several")
+    split: str | None = Field(
+        None, description="which split to read of data that has several, by datasets' names; all: every one"
+    )
     prompt: str | None = Field(None, description="column with a text prompt")
     messages: str | None = Field(None, description="column with a list of {role, content}")
     prompt_token_ids: str | None = Field(None, description="column with a list of token ids")
@@ -51,6 +54,29 @@ class InputConfig(Section):
             return datetime.date.fromisoformat(str(value))
         except ValueError:
             raise ValueError(f"must be a day such as 2026-11-28, got {value}") from None
+
+    @field_validator("path")
+    @classmethod
+    def _names_something(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must name a file, glob, folder, url or hub dataset")
+        if "\0" in value:
+            raise ValueError("may not hold a NUL character")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("is not valid UTF-8; rename the file or folder") from error
+        return value
+
+    @field_validator("split")
+    @classmethod
+    def _plain_split(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\w+(\.\w+)*", value):
+            raise ValueError(
+                f"must be the name of one split, or all; got {value!r}"
+                + (" (input.max_rows reads only the first rows)" if "[" in value else "")
+            )
+        return value
 
     @model_validator(mode="after")
     def _one_source(self) -> InputConfig:

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import io
 import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 from pyarrow import fs
 
-from rayskip.errors import InputError
+from rayskip.errors import InputError, StorageBusy
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 GLOB = frozenset("*?[")
 
@@ -59,36 +64,108 @@ def locate(path: str) -> list[Located]:
     """The files that `path` means, sorted by name. In a folder, names that begin with . or _ are skipped.
 
     In a glob, * stays within a folder and ** crosses folders. Local paths become absolute, as a replica may
-    have another working directory. Raises InputError when there is no file.
+    have another working directory. A file to which several names lead, by links, is there once. Raises
+    InputError when there is no file, or one that cannot be named or read.
     """
     path = path.rstrip("/") if "://" in path else os.path.abspath(path)
     store, inner = filesystem(path)
     prefix = path[: len(path) - len(inner)]
     if GLOB & set(inner):
         root, pattern = _split_glob(inner)
-        found = [info for info in _list(store, root, path) if _matches(_parts(info.path, root), pattern)]
+        found = _list(store, root, path, pattern)
     else:
         info = _info(store, inner, path)
         if info.type == fs.FileType.File:
             return [_located(info, prefix, str(PurePosixPath(inner).parent))]
+        if info.type != fs.FileType.Directory:
+            raise InputError(f"input.path: {path} is no file and no folder")
         root = inner
-        found = _list(store, root, path)
-    visible = (info for info in found if not _hidden(_parts(info.path, root)))
-    files = sorted((_located(info, prefix, root) for info in visible), key=lambda file: file.name)
+        found = _list(store, root, path, ["**"])
+    if lost := [info.path for info in found if info.type == fs.FileType.NotFound]:
+        raise InputError(f"input.path: {lost[0]} is a link that leads nowhere")
+    files = sorted((_located(info, prefix, root) for info in found), key=lambda file: file.name)
     if not files:
         raise InputError(f"input.path: {path} has no files")
     return files
 
 
-def read_if_there(url: str) -> bytes | None:
-    """A small file's bytes; None when there is no such file."""
+def locate_file(url: str) -> Located:
+    """One file by its name, which holds no wildcards. Raises InputError when it is not there or no file."""
+    path = url if "://" in url else os.path.abspath(url)
+    store, inner = filesystem(path)
+    info = _info(store, inner, path)
+    if info.type != fs.FileType.File:
+        raise InputError(f"input.path: {path} is no file")
+    return _located(info, path[: len(path) - len(inner)], str(PurePosixPath(inner).parent))
+
+
+def stamp(url: str) -> str | None:
+    """What changes when the file at `url` does: its size and time of change; None when there is no such file.
+
+    Raises StorageBusy when the store does not say.
+    """
     store, path = filesystem(url)
     try:
-        with store.open_input_file(path) as source:
-            data: bytes = source.read()
-            return data
+        info = store.get_file_info(path)
+    except OSError as error:
+        raise StorageBusy(f"{url}: cannot be read ({first_line(error)})") from error
+    return _stamp(info) if info.type == fs.FileType.File else None
+
+
+def open_input(url: str) -> io.RawIOBase:
+    """A file to read. Raises FileNotFoundError or NotADirectoryError, and StorageBusy for every other fault of the
+    store, now or at a later read: an OSError that a decoder raises over it is about what the file holds.
+    """
+    store, path = filesystem(url)
+    try:
+        return _Input(url, store.open_input_file(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise StorageBusy(f"{url}: cannot be read ({first_line(error)})") from error
+
+
+class _Input(io.RawIOBase):
+    def __init__(self, url: str, source: pa.NativeFile) -> None:
+        super().__init__()
+        self._url = url
+        self._source = source
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return int(self._source.tell())
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return int(self._source.seek(offset, whence))
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        try:
+            return int(self._source.readinto(buffer))
+        except OSError as error:
+            raise StorageBusy(f"{self._url}: cannot be read ({first_line(error)})") from error
+
+    def close(self) -> None:
+        self._source.close()
+        super().close()
+
+
+def read_if_there(url: str, most: int) -> bytes | None:
+    """A small file's bytes; None when there is no such file. Raises InputError when it has more than `most`."""
+    try:
+        with open_input(url) as source:
+            data = source.read(most + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except StorageBusy as error:
+        raise InputError(str(error)) from error
+    if data is not None and len(data) > most:
+        raise InputError(f"{url}: has more than {most:,} bytes, which is no such file")
+    return data
 
 
 def first_line(error: Exception) -> str:
@@ -121,24 +198,77 @@ def _info(store: fs.FileSystem, inner: str, path: str) -> fs.FileInfo:
     return info
 
 
-def _list(store: fs.FileSystem, root: str, path: str) -> list[fs.FileInfo]:
+def _list(store: fs.FileSystem, root: str, path: str, pattern: list[str]) -> list[fs.FileInfo]:
+    """The files below `root` that match, without hidden ones; a link that leads nowhere is of type NotFound."""
     try:
-        infos: list[fs.FileInfo] = store.get_file_info(fs.FileSelector(root, recursive=True))
+        if isinstance(store, fs.LocalFileSystem):
+            names = [name for name in _walk(root) if _matches(_parts(name, root), pattern)]
+            infos = store.get_file_info([_nameable(name) for name in names])
+            return [info for info in infos if info.type in (fs.FileType.File, fs.FileType.NotFound)]
+        infos = store.get_file_info(fs.FileSelector(root, recursive=True))
     except OSError as error:
         raise InputError(f"input.path: {path} cannot be listed ({first_line(error)})") from error
-    return [info for info in infos if info.type == fs.FileType.File]
+    return [
+        info for info in infos if info.type == fs.FileType.File and _wanted(_parts(info.path, root), pattern)
+    ]
+
+
+def _wanted(parts: list[str], pattern: list[str]) -> bool:
+    return _matches(parts, pattern) and not any(map(_hidden, parts))
+
+
+def _walk(root: str) -> list[str]:
+    """Paths of the files below a local folder. Links are followed, but no file is there twice and no folder that
+    holds the root is entered; a file that is below the root under its own name goes by that. Raises OSError."""
+    top = os.path.realpath(root)
+    names: dict[str, str] = {}  # by the real path
+    entered: set[str] = set()
+    folders, links = [root], list[str]()
+    while folders or links:
+        # What is here comes before what links lead to.
+        folder = folders.pop() if folders else links.pop()
+        real = os.path.realpath(folder)
+        if real in entered or (real != top and PurePosixPath(top).is_relative_to(real)):
+            continue
+        entered.add(real)
+        with os.scandir(folder) as entries:
+            inside = sorted(
+                (entry for entry in entries if not _hidden(entry.name)), key=lambda entry: entry.name
+            )
+        for entry in inside:
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry.path)
+            elif entry.is_symlink():
+                names.setdefault(os.path.realpath(entry.path), entry.path)
+            elif entry.is_file():
+                names[os.path.join(real, entry.name)] = entry.path
+        links.sort(reverse=True)
+    return list(names.values())
+
+
+def _nameable(path: str) -> str:
+    """The path itself. Raises InputError for one that is not UTF-8, which no output row could name."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"input.path: the name {path!a} is not valid UTF-8; rename it") from error
+    return path
 
 
 def _parts(path: str, root: str) -> list[str]:
     return list(PurePosixPath(path).relative_to(root).parts)
 
 
-def _hidden(parts: list[str]) -> bool:
-    return any(part.startswith((".", "_")) for part in parts)
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "_"))
 
 
 def _located(info: fs.FileInfo, prefix: str, root: str) -> Located:
-    return Located(prefix + info.path, "/".join(_parts(info.path, root)), f"{info.size}:{info.mtime_ns}")
+    return Located(prefix + info.path, "/".join(_parts(info.path, root)), _stamp(info))
+
+
+def _stamp(info: fs.FileInfo) -> str:
+    return f"{info.size}:{info.mtime_ns}"
 
 
 def _nearest(store: fs.FileSystem, inner: str) -> str:

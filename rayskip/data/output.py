@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from rayskip.config import InputConfig, JobConfig
 from rayskip.data.records import BROKEN_ROW, Generation, Shard, TokenLogprob
+from rayskip.data.values import whole_rows
 from rayskip.errors import InputError
 
 _TOP = pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())])
@@ -120,7 +121,7 @@ def to_parquet(table: pa.Table) -> bytes:
 
 def to_jsonl(table: pa.Table) -> bytes:
     """One object per row, every column in every object; bytes as base64, NaN and infinities as null."""
-    return b"".join(_line(row) for row in table.to_pylist())
+    return b"".join(_line(row) for row in whole_rows(table))
 
 
 def to_openai(table: pa.Table) -> bytes:
@@ -130,7 +131,7 @@ def to_openai(table: pa.Table) -> bytes:
     OpenAI's own keys a line has the row's identity, row_file and row_index, and its number of samples.
     """
     model = (table.schema.metadata or {}).get(_MODEL, b"").decode()
-    by_row = groupby(table.to_pylist(), key=lambda row: row["row_index"])
+    by_row = groupby(whole_rows(table), key=lambda row: row["row_index"])
     return b"".join(_line(_openai(list(samples), model)) for _, samples in by_row)
 
 
@@ -203,7 +204,7 @@ def _plain(value: Any) -> Any:
         case list() | tuple():
             return [_plain(item) for item in value]
         case datetime.date() | datetime.time():
-            return value.isoformat()
+            return value.isoformat() if value == value else None  # pandas' "not a time", of nanoseconds
         case datetime.timedelta():
             return value.total_seconds()
         case decimal.Decimal():

@@ -89,6 +89,14 @@ def prepare_templates(config: InputConfig) -> Templates:
     return templates
 
 
+def prompt_columns(config: InputConfig, templates: Templates | None = None) -> set[str]:
+    """The columns that `PromptBuilder.build` reads of a row, where they are there. templates: as there."""
+    named = {value for kind in SOURCES if (value := getattr(config, kind)) is not None}
+    if config.template is not None:
+        named = set((templates or Templates()).variables(config.template))
+    return {*(named or SOURCES), config.sampling_params or OPENAI_PARAMS, BROKEN_ROW}
+
+
 class PromptBuilder:
     """Turns rows into prompts; made once per replica, may be called from several threads.
 

@@ -6,20 +6,23 @@ Does not know what the columns mean.
 
 from __future__ import annotations
 
-import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import TypeVar
 
 import pyarrow as pa
+from pydantic import BaseModel, Field, ValidationError
 
 from rayskip.config import InputConfig
-from rayskip.data.formats import FORMATS, SUFFIXES, Scan
-from rayskip.data.locate import GLOB, Located, first_line, locate, read_if_there
+from rayskip.data.formats import FORMATS, SUFFIXES, UNREADABLE, Scan
+from rayskip.data.locate import GLOB, Located, first_line, locate, locate_file, read_if_there, stamp
 from rayskip.data.records import BROKEN_ROW, Shard
+from rayskip.data.splits import ALL, choose, files_of
+from rayskip.data.values import Row, python_rows
 from rayskip.errors import InputError, StorageBusy
 
 _READ_ROWS = 4096
@@ -32,10 +35,13 @@ OPENAI_COLUMNS = ("custom_id", "messages", "sampling_params")
 
 _OPENAI = {"custom_id", "method", "url", "body"}
 
+_MOST_STATE = 1 << 26
+"""Bytes of the files in which `datasets` says what a folder holds."""
+
 
 @dataclass(frozen=True)
 class InputFile:
-    """name: the file's part of the row identity. fingerprint: changes when the content does.
+    """name: the file's part of the row identity. fingerprint: changes when the content does (see `stamp`).
     marks: what its format needs to find rows again."""
 
     url: str
@@ -82,7 +88,7 @@ def discover(config: InputConfig) -> Source:
     """Find and count the input. Raises InputError naming the file that is missing, corrupt or different."""
     kind, located = _locate(config)
     with ThreadPoolExecutor(_SCANS) as pool:
-        scans = list(pool.map(lambda file: FORMATS[kind].scan(file.url), located))
+        scans = list(pool.map(lambda file: _scan(kind, file.url), located))
     schema = _schema(kind, scans, config)
     files = [
         InputFile(file.url, file.name, scan.rows, file.stamp, scan.marks)
@@ -110,25 +116,44 @@ def plan_shards(source: Source, shard_rows: int, max_rows: int | None = None) ->
 def read_shard(shard: Shard, source: Source) -> pa.Table:
     """The shard's rows: every input column, and BROKEN_ROW, null for a row that could be read.
 
-    Raises InputError when the file is no longer what it was, StorageBusy when it cannot be reached.
+    Raises InputError when the file is no longer what it was or is damaged, StorageBusy when it cannot be reached.
     """
-    marks = source.file(shard.name).marks
+    file = source.file(shard.name)
+    _refuse_changed(file)
     try:
-        table = FORMATS[source.format].read(shard.file, marks, shard.start, shard.stop, source.schema)
-    except (FileNotFoundError, pa.ArrowException) as error:
-        raise InputError(f"{shard.file}: changed since the job was planned ({first_line(error)})") from error
-    except OSError as error:
-        raise StorageBusy(f"{shard.file}: cannot be read ({first_line(error)})") from error
+        table = FORMATS[source.format].read(file.url, file.marks, shard.start, shard.stop, source.schema)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{file.url}: changed since the job was planned (it is gone)") from error
+    except UNREADABLE as error:
+        _refuse_changed(file)
+        rows = f"rows {shard.start} to {shard.stop - 1}"
+        raise InputError(f"{file.url}: damaged, {rows} cannot be read ({first_line(error)})") from error
+    _refuse_changed(file)  # in the middle of it
     if table.num_rows != shard.rows:
-        raise InputError(f"{shard.file}: changed since the job was planned (it has fewer rows)")
+        raise InputError(f"{file.url}: damaged, it has fewer rows than it says")
     return table.rename_columns([source.rename.get(name, name) for name in table.column_names])
 
 
-def every_row(source: Source, max_rows: int | None = None) -> Iterator[tuple[Shard, int, dict[str, Any]]]:
-    """(shard, row index, row) of the first `max_rows` rows (default: all), for what needs no replicas."""
+def every_row(
+    source: Source, columns: Collection[str], max_rows: int | None = None
+) -> Iterator[tuple[Shard, int, Row]]:
+    """(shard, row index, row with those of `columns` that are there) of the first `max_rows` rows (default: all),
+    for what needs no replicas."""
     for shard in plan_shards(source, _READ_ROWS, max_rows):
-        for index, row in enumerate(read_shard(shard, source).to_pylist(), shard.start):
+        for index, row in enumerate(python_rows(read_shard(shard, source), columns), shard.start):
             yield shard, index, row
+
+
+def _scan(kind: str, url: str) -> Scan:
+    try:
+        return FORMATS[kind].scan(url)
+    except (StorageBusy, FileNotFoundError, NotADirectoryError) as error:
+        raise InputError(f"{url}: cannot be read ({first_line(error)})") from error
+
+
+def _refuse_changed(file: InputFile) -> None:
+    if stamp(file.url) != file.fingerprint:
+        raise InputError(f"{file.url}: changed since the job was planned")
 
 
 def _schema(kind: str, scans: Sequence[Scan], config: InputConfig) -> pa.Schema:
@@ -173,6 +198,8 @@ def _locate(config: InputConfig) -> tuple[str, list[Located]]:
     if config.format == "datasets":
         raise InputError(f"{config.path}: not a folder written by datasets' save_to_disk (no state.json)")
     located = locate(config.path)
+    wanted = files_of([file.name for file in located], config.split, config.path)
+    located = [file for file in located if file.name in wanted]
     return config.format or _format_of(located), located
 
 
@@ -192,28 +219,87 @@ def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
 
 
+class _DataFile(BaseModel):
+    filename: str
+
+
+class _State(BaseModel):
+    """What `save_to_disk` writes about a split's folder, as far as it is read."""
+
+    data_files: list[_DataFile] = Field(alias="_data_files", min_length=1)
+    indices_files: list[_DataFile] | None = Field(None, alias="_indices_files")
+    split: str | None = Field(None, alias="_split")
+
+
+class _Splits(BaseModel):
+    """What `save_to_disk` writes about a folder of splits."""
+
+    splits: list[str] = Field(min_length=1)
+
+
 def _saved(config: InputConfig) -> list[Located]:
     """The data files of a folder that `save_to_disk` wrote, in its order; none if it is no such folder."""
     folder = config.path.rstrip("/")
-    if (index := read_if_there(f"{folder}/dataset_dict.json")) is not None:
-        splits = json.loads(index)["splits"]
-        if config.split not in splits:
-            raise InputError(
-                f"{folder}: has no split {config.split!r}; input.split may be {', '.join(splits)}"
-            )
-        folder = f"{folder}/{config.split}"
-    if (data := read_if_there(f"{folder}/state.json")) is None:
-        return []
-    state = json.loads(data)
-    if state.get("_indices_files"):
+    if (index := _read_state(folder, "dataset_dict.json", _Splits)) is None:
+        state = _read_state(folder, "state.json", _State)
+        if state is None:
+            return []
+        choose([state.split or "train"], config.split, folder)
+        return _saved_files(folder, state)
+    chosen = choose(dict.fromkeys(index.splits), config.split, folder)
+    return [file for split in chosen for file in _saved_split(folder, split, config.split == ALL)]
+
+
+def _saved_split(folder: str, split: str, named: bool) -> list[Located]:
+    """The files of a folder's split; named: each by its split too, as there are several."""
+    inner = _inside(folder, split, "dataset_dict.json: splits")
+    if (state := _read_state(inner, "state.json", _State)) is None:
+        raise InputError(f"{folder}/dataset_dict.json: names the split {split!r}, which has no state.json")
+    files = _saved_files(inner, state)
+    return [replace(file, name=f"{split}/{file.name}") for file in files] if named else files
+
+
+def _saved_files(folder: str, state: _State) -> list[Located]:
+    if state.indices_files:
         raise InputError(f"{folder}: its rows are chosen by an index; save it again after flatten_indices()")
-    return [file for entry in state["_data_files"] for file in locate(f"{folder}/{entry['filename']}")]
+    names = [entry.filename for entry in state.data_files]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{folder}/state.json: _data_files names {twice[0]!r} more than once")
+    return [locate_file(_inside(folder, name, "state.json: _data_files")) for name in names]
+
+
+def _inside(folder: str, name: str, key: str) -> str:
+    """The path of what a file of the folder calls `name`. Raises InputError for anything but the plain name of
+    something in that folder: who made the data must not choose which files of this machine are read."""
+    url = f"{folder}/{name}"
+    if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
+        raise InputError(f"{folder}/{key} has {name!r}, which is no plain name of a file in that folder")
+    if "://" not in folder and os.path.realpath(url) != os.path.join(os.path.realpath(folder), name):
+        raise InputError(f"{folder}/{key} has {name!r}, which is a link and no file in that folder")
+    return url
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def _read_state(folder: str, name: str, kind: type[S]) -> S | None:
+    if (data := read_if_there(f"{folder}/{name}", _MOST_STATE)) is None:
+        return None
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        raise InputError(
+            f"{folder}/{name}: {f'{key}: ' if key else ''}{fault['msg']}, so datasets' save_to_disk did not write "
+            "this folder; to read the other files in it, set input.format"
+        ) from error
 
 
 def _is_hub_name(path: str) -> bool:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path) or _suffix(path) in SUFFIXES:
         return False
-    if PurePosixPath(path).parent.name and Path(path).parent.is_dir():
+    if PurePosixPath(path).parent.name and os.path.isdir(PurePosixPath(path).parent):
         return False  # a name below a folder that is here is a file's, mistyped perhaps
     try:
         locate(path)
@@ -223,7 +309,7 @@ def _is_hub_name(path: str) -> bool:
 
 
 def _hub(config: InputConfig) -> list[Located]:
-    """The Arrow files that `datasets` keeps of a hub dataset's split, fetched on first use.
+    """The Arrow files that `datasets` keeps of a hub dataset's splits, fetched on first use.
 
     Replicas on other machines read them too, so there the cache must be on a shared file system.
     """
@@ -231,10 +317,11 @@ def _hub(config: InputConfig) -> list[Located]:
     from datasets.exceptions import DatasetsError
 
     try:
-        dataset = load_dataset(config.path, split=config.split)
+        splits = load_dataset(config.path)  # all are fetched, whichever is asked for
     except (DatasetsError, OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"input.path: {config.path} is no file or folder here, and the hub does not give it "
             f"({first_line(error)})"
         ) from error
-    return [file for entry in dataset.cache_files for file in locate(entry["filename"])]
+    chosen = choose(splits, config.split, config.path)
+    return [locate_file(entry["filename"]) for split in chosen for entry in splits[split].cache_files]

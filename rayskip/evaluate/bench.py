@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from rayskip.config import ModelConfig
-from rayskip.data.prompts import PromptBuilder
+from rayskip.data.prompts import PromptBuilder, check_input, prompt_columns
 from rayskip.data.records import Prompt
 from rayskip.data.sources import discover, every_row
 from rayskip.decode.sampling import needs_logits
@@ -213,7 +213,9 @@ def _prompts(config: BenchConfig, engine: Engine, places: int) -> list[Prompt]:
     if config.rows_per_place is not None:
         wanted = max(config.min_rows, round(places * config.rows_per_place))
     source = discover(config.input)
-    return [builder.build(row, index, shard.name) for shard, index, row in every_row(source, wanted)]
+    check_input(config.input, source.columns)
+    rows = every_row(source, prompt_columns(config.input), wanted)
+    return [builder.build(row, index, shard.name) for shard, index, row in rows]
 
 
 def _mode_run(run: EngineRun, prompts: Sequence[Prompt]) -> _ModeRun:

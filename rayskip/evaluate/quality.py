@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rayskip.config import DecodeConfig
-from rayskip.data.prompts import PromptBuilder
+from rayskip.data.prompts import PromptBuilder, check_input, prompt_columns
 from rayskip.data.sources import discover, every_row
 from rayskip.engine import Engine
 from rayskip.evaluate.figure import figure
@@ -128,8 +128,10 @@ def _cases(config: EvalQualityConfig) -> list[_Case]:
     source = discover(config.input)
     for key in ("references", "group"):
         source.require(config.input.path, key, getattr(config, key))
+    check_input(config.input, source.columns)
+    columns = prompt_columns(config.input) | {config.references, config.group}
     cases: dict[str, _Case] = {}
-    for _, _, row in every_row(source, config.input.max_rows):
+    for _, _, row in every_row(source, columns, config.input.max_rows):
         case = cases.setdefault(str(row[config.group]), _Case(row, []))
         case.references.append(str(row[config.references]))
     return list(cases.values())

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rayskip.data.prompts import PromptBuilder
+from rayskip.data.prompts import PromptBuilder, check_input, prompt_columns
 from rayskip.data.sources import discover, every_row
 from rayskip.data.tokenizer import Encoder
 from rayskip.errors import RowError
@@ -81,8 +81,12 @@ def read_examples(
     """
     source = discover(config.input)
     source.require(config.input.path, "data.answer", config.answer)
+    check_input(config.input, source.columns)
+    columns = prompt_columns(config.input) | {config.answer, FINISH_REASON, LOGPROBS, SKIP_POLICY}
     examples = []
-    for shard, index, row in every_row(source, config.input.max_rows):
+    for shard, index, row in every_row(
+        source, columns | {config.group or config.answer}, config.input.max_rows
+    ):
         if row.get(FINISH_REASON) == "error":
             continue
         prompt = builder.build(row, index, shard.name).token_ids

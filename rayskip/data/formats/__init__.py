@@ -6,9 +6,9 @@ FORMATS and SUFFIXES are the tables to extend; `sources.py` reads them.
 from __future__ import annotations
 
 from rayskip.data.formats import arrow, csv, jsonl, openai, parquet
-from rayskip.data.formats.base import Format, Scan
+from rayskip.data.formats.base import UNREADABLE, Format, Scan
 
-__all__ = ["FORMATS", "SUFFIXES", "Format", "Scan"]
+__all__ = ["FORMATS", "SUFFIXES", "UNREADABLE", "Format", "Scan"]
 
 FORMATS: dict[str, Format] = {
     "parquet": parquet.FORMAT,

@@ -1,4 +1,4 @@
-"""What every input format answers, and what they share: plain schemas, broken rows, lines found by offset.
+"""What every input format answers, and what they share: broken rows, lines found by offset.
 
 Does not know which files a job reads, or how its rows become prompts.
 """
@@ -7,23 +7,32 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
-from rayskip.data.locate import filesystem
+from rayskip.data.formats.types import plain_column, with_bytes
+from rayskip.data.locate import first_line, open_input
 from rayskip.data.records import BROKEN_ROW
-from rayskip.errors import InputError
 
 MARK_ROWS = 1000
 """Rows between two remembered byte offsets of a text file: planning keeps a number per so many rows."""
+
+MAX_LINE = 1 << 24
+"""Bytes of the longest line of a text format that is read, 16 MiB: a prompt of some million tokens. While it is
+parsed a line may take fifty times as much memory."""
 
 _BUFFER = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 
 NO_FIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
 """What Arrow raises for a value that is not of a column's type, or text that UTF-8 cannot hold."""
+
+
+UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, OverflowError)
+"""What pyarrow raises over a damaged file that `open_input` opened."""
 
 
 @dataclass(frozen=True)
@@ -45,47 +54,13 @@ class Format:
     """scan(url): raises InputError for a file that cannot be read as a whole.
 
     read(url, marks, start, stop, schema): rows [start, stop) under the job's schema, with the column
-    BROKEN_ROW saying why a row could not be read. Raises OSError or ArrowException when the file changed.
+    BROKEN_ROW saying why a row could not be read. Raises UNREADABLE when the file changed or is damaged.
     unify(schemas): the job's schema from its files'.
     """
 
     scan: Callable[[str], Scan]
     read: Callable[[str, tuple[int, ...], int, int, pa.Schema], pa.Table]
     unify: Callable[[Sequence[pa.Schema]], pa.Schema] = unify
-
-
-def plain_schema(schema: pa.Schema, url: str) -> pa.Schema:
-    """The schema without metadata, extension types and dictionaries: what any process can read and unify."""
-    twice = {name for name in schema.names if schema.names.count(name) > 1}
-    if twice:
-        raise InputError(f"{url}: has several columns named {', '.join(sorted(twice))}")
-    plain = pa.schema([(field.name, _plain_type(field.type)) for field in schema])
-    empty = [field.name for field in plain if keyless(field.type)]
-    if empty:
-        raise InputError(
-            f"{url}: the objects in column {empty[0]} have no keys, which Parquet cannot hold; drop it"
-        )
-    return plain
-
-
-def keyless(kind: pa.DataType) -> bool:
-    """Whether a type holds, somewhere, objects that never have a key. Parquet has no such type."""
-    children = [kind.field(index).type for index in range(kind.num_fields)]
-    return any(map(keyless, children)) if children else bool(pa.types.is_struct(kind))
-
-
-def _plain_type(kind: pa.DataType) -> pa.DataType:
-    if isinstance(kind, pa.BaseExtensionType):
-        return kind.storage_type
-    return kind.value_type if pa.types.is_dictionary(kind) else kind
-
-
-def refuse_ray_types(metadata: bytes, url: str) -> None:
-    """Ray's extension types carry pickled code: look at the raw schema, before anything interprets it."""
-    if b"ray.data." in metadata:
-        raise InputError(
-            f"{url}: has Ray extension types (ray.data.*), which are not read; save plain columns"
-        )
 
 
 def rows_between(batches: Iterable[pa.RecordBatch], start: int, stop: int, schema: pa.Schema) -> pa.Table:
@@ -102,7 +77,11 @@ def rows_between(batches: Iterable[pa.RecordBatch], start: int, stop: int, schem
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table under the job's schema. Rows whose text is not UTF-8 are marked broken, the text repaired."""
+    """The table under the job's schema. Rows whose text is not UTF-8 are marked broken, the text repaired; so are
+    those with a value that the schema's type does not hold, which becomes null.
+
+    Raises ArrowInvalid when the table is corrupt.
+    """
     reasons: list[str | None] = [None] * table.num_rows
     columns = []
     for field in schema:
@@ -110,28 +89,72 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
             columns.append(pa.nulls(table.num_rows, field.type))
             continue
         column = table.column(field.name)
-        column = column.cast(_plain_type(column.type))
-        try:
-            column.validate(full=True)
-        except pa.ArrowInvalid as error:
-            if "UTF8" not in str(error):  # the file is corrupt, and its values not safe to touch
-                raise
-            column = _repaired(field.name, column, reasons)
-        columns.append(column.cast(field.type))
+        if vet(column):
+            with suppress(pa.ArrowInvalid):
+                columns.append(plain_column(column, field.type))
+                continue
+        columns.append(_one_by_one(field, column, reasons))
     return with_broken(columns, schema, reasons)
 
 
-def _repaired(name: str, column: pa.ChunkedArray, reasons: list[str | None]) -> pa.Array:
-    """A text with bad bytes gets U+FFFD in their place; a nested value that holds one becomes null."""
-    values = []
-    for index, scalar in enumerate(column):
-        try:
-            values.append(scalar.as_py())
-        except UnicodeDecodeError as error:
-            reasons[index] = f"column {name!r} is not valid UTF-8"
-            nested = pa.types.is_nested(column.type)
-            values.append(None if nested else error.object.decode("utf-8", "replace"))
-    return pa.array(values, column.type)
+def vet(column: pa.Array | pa.ChunkedArray) -> bool:
+    """Whether all text of a column is UTF-8. Raises ArrowInvalid when it is corrupt.
+
+    To be called before anything else looks at values: what is corrupt is not safe to touch.
+    """
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+        return False
+    return True
+
+
+def _one_by_one(field: pa.Field, column: pa.ChunkedArray, reasons: list[str | None]) -> pa.ChunkedArray:
+    """The column as the field has it, each row on its own. A text with bad bytes gets U+FFFD in their place; any
+    other value that holds one, or does not fit, becomes null."""
+    kept = []
+    for index, value in enumerate(_singles(column)):
+        if vet(value):
+            try:
+                kept += plain_column(pa.chunked_array([value]), field.type).chunks
+                continue
+            except pa.ArrowInvalid as error:
+                utf8 = "UTF8" in str(error)
+                wrong = "is not valid UTF-8" if utf8 else f"does not fit: {first_line(error)}"
+                kept.append(pa.nulls(1, field.type))
+        else:
+            wrong = "is not valid UTF-8"
+            kept.append(pa.array([_repaired(value)], field.type))
+        reasons[index] = reasons[index] or f"column {field.name!r} {wrong}"
+    return pa.chunked_array(kept, field.type)
+
+
+def _singles(column: pa.ChunkedArray) -> Iterator[pa.Array]:
+    """A column's rows, each an array of one that has no part of others; nested ones with bytes in place of text.
+    Raises ArrowInvalid when it is corrupt."""
+    for chunk in column.chunks:
+        if isinstance(chunk, pa.ExtensionArray):
+            chunk = chunk.storage
+        if pa.types.is_dictionary(chunk.type):
+            chunk.indices.validate(full=True)
+            for entry in chunk.indices.to_pylist():
+                if entry is not None and not 0 <= entry < len(chunk.dictionary):
+                    raise pa.ArrowInvalid(f"a dictionary of {len(chunk.dictionary)} has no entry {entry}")
+                yield pa.nulls(1, chunk.type) if entry is None else chunk.dictionary.slice(entry, 1)
+            continue
+        if nested := pa.types.is_nested(chunk.type):
+            chunk = plain_column(pa.chunked_array([chunk]), with_bytes(chunk.type)).combine_chunks()
+            chunk.validate(full=True)
+        for index in range(len(chunk)):
+            one = chunk.slice(index, 1)
+            yield one.take(pa.array([0])) if nested else one
+
+
+def _repaired(value: pa.Array) -> str:
+    """The text of an array of one with U+FFFD for bad bytes."""
+    return str(value[0].as_buffer().to_pybytes().decode("utf-8", "replace"))
 
 
 def table_of(rows: Sequence[dict[str, Any]], schema: pa.Schema, reasons: list[str | None]) -> pa.Table:
@@ -164,12 +187,34 @@ def with_broken(columns: Sequence[pa.Array], schema: pa.Schema, reasons: Sequenc
     return pa.Table.from_arrays([*columns, pa.array(reasons, pa.string())], schema=schema.append(broken))
 
 
-def read_lines(url: str, offset: int = 0) -> Iterator[bytes]:
+@dataclass(frozen=True)
+class LongLine:
+    """In place of a line of more than MAX_LINE bytes, which is never read as a whole. size: its bytes."""
+
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __str__(self) -> str:
+        return f"the line has {self.size:,} bytes; the most that is read is {MAX_LINE:,}"
+
+
+Line = bytes | LongLine
+
+
+def read_lines(url: str, offset: int = 0) -> Iterator[Line]:
     """Lines with their line ends, from a byte offset that begins one. Only a newline ends a line."""
-    store, path = filesystem(url)
-    with io.BufferedReader(store.open_input_file(path), _BUFFER) as source:
+    with io.BufferedReader(open_input(url), _BUFFER) as source:
         source.seek(offset)
-        yield from source
+        while line := source.readline(MAX_LINE + 1):
+            if len(line) <= MAX_LINE:
+                yield line
+                continue
+            size = len(line)
+            while not line.endswith(b"\n") and (line := source.readline(_BUFFER)):
+                size += len(line)
+            yield LongLine(size)
 
 
 def without_bom(line: bytes) -> bytes:

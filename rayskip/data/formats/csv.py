@@ -11,27 +11,47 @@ from itertools import islice
 
 import pyarrow as pa
 
-from rayskip.data.formats.base import MARK_ROWS, Format, Scan, read_lines, table_of, without_bom
+from rayskip.data.formats.base import (
+    MARK_ROWS,
+    MAX_LINE,
+    Format,
+    Line,
+    LongLine,
+    Scan,
+    read_lines,
+    table_of,
+    without_bom,
+)
 from rayskip.data.locate import first_line
 from rayskip.errors import InputError
 
 # The module's own limit, 128 KiB, is less than a long prompt. Process-wide, but only ever raised.
-csv.field_size_limit(max(csv.field_size_limit(), 1 << 26))
+csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
 
 
 class _Rows:
-    """Rows from a byte offset. offset: where the row after the last one given begins."""
+    """Rows from a byte offset. offset, line: where the row after the last one given begins, counted from there."""
 
     def __init__(self, url: str, offset: int) -> None:
         self.offset = offset
-        self._reader = csv.reader(self._texts(read_lines(url, offset)))
+        self.line = 1
+        # Strict: else a quote that nobody closed takes the rows below it into its field.
+        self._reader = csv.reader(self._texts(read_lines(url, offset)), strict=True)
 
     def __iter__(self) -> Iterator[list[str]]:
-        return (row for row in self._reader if row)
+        for row in self._reader:
+            self.line = self._reader.line_num + 1
+            if row:
+                yield row
 
-    def _texts(self, lines: Iterator[bytes]) -> Iterator[str]:
-        """Bytes that are not UTF-8 become surrogates, which no Arrow column takes: the row will be broken."""
+    def _texts(self, lines: Iterator[Line]) -> Iterator[str]:
+        """Bytes that are not UTF-8 become surrogates, which no Arrow column takes: the row will be broken.
+
+        Raises csv.Error for a line that is too long: it may hold part of a field, so no row is to blame.
+        """
         for line in lines:
+            if isinstance(line, LongLine):
+                raise csv.Error(str(line))
             text = without_bom(line) if self.offset == 0 else line
             self.offset += len(line)
             yield text.decode("utf-8", "surrogateescape")
@@ -46,8 +66,11 @@ def scan(url: str) -> Scan:
         for count, _ in enumerate(rows, 1):
             if count % MARK_ROWS == 0:
                 marks.append(rows.offset)
-    except (csv.Error, OSError) as error:
-        raise InputError(f"{url}: not a readable CSV file, near row {count} ({first_line(error)})") from error
+    except csv.Error as error:
+        where = f"the row that begins in line {rows.line} cannot be read"
+        raise InputError(
+            f"{url}: {where}, a quote may be missing or too many ({first_line(error)})"
+        ) from error
     if not header or len(set(header)) != len(header):
         raise InputError(f"{url}: the first line must name every column once, got {header}")
     try:

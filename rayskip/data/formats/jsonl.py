@@ -15,20 +15,24 @@ import pyarrow as pa
 
 from rayskip.data.formats.base import (
     MARK_ROWS,
+    MAX_LINE,
     NO_FIT,
     Format,
+    Line,
+    LongLine,
     Scan,
-    keyless,
     read_lines,
     table_of,
     unify,
     without_bom,
 )
-from rayskip.data.locate import first_line
-from rayskip.errors import InputError
+from rayskip.data.formats.types import keyless
 
 MOST_FIELDS = 200
 """An object with more keys over all rows is taken for a mapping, not for a record."""
+
+MAX_DEPTH = 64
+"""Lists and objects in one another. Arrow's own limit, and JSON readers differ in theirs."""
 
 Row = dict[str, Any]
 
@@ -36,14 +40,16 @@ Row = dict[str, Any]
 def scan(url: str) -> Scan:
     schema = pa.schema([])
     rows, marks = 0, list[int]()
-    try:
-        for offset, lines in _blocks(url):
+    block, size = list[Row](), 0
+    for rows, (offset, line) in enumerate(_numbered(url, 0), 1):
+        if rows % MARK_ROWS == 1:
             marks.append(offset)
-            rows += len(lines)
-            schema = unify_loosely([schema, _infer([row for line in lines if (row := parse(line)[0])])])
-    except OSError as error:
-        raise InputError(f"{url}: cannot be read ({first_line(error)})") from error
-    return Scan(rows, schema, tuple(marks))
+        block.append(parse(line)[0])
+        size += len(line)
+        if len(block) == MARK_ROWS or size > MAX_LINE:
+            schema = unify_loosely([schema, _infer(block)])
+            block, size = [], 0
+    return Scan(rows, unify_loosely([schema, _infer(block)]), tuple(marks))
 
 
 def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema) -> pa.Table:
@@ -56,7 +62,7 @@ def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Sch
     return table_of(rows, schema, reasons)
 
 
-def read_range(url: str, marks: tuple[int, ...], start: int, stop: int) -> list[bytes]:
+def read_range(url: str, marks: tuple[int, ...], start: int, stop: int) -> list[Line]:
     """Lines of rows [start, stop)."""
     skip = start % MARK_ROWS
     lines = (line for _, line in _numbered(url, marks[start // MARK_ROWS]))
@@ -64,16 +70,18 @@ def read_range(url: str, marks: tuple[int, ...], start: int, stop: int) -> list[
 
 
 def count(url: str) -> tuple[int, tuple[int, ...]]:
-    """Rows and marks, without a look into the lines. Raises InputError."""
-    try:
-        blocks = [(offset, len(lines)) for offset, lines in _blocks(url)]
-    except OSError as error:
-        raise InputError(f"{url}: cannot be read ({first_line(error)})") from error
-    return sum(rows for _, rows in blocks), tuple(offset for offset, _ in blocks)
+    """Rows and marks, without a look into the lines."""
+    rows, marks = 0, list[int]()
+    for rows, (offset, _) in enumerate(_numbered(url, 0), 1):
+        if rows % MARK_ROWS == 1:
+            marks.append(offset)
+    return rows, tuple(marks)
 
 
-def parse(line: bytes) -> tuple[Row, str | None]:
+def parse(line: Line) -> tuple[Row, str | None]:
     """The line's object, and why it is broken if it is; what is no object gives an empty one."""
+    if isinstance(line, LongLine):
+        return {}, str(line)
     try:
         value = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -82,7 +90,18 @@ def parse(line: bytes) -> tuple[Row, str | None]:
         return {}, f"not valid JSON: {error}"
     if not isinstance(value, dict):
         return {}, f"not a JSON object but {type(value).__name__}"
+    if line.count(b"[") + line.count(b"{") > MAX_DEPTH and _deeper(value, MAX_DEPTH):
+        return {}, f"nested more than {MAX_DEPTH} deep"
     return _encodable(value) if b"\\ud" in line.lower() else (value, None)
+
+
+def _deeper(value: Any, most: int) -> bool:
+    """Whether lists and objects lie in one another more than `most` deep."""
+    level = [value]
+    for _ in range(most):
+        lists = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in lists for item in items if isinstance(item, dict | list)]
+    return bool(level)
 
 
 def _encodable(row: Row) -> tuple[Row, str | None]:
@@ -143,17 +162,12 @@ def _kind(values: Sequence[Any]) -> pa.DataType:
     return kind
 
 
-def _blocks(url: str) -> Iterator[tuple[int, list[bytes]]]:
-    """MARK_ROWS rows' lines at a time, and the byte offset of the first."""
-    numbered = _numbered(url, 0)
-    while block := list(islice(numbered, MARK_ROWS)):
-        yield block[0][0], [line for _, line in block]
-
-
-def _numbered(url: str, offset: int) -> Iterator[tuple[int, bytes]]:
+def _numbered(url: str, offset: int) -> Iterator[tuple[int, Line]]:
     """Lines that are not blank, with their byte offsets."""
     for line in read_lines(url, offset):
-        if not line.isspace():
+        if isinstance(line, LongLine):
+            yield offset, line
+        elif not line.isspace():
             yield offset, without_bom(line) if offset == 0 else line
         offset += len(line)
 

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import base64
+import binascii
 from collections.abc import Iterator
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rayskip.data.formats.base import Format, Scan, conform, plain_schema, refuse_ray_types, rows_between
-from rayskip.data.locate import filesystem, first_line
+from rayskip.data.formats.base import (
+    UNREADABLE,
+    Format,
+    Scan,
+    conform,
+    rows_between,
+)
+from rayskip.data.formats.types import plain_schema, refuse_ray_types
+from rayskip.data.locate import first_line, open_input
 from rayskip.errors import InputError
 
 _BATCH = 4096
 
 
 def scan(url: str) -> Scan:
-    store, path = filesystem(url)
     try:
-        with store.open_input_file(path) as source:
+        with open_input(url) as source:
             footer = pq.read_metadata(source)
             refuse_ray_types(base64.b64decode((footer.metadata or {}).get(b"ARROW:schema", b"")), url)
+            if footer.num_rows != sum(_group_rows(footer)) or min(_group_rows(footer), default=0) < 0:
+                raise pa.ArrowInvalid("its row groups do not have the rows that it says")
             return Scan(footer.num_rows, plain_schema(footer.schema.to_arrow_schema(), url))
-    except (pa.ArrowException, OSError) as error:
+    except (*UNREADABLE, binascii.Error) as error:
         raise InputError(f"{url}: not a readable Parquet file ({first_line(error)})") from error
 
 
 def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema) -> pa.Table:
-    store, path = filesystem(url)
     # Buffered: a row group is streamed, so one with a million rows costs no more memory than a batch.
-    with store.open_input_file(path) as source, pq.ParquetFile(source, buffer_size=1 << 20) as file:
+    with open_input(url) as source, pq.ParquetFile(source, buffer_size=1 << 20) as file:
         first, groups = _groups(file.metadata, start, stop)
         names = [name for name in schema.names if name in file.schema_arrow.names]
         own = pa.schema([file.schema_arrow.field(name) for name in names])
@@ -41,13 +49,16 @@ def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Sch
 def _groups(footer: pq.FileMetaData, start: int, stop: int) -> tuple[int, list[int]]:
     """The row groups that hold rows [start, stop), and the file's rows before the first of them."""
     first, groups, before = 0, list[int](), 0
-    for group in range(footer.num_row_groups):
-        rows = footer.row_group(group).num_rows
+    for group, rows in enumerate(_group_rows(footer)):
         if before < stop and before + rows > start:
             first = first if groups else before
             groups.append(group)
         before += rows
     return first, groups
+
+
+def _group_rows(footer: pq.FileMetaData) -> list[int]:
+    return [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
 
 
 FORMAT = Format(scan, read)
