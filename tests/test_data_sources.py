@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import pickle
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs
+from pydantic import ValidationError
 from s3_server import s3_server
 
 from rayskip.config import InputConfig
 from rayskip.data.formats import FORMATS
-from rayskip.data.formats.base import MARK_ROWS
+from rayskip.data.formats.base import MARK_ROWS, MAX_LINE
 from rayskip.data.records import BROKEN_ROW
 from rayskip.data.sources import InputFile, Source, discover, plan_shards, read_shard
+from rayskip.data.splits import splits_of
 from rayskip.errors import InputError
 
 Rows = list[dict[str, Any]]
@@ -153,16 +157,62 @@ class TestFiles:
         write_jsonl(path, texts(3)[1:])
         assert discover(InputConfig(path=str(path))).files[0].fingerprint != before[0].fingerprint
 
-    def test_a_file_that_shrank_is_noticed(self, tmp_path: Path) -> None:
-        write_jsonl(tmp_path / "a.jsonl", texts(5))
-        source = discover(InputConfig(path=str(tmp_path)))
+    @pytest.mark.parametrize("name", WRITERS)
+    def test_a_file_that_changed_is_noticed(self, tmp_path: Path, name: str) -> None:
+        """Also one with as many rows and bytes as before."""
+        path = tmp_path / name
+        WRITERS[name](path, [{"prompt": "old"}] * 5)
+        source = discover(InputConfig(path=str(path)))
         (shard,) = plan_shards(source, 5)
-        write_jsonl(tmp_path / "a.jsonl", texts(4))
+        kept = read_shard(shard, source)
+        for rows in ([{"prompt": "new"}] * 5, [{"prompt": "new"}] * 4):
+            data = path.stat()
+            with path.open("r+b") as file:  # in place: what was read may not be a view of the file
+                WRITERS[name](tmp_path / f"other-{name}", rows)
+                file.truncate()
+                file.write((tmp_path / f"other-{name}").read_bytes())
+            os.utime(path, ns=(data.st_atime_ns, data.st_mtime_ns + 1))
+            with pytest.raises(InputError, match="changed"):
+                read_shard(shard, source)
+        assert kept["prompt"].to_pylist() == ["old"] * 5
+        path.unlink()
         with pytest.raises(InputError, match="changed"):
             read_shard(shard, source)
-        (tmp_path / "a.jsonl").unlink()
-        with pytest.raises(InputError, match="changed"):
-            read_shard(shard, source)
+
+    def test_a_file_that_changes_while_it_is_read_is_noticed(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.jsonl"
+        write_jsonl(path, texts(5))
+        source = discover(InputConfig(path=str(path)))
+        (shard,) = plan_shards(source, 5)
+
+        jsonl = FORMATS["jsonl"]
+
+        def read(*args: Any) -> pa.Table:
+            table = jsonl.read(*args)
+            os.utime(path, ns=(0, 0))
+            return table
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(FORMATS, "jsonl", replace(jsonl, read=read))
+            with pytest.raises(InputError, match="changed"):
+                read_shard(shard, source)
+
+    def test_links_add_no_rows(self, tmp_path: Path) -> None:
+        """Links to the folder, one above and a file beside; what only a link leads to is read."""
+        data = tmp_path / "data"
+        (data / "sub").mkdir(parents=True)
+        (tmp_path / "outside").mkdir()
+        for path in (data / "a.jsonl", data / "sub/b.jsonl", tmp_path / "outside/c.jsonl"):
+            write_jsonl(path, [{"prompt": path.name}])
+        (data / "loop").symlink_to(data)
+        (data / "sub/up").symlink_to(tmp_path)
+        (data / "0.jsonl").symlink_to(data / "a.jsonl")
+        (data / "more").symlink_to(tmp_path / "outside")
+        (data / "more too").symlink_to(tmp_path / "outside")
+        names = [file.name for file in discover(InputConfig(path=str(data))).files]
+        assert names == ["a.jsonl", "more/c.jsonl", "sub/b.jsonl"]
+        (data / "gone.jsonl").symlink_to(tmp_path / "nothing")
+        assert "gone.jsonl is a link that leads nowhere" in refused(data)
 
 
 class TestRefused:
@@ -181,6 +231,21 @@ class TestRefused:
         assert "a.txt" in refused(tmp_path)
         write_csv(tmp_path / "c.csv", texts(1))
         assert "several formats" in refused(tmp_path / "[bc].*")
+
+    def test_names_that_no_file_system_takes(self, tmp_path: Path) -> None:
+        for path in ("", "  ", "a\0b.jsonl", os.fsdecode(b"a\xff.jsonl")):
+            with pytest.raises(ValidationError, match="path"):
+                InputConfig(path=path)
+        assert "cannot be read" in refused(f"{tmp_path}/{'x' * 300}.jsonl")
+        assert "cannot be" in refused(f"{tmp_path}/{'x' * 300}/*.jsonl")
+        write_jsonl(tmp_path / "a.jsonl", texts(1))
+        os.mkfifo(tmp_path / "pipe.jsonl")
+        assert "no file and no folder" in refused(tmp_path / "pipe.jsonl")
+        with open(os.fsencode(tmp_path) + b"/b\xff.jsonl", "wb") as file:
+            file.write(b"{}")
+        assert "is not valid UTF-8" in refused(tmp_path)
+        assert "is not valid UTF-8" in refused(tmp_path / "b*")
+        assert [file.name for file in discover(InputConfig(path=f"{tmp_path}/a*")).files] == ["a.jsonl"]
 
     def test_no_rows(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text("\n \n")
@@ -259,6 +324,33 @@ class TestBrokenRows:
         assert [row["prompt"] for row in rows_of(tmp_path / "a.jsonl", shard_rows=1)] == ["a", "b"]
         (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbf"prompt"\r\na\r\n\r\nb\r\n')
         assert [row["prompt"] for row in rows_of(tmp_path / "a.csv", shard_rows=1)] == ["a", "b"]
+
+    @pytest.mark.parametrize("format", ["jsonl", "openai"])
+    def test_lines_too_long_or_too_deep_or_with_too_many_digits(self, tmp_path: Path, format: str) -> None:
+        deep = '{"url": ' + "[" * 70 + "]" * 70 + "}"
+        deeper = '{"url": ' + '{"a":' * 100_000 + "1" + "}" * 100_001
+        long = '{"url": "' + "x" * MAX_LINE + '"}'
+        digits = '{"url": ' + "9" * 5000 + "}"
+        brackets = '{"url": "' + "[" * 1000 + '"}'
+        (tmp_path / "a.jsonl").write_text("\n".join([deep, deeper, long, digits, brackets]))
+        tracemalloc.start()
+        rows = rows_of(tmp_path / "a.jsonl", shard_rows=2, format=format)
+        assert tracemalloc.get_traced_memory()[1] < 3 * MAX_LINE
+        tracemalloc.stop()
+        reasons = [row[BROKEN_ROW] or "" for row in rows]
+        for reason, part in zip(
+            reasons, ["64 deep", "JSON", f"{len(long) + 1:,} bytes", "JSON"], strict=False
+        ):
+            assert part in reason
+        assert rows[4]["url"] == "[" * 1000
+
+    def test_csv_lines_that_are_too_long_and_open_quotes(self, tmp_path: Path) -> None:
+        (tmp_path / "a.csv").write_text("id,prompt\n1,a\n2," + "x" * MAX_LINE + "\n")
+        assert "line 3" in refused(tmp_path / "a.csv")
+        (tmp_path / "a.csv").write_text('id,prompt\n1,a\n2,"b\n3,c\n4,d\n')
+        assert "line 3" in refused(tmp_path / "a.csv")
+        (tmp_path / "a.csv").write_text('id,prompt\n1,a\n2,"b\n3,"c\n4,d\n')
+        assert "line 3" in refused(tmp_path / "a.csv")
 
     def test_csv_rows_with_too_few_fields_or_wrong_bytes(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_bytes(b"id,prompt\n1,a\n2\n3,\xff\n4,d\n")
@@ -358,6 +450,76 @@ class TestOpenai:
         assert rows_of(tmp_path / "a.jsonl", format="jsonl")[0]["custom_id"] == "a"
 
 
+class TestSplits:
+    def write(self, folder: Path, *names: str) -> Path:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_jsonl(folder / name, [{"prompt": name}])
+        return folder
+
+    def read(self, folder: Path, split: str | None = None) -> list[str]:
+        return [row["prompt"] for row in rows_of(folder, split=split)]
+
+    @pytest.mark.parametrize(
+        ("train", "test"),
+        [
+            ("train/a.jsonl", "test/a.jsonl"),
+            ("train-00000-of-00001.jsonl", "test-00000-of-00001.jsonl"),
+            ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+            ("questions_training.jsonl", "questions_eval.jsonl"),
+        ],
+    )
+    def test_one_of_several_is_read_and_never_a_mixture(self, tmp_path: Path, train: str, test: str) -> None:
+        self.write(tmp_path, train, test)
+        assert self.read(tmp_path, "train") == [train]
+        assert self.read(tmp_path, "test") == [test]
+        assert self.read(tmp_path, "all") == sorted([train, test])
+        assert "input.split may be" in refused(tmp_path)
+        assert "has no split 'validation'" in refused(tmp_path, split="validation")
+
+    def test_where_there_is_one_nothing_need_be_said(self, tmp_path: Path) -> None:
+        plain = self.write(tmp_path / "plain", "a.jsonl", "b.jsonl")
+        assert (
+            self.read(plain) == self.read(plain, "train") == self.read(plain, "all") == ["a.jsonl", "b.jsonl"]
+        )
+        assert "has no split 'test'" in refused(plain, split="test")
+        held_out = self.write(tmp_path / "held-out", "test.jsonl")
+        assert self.read(held_out) == self.read(held_out, "test") == ["test.jsonl"]
+        assert "has no split 'train'" in refused(held_out, split="train")
+        both = self.write(tmp_path / "both", "train_test.jsonl")
+        assert self.read(both) == self.read(both, "train") == self.read(both, "test")
+
+    def test_slices_are_refused(self) -> None:
+        with pytest.raises(ValidationError, match=r"input.max_rows"):
+            InputConfig(path="a", split="train[:3]")
+        with pytest.raises(ValidationError, match="one split"):
+            InputConfig(path="a", split="train+test")
+
+    def test_names_mean_what_they_mean_to_datasets(self, tmp_path: Path) -> None:
+        from datasets.data_files import DataFilesDict, get_data_patterns
+
+        trees = [
+            ["train.jsonl", "b.jsonl"],
+            ["contest.jsonl", "trainer.jsonl"],
+            ["test_dev-1.jsonl", "x.val.jsonl", "training data.jsonl"],
+            [
+                "data/en.train_sft-00000-of-00002.jsonl",
+                "data/en.test-00000-of-00001-abc.jsonl",
+                "train.jsonl",
+            ],
+            ["my-validation-set/x/train.jsonl", "eval/train.jsonl", "rest.jsonl"],
+            ["a/data/train-00000-of-00001.jsonl", "a/data/other-00000-of-00001.jsonl"],
+            ["Train.jsonl", "a/b.jsonl"],
+        ]
+        for index, names in enumerate(trees):
+            folder = self.write(tmp_path / f"{index}", *names)
+            patterns = get_data_patterns(str(folder))
+            found = DataFilesDict.from_patterns(patterns, base_path=str(folder))
+            theirs = {str(k): {os.path.relpath(path, folder) for path in v} for k, v in found.items()}
+            ours = splits_of(names) or {"train": names}
+            assert {split: set(files) for split, files in ours.items()} == theirs
+
+
 class TestSavedDatasets:
     def test_folder_with_and_without_splits(self, tmp_path: Path) -> None:
         import datasets
@@ -371,6 +533,65 @@ class TestSavedDatasets:
         )
         assert len(rows_of(tmp_path / "two", split="test")) == 3
         assert "train, test" in refused(tmp_path / "two", split="tset")
+
+    def test_all_splits_and_the_one_that_is_meant(self, tmp_path: Path) -> None:
+        import datasets
+
+        datasets.disable_progress_bars()
+        data = datasets.Dataset.from_list(texts(3))
+        folder = tmp_path / "two"
+        datasets.DatasetDict({"train": data, "test": data}).save_to_disk(str(folder))
+        assert "train, test or all" in refused(folder)
+        source = discover(InputConfig(path=str(folder), split="all"))
+        names = ["train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow"]
+        assert [file.name for file in source.files] == names
+        assert len(rows_of(folder, split="all")) == 6
+        assert "has no split 'test'" in refused(folder / "train", split="test")
+        datasets.DatasetDict({"test": data}).save_to_disk(str(tmp_path / "one"))
+        assert len(rows_of(tmp_path / "one")) == 3
+
+    @pytest.mark.parametrize(
+        ("file", "content", "said"),
+        [
+            ("state.json", "{", "state.json: Invalid JSON"),
+            ("state.json", "[" * 100_000, "state.json: Invalid JSON"),
+            ("state.json", "\xff", "state.json"),
+            ("state.json", {}, "state.json: _data_files: Field required"),
+            ("state.json", {"_data_files": []}, "_data_files"),
+            ("state.json", {"_data_files": "a.arrow"}, "_data_files"),
+            ("state.json", {"_data_files": [{"file": "a.arrow"}]}, "_data_files.0.filename"),
+            ("state.json", {"_data_files": [{"filename": 7}]}, "_data_files.0.filename"),
+            ("state.json", {"_data_files": [{"filename": "a.arrow"}] * 2}, "more than once"),
+            ("state.json", {"_data_files": [{"filename": "none.arrow"}]}, "none.arrow does not exist"),
+            ("state.json", {"_data_files": [{"filename": "sub"}]}, "is no file"),
+            *(
+                ("state.json", {"_data_files": [{"filename": name}]}, f"_data_files has {name!r}")
+                for name in ("../secret.arrow", "/etc/passwd", "sub/a.arrow", "..", "", "a\0", "link.arrow")
+            ),
+            ("dataset_dict.json", {}, "dataset_dict.json: splits: Field required"),
+            ("dataset_dict.json", {"splits": {"train": 1}}, "dataset_dict.json: splits"),
+            ("dataset_dict.json", {"splits": ["train"]}, "no state.json"),
+            *(
+                ("dataset_dict.json", {"splits": [name]}, f"splits has {name!r}")
+                for name in ("../other", "/", "linked", "a\0")
+            ),
+        ],
+    )
+    def test_a_damaged_or_hostile_folder(self, tmp_path: Path, file: str, content: Any, said: str) -> None:
+        """Names lead nowhere but into the folder, and what is not as `datasets` writes it is named."""
+        folder = tmp_path / "saved"
+        (folder / "sub").mkdir(parents=True)
+        (tmp_path / "other").mkdir()
+        for path in (folder / "a.arrow", folder / "sub/a.arrow", tmp_path / "secret.arrow"):
+            write_arrow_stream(path, texts(1))
+        (tmp_path / "other/state.json").write_text('{"_data_files": [{"filename": "a.arrow"}]}')
+        (folder / "link.arrow").symlink_to(tmp_path / "secret.arrow")
+        (folder / "linked").symlink_to(tmp_path / "other")
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / file).write_bytes(text.encode("latin-1"))
+        told = refused(folder)
+        assert said in told
+        assert "\n" not in told
 
     def test_other_folder_is_refused(self, tmp_path: Path) -> None:
         assert "save_to_disk" in refused(tmp_path, format="datasets")

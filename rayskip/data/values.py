@@ -89,4 +89,5 @@ def _text(scalar: pa.Scalar) -> str | float:
     text: str = naive.cast(pa.string()).as_py()
     if text.startswith("<"):  # a year that Arrow's calendar has not
         return f"{number} {kind.unit if pa.types.is_timestamp(kind) else 'days'} since 1970"
-    return text.replace(" ", "T") + ("Z" if zoned else "")
+    whole, _, fraction = text.replace(" ", "T").partition(".")
+    return whole + (f".{fraction}" if fraction.strip("0") else "") + ("Z" if zoned else "")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 
 import pyarrow as pa
 from pyarrow import fs
 
 from rayskip.data.formats.base import (
+    BUFFER,
     UNREADABLE,
     Format,
     Scan,
@@ -59,7 +61,7 @@ def _open(url: str) -> pa.NativeFile:
     """Mapped when it is local, so that walking over a batch does not read it."""
     store, path = filesystem(url)
     if not isinstance(store, fs.LocalFileSystem):
-        return pa.PythonFile(open_input(url), mode="r")
+        return pa.PythonFile(io.BufferedReader(open_input(url), BUFFER), mode="r")
     try:
         return pa.memory_map(path)
     except (FileNotFoundError, NotADirectoryError):

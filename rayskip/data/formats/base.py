@@ -24,7 +24,9 @@ MAX_LINE = 1 << 24
 """Bytes of the longest line of a text format that is read, 16 MiB: a prompt of some million tokens. While it is
 parsed a line may take fifty times as much memory."""
 
-_BUFFER = 1 << 20
+BUFFER = 1 << 20
+"""Bytes that are read at once of what is read in small pieces."""
+
 _BOM = b"\xef\xbb\xbf"
 
 NO_FIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
@@ -205,14 +207,14 @@ Line = bytes | LongLine
 
 def read_lines(url: str, offset: int = 0) -> Iterator[Line]:
     """Lines with their line ends, from a byte offset that begins one. Only a newline ends a line."""
-    with io.BufferedReader(open_input(url), _BUFFER) as source:
+    with io.BufferedReader(open_input(url), BUFFER) as source:
         source.seek(offset)
         while line := source.readline(MAX_LINE + 1):
             if len(line) <= MAX_LINE:
                 yield line
                 continue
             size = len(line)
-            while not line.endswith(b"\n") and (line := source.readline(_BUFFER)):
+            while not line.endswith(b"\n") and (line := source.readline(BUFFER)):
                 size += len(line)
             yield LongLine(size)
 

@@ -99,8 +99,12 @@ def _deeper(value: Any, most: int) -> bool:
     """Whether lists and objects lie in one another more than `most` deep."""
     level = [value]
     for _ in range(most):
-        lists = (item.values() if isinstance(item, dict) else item for item in level)
-        level = [item for items in lists for item in items if isinstance(item, dict | list)]
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if type(outer) is dict else outer)
+            if type(item) in (dict, list)
+        ]
     return bool(level)
 
 
