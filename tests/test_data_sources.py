@@ -202,7 +202,8 @@ class TestFiles:
         data = tmp_path / "data"
         (data / "sub").mkdir(parents=True)
         (tmp_path / "outside").mkdir()
-        for path in (data / "a.jsonl", data / "sub/b.jsonl", tmp_path / "outside/c.jsonl"):
+        above = tmp_path / "above.jsonl"
+        for path in (data / "a.jsonl", data / "sub/b.jsonl", tmp_path / "outside/c.jsonl", above):
             write_jsonl(path, [{"prompt": path.name}])
         (data / "loop").symlink_to(data)
         (data / "sub/up").symlink_to(tmp_path)

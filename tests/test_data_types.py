@@ -340,6 +340,31 @@ def test_damaged_files_are_told_and_end_no_process(tmp_path: Path, suffix: str) 
     assert ended.returncode == 0, f"{ended.returncode}: {ended.stderr[-2000:]}"
 
 
+def read_unsafe(folder: str) -> None:
+    """What the test below runs in a process of its own. What is cast before it is checked ends that."""
+    from rayskip.data.formats import arrow
+
+    arrow._VETTED = 0  # as in a large file, the values are first seen when a shard is read
+    source = discover(InputConfig(path=f"{folder}/a.arrow"))
+    with pytest.raises(InputError, match="damaged, rows 0 to 2 cannot be read"):
+        read_shard(next(plan_shards(source, 3)), source)
+
+
+def test_values_are_checked_before_anything_touches_them(tmp_path: Path) -> None:
+    kinds = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0], pa.int32()), pa.array(["aaa", "bbb"]))
+    write(tmp_path / "a.arrow", pa.table({"prompt": kinds}))
+    good, wild = (pa.array(ends, pa.int32()).buffers()[1].to_pybytes() for ends in ([0, 3, 6], [0, 2**30, 6]))
+    data = (tmp_path / "a.arrow").read_bytes()
+    assert data.count(good) == 1
+    (tmp_path / "a.arrow").write_bytes(data.replace(good, wild))
+    code = f"from test_data_types import read_unsafe; read_unsafe({str(tmp_path)!r})"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, f"{ended.returncode}: {ended.stderr[-2000:]}"
+    assert "not a readable Arrow file" in str(source_or_refusal(tmp_path / "a.arrow"))
+
+
 def test_a_stream_that_is_cut_between_batches_or_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "a.arrow"
     write(path, pa.table({"prompt": ["a", "b"]}))
