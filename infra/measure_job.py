@@ -30,7 +30,7 @@ import psutil
 
 from rayskip.cluster.ray_cluster import usable_cores
 from rayskip.cluster.ray_pool import RayPool
-from rayskip.cluster.replica import use_threads
+from rayskip.cluster.replica import device_for, use_threads
 from rayskip.config import JobConfig
 from rayskip.config_file import load_config
 from rayskip.data.sources import Source, discover, every_row
@@ -73,7 +73,7 @@ def run_engine(told: Connection, job: JobConfig) -> None:
     from rayskip.data.prompts import PromptBuilder
     from rayskip.engine import Engine
 
-    engine = Engine.load(job.model, job.engine, job.decode)
+    engine = Engine.load(job.model, job.engine, job.decode, device_for(job.cluster.gpus_per_replica))
     builder = PromptBuilder(job.input, job.sampling, engine.tokenizer, engine.max_model_len)
     rows = every_row(discover(job.input), job.input.max_rows)
     prompts = [builder.build(row, index, shard.name) for shard, index, row in rows]

@@ -1,9 +1,10 @@
-"""What only CUDA runs, on CPU: FlashAttention's call with a slow function that does as torch documents it, and CUDA
-graphs with calls that are made again. A GPU's own kernels are not tested here."""
+"""What only CUDA runs, on CPU: torch's varlen_attn over a slow function in FlashAttention's place, and CUDA graphs
+with calls that are made again. A GPU's own kernels are not tested here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from rayskip.cluster.replica import device_for
 from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
 from rayskip.engine import Engine
+from rayskip.errors import ConfigError
+from rayskip.model import forward, varlen
 from rayskip.model.checkpoint import load, tensors_fingerprint
 from rayskip.model.compiled import compile_pieces
 from rayskip.model.forward import Decoder
@@ -22,7 +26,7 @@ from rayskip.model.invariance import is_batch_invariant
 from rayskip.model.medusa import MedusaLabel
 from rayskip.model.ops import Ops
 from rayskip.model.trained import save_trained
-from rayskip.model.varlen import PAGE, VarlenOps, varlen_ops
+from rayskip.model.varlen import VarlenOps, varlen_ops
 
 CPU = torch.device("cpu")
 DECODE: list[dict[str, Any]] = [
@@ -34,42 +38,73 @@ DECODE: list[dict[str, Any]] = [
 ]
 
 
-def documented_varlen_attn(
+def flash_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor | None,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
     max_q: int,
     max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
     *,
     scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-    seqused_k: Tensor,
-    block_table: Tensor,
-    num_splits: int,
-) -> Tensor:
-    """Row by row and head by head; queries [Tq, Hq, D], pages [pages, positions, Hkv, D] -> [Tq, Hq, D]."""
-    assert cu_seq_k is None
-    assert num_splits == 1
-    assert key.shape[1] % PAGE == 0
-    assert {tensor.dtype for tensor in (cu_seq_q, seqused_k, block_table)} == {torch.int32}
-    assert enable_gqa or query.shape[1] == key.shape[2]
-    shared = query.shape[1] // key.shape[2]
+    window_size_left: int,
+    window_size_right: int,
+    seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> tuple[Tensor, ...]:
+    """What libtorch_cuda has below varlen_attn, and what it refuses, but for number formats: row by row.
+    Queries [Tq, Hq, D]; keys [Tk, Hkv, D], or in pages [pages, positions, Hkv, D]."""
+    assert cum_seq_q is not None
+    assert cum_seq_k is not None, "must be both set or both not set"
+    indices = [cum_seq_q, cum_seq_k, *(one for one in (seqused_k, block_table) if one is not None)]
+    assert all(one.dtype == torch.int32 and one.is_contiguous() for one in indices)
+    rows = len(cum_seq_q) - 1
+    assert cum_seq_k.shape == (rows + 1,)
+    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    assert query.shape[1] % key.shape[-2] == 0
+    assert not dropout_p
+    if block_table is not None:
+        assert block_table.shape[0] == rows
+        assert key.dim() == 4
+        assert key.shape[1] % 256 == 0
+        assert num_splits == 1, "or a row's sums depend on the batch"
+    else:
+        assert key.dim() == 3
+    shared = query.shape[1] // key.shape[-2]
     out = torch.empty_like(query)
-    for row, (start, stop) in enumerate(zip(cu_seq_q.tolist(), cu_seq_q[1:].tolist(), strict=False)):
-        used = int(seqused_k[row])
-        assert stop - start <= max_q
+    starts, lasts = cum_seq_k.tolist(), cum_seq_k[1:].tolist()
+    for row, (start, stop) in enumerate(zip(cum_seq_q.tolist(), cum_seq_q[1:].tolist(), strict=False)):
+        used = lasts[row] - starts[row] if seqused_k is None else int(seqused_k[row])
+        assert 0 < stop - start <= max_q
         assert used <= max_k
-        keys, values = (stored[block_table[row].long()].flatten(0, 1)[:used] for stored in (key, value))
-        for query_at in range(start, stop):
-            seen = used - (stop - query_at) + 1 + window_size[1]  # the last query sees the last key
-            first = 0 if window_size[0] < 0 else max(seen - 1 - window_size[0], 0)
-            for head in range(query.shape[1]):
-                scores = keys[first:seen, head // shared] @ query[query_at, head] * scale
-                out[query_at, head] = scores.softmax(0) @ values[first:seen, head // shared]
-    return out
+        if block_table is None:
+            keys, values = (stored[starts[row] : starts[row] + used] for stored in (key, value))
+        else:
+            keys, values = (stored[block_table[row].long()].flatten(0, 1)[:used] for stored in (key, value))
+        last = (
+            torch.arange(used - (stop - start), used).unsqueeze(1) + window_size_right
+        )  # that each query sees
+        at = torch.arange(used)
+        hidden = (at > last) | ((at < last - window_size_left) if window_size_left >= 0 else False)
+        keys, values = (part.repeat_interleave(shared, dim=1).float() for part in (keys, values))
+        scores = torch.einsum("qhd,khd->hqk", query[start:stop].float(), keys) * scale
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        out[start:stop] = torch.einsum("hqk,khd->qhd", weights, values)
+    nothing = query.new_empty(0)
+    return out, nothing, nothing, nothing, nothing
+
+
+@pytest.fixture
+def flash() -> Iterator[None]:
+    """FlashAttention on CPU, below torch's own varlen_attn."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", flash_attention, "CPU")
+        yield
 
 
 def recorded_again(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
@@ -94,14 +129,31 @@ def _generate(decoder: Decoder, decode: dict[str, Any]) -> list[list[int]]:
     return [samples[0].token_ids or [] for samples in engine.generate(prompts, params)]
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("decode", DECODE)
-@pytest.mark.parametrize("window", [None, 13])
+@pytest.mark.parametrize(
+    ("window", "decode", "graphs", "paged"),
+    [
+        *(
+            (window, decode, graphs, True)
+            for window in (None, 13)
+            for decode in DECODE
+            for graphs in (False, True)
+        ),
+        (13, DECODE[0], True, False),
+        (None, DECODE[4], False, False),
+    ],
+)
 def test_tokens_are_those_of_torchs_attention(
-    window: int | None, decode: dict[str, Any], graphs: bool, tmp_path: Path
+    window: int | None,
+    decode: dict[str, Any],
+    graphs: bool,
+    paged: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    flash: None,
 ) -> None:
     from transformers import AutoModelForCausalLM, MistralConfig
 
+    monkeypatch.setattr(varlen, "PAGED", paged)
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=199,
@@ -121,7 +173,7 @@ def test_tokens_are_those_of_torchs_attention(
         decode = {"draft": {**decode["draft"], "path": str(tmp_path / "heads")}}
     spec, weights = load(tmp_path, torch.float32, CPU)
     plain = Decoder(spec, weights, Ops(spec), tmp_path)
-    fast = Decoder(spec, weights, VarlenOps(spec, documented_varlen_attn), tmp_path)
+    fast = Decoder(spec, weights, VarlenOps(spec), tmp_path)
     recorded = []
 
     def record(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
@@ -134,13 +186,49 @@ def test_tokens_are_those_of_torchs_attention(
     assert bool(recorded) is (graphs and not branches)
 
 
-def test_where_flash_attention_cannot_run_torchs_attention_serves(
-    tiny_llama: Callable[..., Path], caplog: pytest.LogCaptureFixture
+def test_flash_attention_serves_where_it_agrees_with_torchs(
+    tiny_llama: Callable[..., Path], flash: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, _ = load(tiny_llama("cuda", 0), torch.bfloat16, CPU)
-    assert varlen_ops(spec, torch.bfloat16, CPU).name == "torch"
-    assert "does not serve here" in caplog.text
-    assert varlen_ops(spec, torch.float32, CPU).name == "torch"
+    for paged in (True, False):
+        monkeypatch.setattr(varlen, "PAGED", paged)
+        assert (
+            varlen_ops(spec, torch.bfloat16, CPU).name,
+            varlen_ops(spec, torch.bfloat16, CPU).fallback,
+        ) == (
+            "varlen",
+            None,
+        )
+    monkeypatch.setattr(varlen, "varlen_attn", lambda q, *_, **__: q * 9)
+    wrong = varlen_ops(spec, torch.bfloat16, CPU)
+    assert wrong.name == "torch"
+    assert "off by up to" in (wrong.fallback or "")
+
+
+def test_where_flash_attention_cannot_run_torchs_attention_serves_and_the_reason_is_a_fact(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, weights = load(tiny_llama("cuda", 0), torch.bfloat16, CPU)
+    monkeypatch.setattr(forward, "native_ops", varlen_ops)  # what a decoder asks on a GPU
+    decoder = Decoder(spec, weights)
+    assert decoder.ops.name == "torch"
+    (said,) = decoder.warnings
+    assert "does not serve here" in said
+    assert "FlashAttention has no float32" in (varlen_ops(spec, torch.float32, CPU).fallback or "")
+    capped = replace(spec, attn_softcap=20.0)
+    assert "no softcap" in (varlen_ops(capped, torch.bfloat16, CPU).fallback or "")
+
+
+def test_the_job_chooses_between_cpu_and_gpu() -> None:
+    """Not what happens to be visible: no GPU is never taken, nor silently missed."""
+    assert device_for(0) == "cpu"
+    if torch.cuda.is_available():
+        assert device_for(0.5) == "cuda"
+    else:
+        with pytest.raises(
+            ConfigError, match=r"gpus_per_replica: 0\.5, but .* cannot use a GPU: .*; 0 runs on CPU"
+        ):
+            device_for(0.5)
 
 
 @pytest.fixture
@@ -193,7 +281,7 @@ def test_compiled_pieces_keep_rows_apart(fused: tuple[Decoder, Decoder], decode:
 
 
 def test_without_a_compiler_nothing_changes(
-    tiny_llama: Callable[..., Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, weights = load(tiny_llama("uncompiled", 0), torch.bfloat16, CPU)
     decoder = Decoder(spec, weights, Ops(spec))
@@ -203,6 +291,5 @@ def test_without_a_compiler_nothing_changes(
         raise FileNotFoundError("cc")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    compile_pieces(decoder.ops, spec, weights, decoder._ropes)
-    assert "does not serve here" in caplog.text
+    assert "does not serve here" in (compile_pieces(decoder.ops, spec, weights, decoder._ropes) or "")
     assert vars(decoder.ops) == before

@@ -148,6 +148,26 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     }
 
 
+def test_what_replicas_warn_of_is_said_once_and_stays_in_the_report(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class SlowReplica(TinyReplica):
+        said = iter([["slow attention: no kernel"], ["slow attention: no kernel", "no compiler"]])
+        both = threading.Barrier(2)
+
+        def ready(self) -> ReplicaInfo:
+            facts = {"warnings": next(self.said)}
+            self.both.wait(30)
+            return ReplicaInfo(0.1, {"host": "node-7"}, facts)
+
+    job = config(tmp_path, cluster={"replicas": 2})
+    report = run_plan(job, plan(6), lambda job, source: LocalPool(lambda: SlowReplica(job.output.path)))
+    assert sorted(report.engine["warnings"]) == ["no compiler", "slow attention: no kernel"]
+    said = [record.getMessage() for record in caplog.records]
+    assert said.count("replica on node-7: slow attention: no kernel") == 1
+    assert said.count("replica on node-7: no compiler") == 1
+
+
 def test_a_finished_job_is_not_run_again(tmp_path: Path) -> None:
     def never(shard: Shard) -> None:
         raise AssertionError("ran again")

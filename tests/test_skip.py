@@ -256,9 +256,10 @@ def test_running_under_another_policy_than_the_trained_one_warns(
     label.write_text(json.dumps({"skip": skip_policy(config, LAYERS).name}))
     try:
         Engine.load(ModelConfig(path=str(model_folder)), decode=DecodeConfig(skip=config))
-        assert not caplog.text
-        Engine.load(ModelConfig(path=str(model_folder)))
+        assert "trained" not in caplog.text
+        engine = Engine.load(ModelConfig(path=str(model_folder)))
         assert "trained under the skip policy skipdecode" in caplog.text
+        assert "trained under the skip policy skipdecode" in engine.info["warnings"][-1]
     finally:
         label.unlink()
 

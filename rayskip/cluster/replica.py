@@ -23,7 +23,7 @@ from rayskip.data.records import Generation, Prompt, Shard, ShardResult
 from rayskip.data.sources import Source, read_shard
 from rayskip.data.storage import open_storage
 from rayskip.data.values import python_rows
-from rayskip.errors import OutputError, RowError
+from rayskip.errors import ConfigError, OutputError, RowError
 from rayskip.failpoints import failpoint
 from rayskip.pool import ReplicaInfo, ReplicaProgress
 from rayskip.stats import Stats
@@ -43,21 +43,23 @@ class Replica:
         self._storage = open_storage(job.output.path)
 
     def ready(self) -> ReplicaInfo:
-        """Load the engine and start its thread. Raises ModelError."""
+        """Load the engine and start its thread. Raises ModelError, and ConfigError where the GPU that the job asks
+        for does not work."""
         began = time.monotonic()
-        use_threads(self._job.cluster.cpus_per_replica or 1)
+        job = self._job
+        use_threads(job.cluster.cpus_per_replica or 1)
         from rayskip.data.prompts import PromptBuilder, prepare_templates, prompt_columns
 
-        job = self._job
         templates = prepare_templates(job.input)  # while the engine loads
         from rayskip.engine import Engine
 
-        engine = Engine.load(job.model, job.engine, job.decode)
+        device = device_for(job.cluster.gpus_per_replica)
+        engine = Engine.load(job.model, job.engine, job.decode, device)
         self._prompts = PromptBuilder(
             job.input, job.sampling, engine.tokenizer, engine.max_model_len, templates
         )
         self._columns = prompt_columns(job.input, templates)
-        facts = hardware(), engine.info  # the latter tries out batch invariance, which is part of loading
+        facts = hardware(device), engine.info  # the latter tries out batch invariance, a part of loading
         self._engine = EngineThread(engine)
         return ReplicaInfo(time.monotonic() - began, *facts)
 
@@ -156,13 +158,33 @@ def use_threads(cpus: float) -> None:
     torch.set_num_threads(threads)
 
 
-def hardware() -> dict[str, Any]:
+def device_for(gpus: float) -> str:
+    """What a replica with so many GPUs runs on: the job chooses, not what happens to be there.
+
+    Raises ConfigError where there is to be a GPU, and torch cannot compute on one.
+    """
+    if not gpus:
+        return "cpu"
+    import torch
+
+    try:
+        torch.ones(1, device="cuda").add(1)  # a GPU that torch sees it may still have no kernels for
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"cluster.gpus_per_replica: {gpus:g}, but torch {torch.__version__} on {platform.node()} cannot use a "
+            f"GPU: {reason}; 0 runs on CPU"
+        ) from error
+    return "cuda"
+
+
+def hardware(device: str) -> dict[str, Any]:
     """What this process runs on, for the report. Plain values: torch's own kind of version would have the driver
     import torch to read it, for seconds."""
     import torch
 
     facts: dict[str, Any] = {"host": platform.node(), "cpu": _cpu_name(), "cpus": os.cpu_count()}
-    if torch.cuda.is_available():
+    if device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()
     return facts | {"torch": str(torch.__version__), "python": platform.python_version()}
 

@@ -143,6 +143,7 @@ class Run:
         )
         self.meter = Meter(sum(shard.rows for shard in plan.shards if shard.index in self.resumed))
         self.replicas: list[ReplicaInfo] = []
+        self.warned: set[str] = set()
         self.most_replicas = 0
         self.first_ready = self.last_commit = 0.0
         self.next_fence_check = 0.0
@@ -239,6 +240,10 @@ class Run:
         self.dispatch.became_ready(replica, now)
         self.meter.start(now)
         self.first_ready = self.first_ready or now
+        for warning in info.engine.get("warnings", []):
+            if warning not in self.warned:  # hundreds of replicas have one model and like machines
+                self.warned.add(warning)
+                _log.warning("replica on %s: %s", info.hardware.get("host", "this machine"), warning)
         self.replicas.append(info)
         self.most_replicas = max(self.most_replicas, self.dispatch.ready)
 

@@ -93,6 +93,7 @@ def _seconds(value: float | None) -> str:
 
 def merged(engines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What all replicas' engines say of themselves: the first's facts; where others differ, a list of all.
+    Each warning is there once.
 
     Tokens are batch-invariant over the job only if they are on every replica, by the same kernels.
     """
@@ -104,6 +105,8 @@ def merged(engines: Sequence[dict[str, Any]]) -> dict[str, Any]:
         facts[key] = value if all(other == value for other in every) or key == "cache_positions" else every
     if isinstance(facts.get("ops"), list) or isinstance(facts.get("row_rule"), list):
         facts["batch_invariant"] = False
+    if "warnings" in facts:
+        facts["warnings"] = list(dict.fromkeys(text for own in engines for text in own.get("warnings", [])))
     if isinstance(facts.get("batch_invariant"), list):
         facts["batch_invariant"] = all(facts["batch_invariant"])
     return facts

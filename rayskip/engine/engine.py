@@ -89,6 +89,7 @@ class Engine:
         self._kept: list[Completion] = []
         """Of other callers' requests, that ended during a `generate`."""
         self._stats = Stats()
+        self._warnings = list(decoder.warnings)
 
     @classmethod
     def load(
@@ -110,17 +111,18 @@ class Engine:
         decoder = Decoder(*load(folder, getattr(torch, model.dtype), place, adapter), folder=folder)
         loaded = cls(decoder, load_tokenizer(folder), engine, decode)
         if (trained := trained_policy(adapter or folder)) not in (None, loaded.policy.name):
-            _log.warning(
-                "%s was trained under the skip policy %s and runs under %s; expect worse output",
-                model.adapter or model.path,
-                trained,
-                loaded.policy.name,
+            loaded._warnings.append(
+                f"{model.adapter or model.path} was trained under the skip policy {trained} "
+                f"and runs under {loaded.policy.name}; expect worse output"
             )
+        for warning in loaded._warnings:
+            _log.warning("%s", warning)
         return loaded
 
     @property
     def info(self) -> dict[str, Any]:
-        """Facts of the running engine, for reports: device, dtype, sizes, what batch invariance rests on."""
+        """Facts of the running engine, for reports: device, dtype, sizes, what batch invariance rests on; warnings:
+        what is slower or worse than it could be, and why."""
         decoder = self.decoder
         return {
             "device": str(decoder.device),
@@ -132,6 +134,7 @@ class Engine:
             "batch_invariant": self._batch_invariant,
             "skip": self.policy.name,
             "draft": self.decode.draft.kind,
+            "warnings": list(self._warnings),
         }
 
     @cached_property

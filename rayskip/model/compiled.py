@@ -7,7 +7,6 @@ torch caches what it compiles on disk, for all processes. Does not know which de
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,12 +16,10 @@ from torch import Tensor
 from rayskip.model.ops import Ops
 from rayskip.model.spec import Rope, Spec, Weights
 
-_log = logging.getLogger(__name__)
 
-
-def compile_pieces(ops: Ops, spec: Spec, weights: Weights, ropes: dict[str, Rope]) -> None:
+def compile_pieces(ops: Ops, spec: Spec, weights: Weights, ropes: dict[str, Rope]) -> str | None:
     """Replace methods of `ops` whose result for a token depends on no other by compiled ones, and compile them for
-    a model; where that does not work, nothing changes.
+    a model. Returns why not, where that does not work: then nothing changes.
 
     ropes: the model's rotary tables, in its dtype.
     """
@@ -42,9 +39,9 @@ def compile_pieces(ops: Ops, spec: Spec, weights: Weights, ropes: dict[str, Rope
                 for example in own:
                     pieces[name](*example)
     except Exception as error:  # whatever a compiler may raise
-        _log.warning("torch.compile does not serve here (%s); norms and gates run uncompiled, slower", error)
-    else:
-        vars(ops).update(pieces)
+        return f"norms and gates run uncompiled, which is slower: torch.compile does not serve here ({error})"
+    vars(ops).update(pieces)
+    return None
 
 
 def _compiled(piece: Callable[..., Any]) -> Callable[..., Any]:

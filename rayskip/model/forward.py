@@ -64,9 +64,12 @@ class Decoder:
         }
         self.fused = self.fuse(weights.layers, [layer.linears for layer in self.layers])
         self.graphs: GraphedLayers | None = None
+        slower = [self.ops.fallback]
         if self.device.type == "cuda" and self.ops.name == "varlen":
             self.graphs = GraphedLayers(cuda_graphs())
-            compile_pieces(self.ops, spec, weights, self._ropes)
+            slower.append(compile_pieces(self.ops, spec, weights, self._ropes))
+        self.warnings = [reason for reason in slower if reason]
+        """What whoever chose model and machine should know."""
 
     def fuse(self, layers: Seq[Layer], linears: Seq[Seq[Linear]], stored_at: int = 0) -> NativeLayers | None:
         """Layers as one call, where the kernels have everything they do; see NativeLayers."""

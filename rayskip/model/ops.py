@@ -109,8 +109,10 @@ class Ops:
     panels: Panels | None = None
     """How the cache is laid out for `attention`."""
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, fallback: str | None = None) -> None:
+        """fallback: why something faster does not run, in words for whoever chose model and machine."""
         self.spec = spec
+        self.fallback = fallback
 
     def slot_length(self, length: int) -> int:
         """Positions that the cache must have for a row of `length`."""

@@ -7,14 +7,14 @@ where every row brings one token.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+import inspect
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
@@ -29,23 +29,37 @@ WIDEST_HEAD = 256
 """Elements of a head that FlashAttention has kernels for, at most."""
 TOLERANCE = 4e-2
 """By how much attention may differ from torch's, in bfloat16, on numbers of size one."""
-
-_log = logging.getLogger(__name__)
+OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
+"""What torch's call can be told. Where it cannot be told of splits or grouped heads (torch 2.11), it makes none,
+and takes any heads."""
+PAGED = "block_table" in OPTIONS
+"""Whether it reads keys where they lie. Else they are first brought together, one row's after the other's."""
 
 
 @dataclass(frozen=True)
 class Spans:
     """Which queries belong together: starts [B + 1], where each row's begin; keys [B], positions that its last one
-    sees; pages [B, 1]; widest: most queries of a row. All int32."""
+    sees; key_starts [B + 1], where each row's begin, one row's after the other's; pages [B, 1]. All int32. widest:
+    most queries of a row; longest: keys of a page."""
 
     starts: Tensor
     keys: Tensor
+    key_starts: Tensor
     pages: Tensor
     widest: int
+    longest: int
+
+    @cached_property
+    def each_key(self) -> tuple[Tensor, Tensor]:
+        """Page, and place in it, of each key, one row's after the other's, [B * longest]: as many as there may be,
+        since nothing here waits to know how many there are."""
+        index = torch.arange(len(self.keys) * self.longest, device=self.keys.device, dtype=torch.int32)
+        row = torch.searchsorted(self.key_starts[1:-1], index, right=True)
+        return self.pages[row, 0], (index - self.key_starts[row]).clamp(max=self.longest - 1)
 
 
-def spans_of(batch: TokenBatch, groups: Seq[Group]) -> Spans:
-    """Those of some of the batch's groups that lie side by side."""
+def spans_of(batch: TokenBatch, groups: Seq[Group], longest: int) -> Spans:
+    """Those of some of the batch's groups that lie side by side, in a cache of so many positions a slot."""
     first, stop = groups[0].start, groups[-1].stop
     device, widest = batch.slots.device, max(group.width for group in groups)
     positions, slots = batch.positions[first:stop], batch.slots[first:stop]
@@ -55,7 +69,9 @@ def spans_of(batch: TokenBatch, groups: Seq[Group]) -> Spans:
         begins = [start - first for group in groups for start in range(group.start, group.stop, group.width)]
         starts = to_device([*begins, stop - first], torch.int32, device)
         positions, slots = positions[starts[1:] - 1], slots[starts[:-1]]
-    return Spans(starts, (positions + 1).int(), slots.int().unsqueeze(1), widest)
+    keys = (positions + 1).int()
+    key_starts = F.pad(keys.cumsum(0, dtype=torch.int32), (1, 0))
+    return Spans(starts, keys, key_starts, slots.int().unsqueeze(1), widest, longest)
 
 
 class VarlenOps(Ops):
@@ -63,11 +79,6 @@ class VarlenOps(Ops):
     keys of tokens in branches are first brought together, in their order."""
 
     name = "varlen"
-
-    def __init__(self, spec: Spec, attend: Callable[..., Any] = varlen_attn) -> None:
-        """attend: what does as `varlen_attn` is documented to."""
-        super().__init__(spec)
-        self._attend = attend
 
     def slot_length(self, length: int) -> int:
         return -(-length // PAGE) * PAGE
@@ -86,19 +97,20 @@ class VarlenOps(Ops):
         q = self.turn_and_store(q, k, v, rope, layer, batch, cache)
         ran = [group for group in batch.groups if group.start < len(q)]
         if batch.paths is None:
-            spans = batch.once(("spans", len(ran)), partial(spans_of, batch, ran))
+            spans = batch.once(("spans", len(ran)), partial(spans_of, batch, ran, cache.length))
             return self._attend_pages(q, cache.keys[layer], cache.values[layer], spans, window)
         parts = []
         for index, group in enumerate(ran):
             own = q[group.start : group.stop]
-            spans = batch.once(("span", index), partial(spans_of, batch, [group]))
+            spans = batch.once(("span", index), partial(spans_of, batch, [group], cache.length))
             keys, values = cache.keys[layer], cache.values[layer]
             if group.width == 1:  # drafted tokens come one by one
                 places = batch.paths.keys(
                     batch.positions, group.start, group.stop, self.slot_length(group.keys)
                 )
                 keys, values = cache.read_places(layer, group.slots, places.clamp(max=cache.length - 1))
-                spans = replace(spans, pages=torch.arange(group.rows, device=q.device).int().unsqueeze(1))
+                pages = torch.arange(group.rows, device=q.device, dtype=torch.int32)
+                spans = replace(spans, pages=pages.unsqueeze(1), longest=keys.shape[2])
             parts.append(self._attend_pages(own, keys, values, spans, window))
         return torch.cat(parts)
 
@@ -106,44 +118,58 @@ class VarlenOps(Ops):
         self, q: Tensor, keys: Tensor, values: Tensor, spans: Spans, window: int | None
     ) -> Tensor:
         """q [N, Hq, D], keys and values [pages, Hkv, T, D] -> [N, Hq * D]."""
-        out: Tensor = self._attend(
+        options: dict[str, Any] = {"enable_gqa": self.spec.heads != self.spec.kv_heads, "num_splits": 1}
+        if PAGED:
+            keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+            options |= {"seqused_k": spans.keys, "block_table": spans.pages}
+        else:
+            pages, places = spans.each_key
+            keys, values = keys[pages, :, places], values[pages, :, places]
+        out = varlen_attn(
             q,
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
+            keys,
+            values,
             spans.starts,
-            None,
+            spans.key_starts,
             spans.widest,
-            keys.shape[2],
+            spans.longest,
             scale=self.spec.scale,
             window_size=(-1 if window is None else window - 1, 0),
-            enable_gqa=self.spec.heads != self.spec.kv_heads,
-            seqused_k=spans.keys,
-            block_table=spans.pages,
-            num_splits=1,
+            **{name: value for name, value in options.items() if name in OPTIONS},
         )
-        return out.flatten(1)
+        return cast(Tensor, out).flatten(1)
 
 
 def varlen_ops(spec: Spec, dtype: torch.dtype, device: torch.device) -> Ops:
     """FlashAttention where it serves the model on this device and agrees with torch's attention, else that."""
-    plain = Ops(spec)
-    fits = (
-        dtype in (torch.bfloat16, torch.float16) and spec.head_dim % 8 == 0 and spec.head_dim <= WIDEST_HEAD
-    )
-    if not fits or spec.attn_softcap is not None:
-        return plain
+    if reason := _unfit(spec, dtype):
+        return Ops(spec, f"attention is torch's, which is slower: FlashAttention has no {reason}")
     fast = VarlenOps(spec)
     try:
-        expected, found = (_probe(ops, dtype, device) for ops in (plain, fast))
-    except (RuntimeError, TypeError) as error:  # no kernel for this processor, or another interface
-        _log.warning("torch's varlen_attn does not serve here (%s); attention is torch's, and slower", error)
-        return plain
+        expected, found = (_probe(ops, dtype, device) for ops in (Ops(spec), fast))
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # no kernel for this processor, or another interface
+        return Ops(
+            spec, f"attention is torch's, which is slower: its varlen_attn does not serve here ({error})"
+        )
     if torch.allclose(found, expected, atol=TOLERANCE):
         return fast
-    _log.warning(
-        "torch's varlen_attn and torch's attention give other numbers here; the latter serves, slowly"
+    most = float((found - expected).abs().max())
+    return Ops(
+        spec, f"attention is torch's, which is slower: its varlen_attn is off by up to {most:.2g} here"
     )
-    return plain
+
+
+def _unfit(spec: Spec, dtype: torch.dtype) -> str | None:
+    """What of a model FlashAttention has no kernel for."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return str(dtype).removeprefix("torch.")
+    if spec.head_dim % 8 or spec.head_dim > WIDEST_HEAD:
+        return f"heads of {spec.head_dim} elements"
+    return None if spec.attn_softcap is None else "softcap on scores"
 
 
 def _probe(ops: Ops, dtype: torch.dtype, device: torch.device) -> Tensor:

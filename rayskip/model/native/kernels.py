@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import logging
 import os
 import platform
 import shlex
@@ -47,7 +46,6 @@ NO_TILES = "-DNO_TILES"
 LANES = 16
 """Row lengths the kernels take are multiples of this, as in kernels.c."""
 
-_log = logging.getLogger(__name__)
 _own = threading.local()
 
 
@@ -163,20 +161,23 @@ class DraftTask(ctypes.Structure):
     )
 
 
-@cache
 def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The compiled kernels for one element type; None, with a warning, where they cannot be had."""
+    """The compiled kernels for one element type; None where they cannot be had."""
+    return loaded(dtype)[0]
+
+
+@cache
+def loaded(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
+    """The compiled kernels for one element type, and what is slower here than it could be, and why."""
+    slower = None
     try:
         library = ctypes.CDLL(str(_compiled(DEFINES[dtype])))
         if not library.usable():
-            _log.warning(
-                "the system denies this process the processor's tiles (AMX): kernels without run instead"
-            )
+            slower = "the system denies the process its processor's tiles (AMX): kernels without run, slower"
             library = ctypes.CDLL(str(_compiled((*DEFINES[dtype], NO_TILES))))
     except (ModelError, OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", "") or error
-        _log.warning("no native kernels, torch's operations run instead (slower): %s", detail)
-        return None
+        return None, f"no native kernels, torch's operations run instead, which are slower: {detail}"
     pointer, number = c_void_p, c_int64
     library.add_rms_norm.argtypes = [pointer] * 4 + [number] * 3 + [c_float]
     library.silu_gate.argtypes = [pointer] * 2 + [number] * 2 + [pointer]
@@ -197,7 +198,7 @@ def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
         library.screen.argtypes = [pointer] * 3 + [number] * 2 + [pointer] * 2
         library.best_outputs.argtypes = [pointer] * 2 + [number] * 2 + [pointer] * 2
         library.run_layers.argtypes = library.draft.argtypes = [pointer]
-    return library
+    return library, slower
 
 
 def _compiled(defines: tuple[str, ...]) -> Path:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rayskip.model.kv_cache import KVCache, Panels
-from rayskip.model.native.kernels import DEFINES, LANES, Shape, Step, kernels
+from rayskip.model.native.kernels import DEFINES, LANES, Shape, Step, kernels, loaded
 from rayskip.model.ops import Ops, TokenBatch
 from rayskip.model.spec import Norm, Rope, Spec
 
@@ -19,8 +19,8 @@ class NativeOps(Ops):
 
     name = "native"
 
-    def __init__(self, spec: Spec, library: ctypes.CDLL) -> None:
-        super().__init__(spec)
+    def __init__(self, spec: Spec, library: ctypes.CDLL, fallback: str | None = None) -> None:
+        super().__init__(spec, fallback)
         self._library = library
         self.panels = Panels(library.panel_columns(), library.panel_depth())
 
@@ -107,9 +107,11 @@ def native_step(batch: TokenBatch) -> Step:
 
 def native_ops(spec: Spec, dtype: torch.dtype, device: torch.device) -> Ops:
     """The kernels where they can serve the model, else torch's operations."""
-    fits = device.type == "cpu" and dtype in DEFINES and spec.head_dim % LANES == 0
-    library = kernels(dtype) if fits else None
-    return Ops(spec) if library is None else NativeOps(spec, library)
+    if device.type != "cpu" or dtype not in DEFINES or spec.head_dim % LANES:
+        shape = f"{dtype} with heads of {spec.head_dim} elements on {device.type}"
+        return Ops(spec, f"torch's operations run, which are slower: there are no native kernels for {shape}")
+    library, slower = loaded(dtype)
+    return Ops(spec, slower) if library is None else NativeOps(spec, library, slower)
 
 
 def highest(logits: Tensor) -> tuple[Tensor, Tensor] | None:
