@@ -8,7 +8,7 @@ UV := $(shell uv tree --frozen --universal --depth 0 >/dev/null 2>&1 && echo uv 
 SYNCED := .venv/.synced
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test check sanitize format clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -26,6 +26,12 @@ check: $(SYNCED)  ## Check format, lint, types and import contracts
 	.venv/bin/ruff check
 	.venv/bin/mypy
 	.venv/bin/lint-imports
+
+# A library with sanitizers needs theirs loaded first. Leaks: Python has its own.
+sanitize: $(SYNCED)  ## Run the C kernels' tests with GCC's sanitizers of addresses and undefined behaviour
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+	CC="gcc -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	ASAN_OPTIONS=detect_leaks=0 .venv/bin/pytest tests/test_native.py
 
 format: $(SYNCED)  ## Format, and fix what lint can fix
 	.venv/bin/ruff check --fix

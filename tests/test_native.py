@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
 
+from rayskip.errors import ModelError
 from rayskip.model import forward
 from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
@@ -335,6 +339,113 @@ def test_another_compiler_of_the_same_name_compiles_anew(
             script.chmod(0o755)
             native.loaded.cache_clear()
             assert (native.kernels(torch.float32) is not None) == works
+    finally:
+        native.loaded.cache_clear()
+
+
+@pytest.fixture
+def counted_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that takes a while and writes its process id; the file that has a line for each of its runs."""
+    script, log = tmp_path / "cc", tmp_path / "log"
+    script.write_text(f'#!/bin/sh\necho run >> {log}\nsleep 0.3\nfor file; do :; done\necho $$ > "$file"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setenv("RAYSKIP_CACHE", str(tmp_path / "cache"))
+    return log
+
+
+def test_of_many_that_need_the_kernels_one_compiles(counted_compiler: Path) -> None:
+    with ThreadPoolExecutor(6) as threads:
+        (library,) = {task.result() for task in [threads.submit(native._compiled, ()) for _ in range(6)]}
+    assert library.exists()
+    assert counted_compiler.read_text().splitlines() == ["run"]
+
+
+def test_a_damaged_library_is_compiled_again(counted_compiler: Path) -> None:
+    library = native._compiled(())
+    for damage in (lambda: os.truncate(library, 1), library.unlink):
+        damage()
+        assert native._compiled(()) == library
+        assert library.stat().st_size > 1
+    assert len(counted_compiler.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("part", ["folder", "library", "link"])
+def test_what_another_user_may_have_written_is_not_loaded(part: str, counted_compiler: Path) -> None:
+    library = native._compiled(())
+    if part == "link":  # is anyone's to make who owns the folder above
+        library.parent.rename(elsewhere := library.parent.with_name("elsewhere"))
+        library.parent.symlink_to(elsewhere)
+    else:
+        (library if part == "library" else library.parent).chmod(0o775)
+    with pytest.raises(ModelError, match="another user and is not loaded; set RAYSKIP_CACHE"):
+        native._compiled(())
+
+
+@needs_kernels
+def test_structures_are_as_large_in_c_and_no_symbol_can_meet_anothers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = native.kernels(torch.bfloat16)
+    assert library is not None
+    native.check_sizes(library)
+
+    class Longer(native.Step):
+        _fields_ = (("more", ctypes.c_int64),)
+
+    monkeypatch.setattr(native, "STRUCTURES", (native.Shape, Longer, *native.STRUCTURES[2:]))
+    with pytest.raises(RuntimeError, match=r"Longer has 56 bytes .* and 48 in"):
+        native.check_sizes(library)
+    if nm := shutil.which("nm"):
+        listed = subprocess.run([nm, "-D", "--defined-only", library._name], capture_output=True, text=True)
+        names = {line.split()[-1] for line in listed.stdout.splitlines()}
+        assert "rayskip_attend" in names
+        assert {name for name in names if not name.startswith(("rayskip_", "_"))} == set()
+
+
+@needs_kernels
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 processors")
+@pytest.mark.parametrize("define", ["-DBF16", "-DF32"])
+def test_every_processor_with_avx2_has_products(define: str) -> None:
+    """Also a server with AVX-512 and no bfloat16; the compiler alone reads what is for other processors."""
+    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, native.COMPILERS)))
+    (source,) = (source for source in native.SOURCES if source.suffix == ".c")
+    for march in ("x86-64-v3", "haswell", "skylake-avx512", "icelake-server", "sapphirerapids", "znver4"):
+        command = [*compiler.split(), *native.FLAGS, f"-march={march}", define]
+        asked = subprocess.run([*command, "-E", "-dM", str(source)], capture_output=True, text=True)
+        if "bad value" in asked.stderr or "unknown target" in asked.stderr:
+            continue  # a compiler older than the processor
+        assert "#define PRODUCTS " in asked.stdout, (march, asked.stderr)
+        done = subprocess.run([*command, "-fsyntax-only", str(source)], capture_output=True, text=True)
+        assert done.returncode == 0, (march, done.stderr)
+
+
+def _other_processor() -> str:
+    """One whose kernels are of another kind than those for this machine, and run here."""
+    if platform.machine() != "x86_64":
+        return "native"
+    has = set(native._cpu().split())
+    return "skylake-avx512" if {"avx512_bf16", "avx512dq", "avx512vl"} <= has else "x86-64-v2"
+
+
+@needs_kernels
+def test_kernels_for_another_processor_give_what_torch_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """AVX-512 without bfloat16 where this processor has both, else vectors without AVX."""
+    monkeypatch.setattr(native, "MARCH", _other_processor())
+    native.loaded.cache_clear()
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            test_attention(9, 3, 64, None, 33, 16, dtype)
+            test_norm(dtype, True)
+            test_gate(dtype)
+            if native_product(_dense(4, 64, dtype, bias=False)) is not None:
+                test_product(33, 130, True, dtype)
+                test_the_highest_outputs_are_found(33, 64, dtype, 3, True)
+                test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
+                    "rows", Qwen2Config, dtype, tmp_path
+                )
     finally:
         native.loaded.cache_clear()
 

@@ -1,4 +1,4 @@
-/* CPU kernels of the forward. See kernels.py for the calls.
+/* CPU kernels of the forward. See kernels.py for the calls, by names without `rayskip_`.
  *
  * Each row of each function is computed alone, in an order that nothing but the row decides, so results never
  * depend on batch mates. Sums run in float32; results are rounded once.
@@ -21,8 +21,8 @@ static int64_t to_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* x [rows, width] += branch (NULL: nothing), rounded; out = RMSNorm(x) * weight. width: a multiple of LANES. apart: elements
  * from one row to the next of branch and out. */
-void add_rms_norm(element *x, const element *branch, const element *weight, element *out, int64_t rows,
-                  int64_t width, int64_t apart, float eps) {
+void rayskip_add_rms_norm(element *x, const element *branch, const element *weight, element *out, int64_t rows,
+                          int64_t width, int64_t apart, float eps) {
     for (int64_t row = 0; row < rows; row++, x += width, out += apart) {
         floats squares = {0};
         for (int64_t i = 0; i < width; i += LANES) {
@@ -39,7 +39,7 @@ void add_rms_norm(element *x, const element *branch, const element *weight, elem
 
 /* out [rows, width] = silu(up[:, :width]) * up[:, width:]. width: a multiple of LANES. stride: elements from one row to the
  * next, of up and out. */
-void silu_gate(const element *up, element *out, int64_t rows, int64_t width, const int64_t stride[2]) {
+void rayskip_silu_gate(const element *up, element *out, int64_t rows, int64_t width, const int64_t stride[2]) {
     for (int64_t row = 0; row < rows; row++, up += stride[0], out += stride[1])
         for (int64_t i = 0; i < width; i += LANES) {
             floats gate = load(up + i);
@@ -49,7 +49,8 @@ void silu_gate(const element *up, element *out, int64_t rows, int64_t width, con
 
 /* The `count` likeliest of each row's logits [rows, width], the likeliest first and of equals the first: their places
  * and probabilities, both [rows, count]. width: a multiple of LANES, and no less than count. */
-void likeliest(const element *logits, int64_t rows, int64_t width, int64_t count, int64_t *places, float *chances) {
+void rayskip_likeliest(const element *logits, int64_t rows, int64_t width, int64_t count, int64_t *places,
+                       float *chances) {
     for (int64_t row = 0; row < rows; row++, logits += width, places += count, chances += count) {
         for (int64_t rank = 0; rank < count; rank++)
             chances[rank] = -INFINITY;
@@ -81,7 +82,7 @@ void likeliest(const element *logits, int64_t rows, int64_t width, int64_t count
 }
 
 /* The highest of each row's logits [rows, width] (not a number where one is none) and the first place it stands at. */
-void highest(const element *logits, int64_t rows, int64_t width, int64_t *places, float *values) {
+void rayskip_highest(const element *logits, int64_t rows, int64_t width, int64_t *places, float *values) {
     const int64_t size = 16 * LANES; /* of a block: only the best one is walked element by element */
     for (int64_t row = 0; row < rows; row++, logits += width) {
         float most = -INFINITY;
@@ -118,17 +119,17 @@ void highest(const element *logits, int64_t rows, int64_t width, int64_t *places
 
 /* Turns q [N, H, D] in place; turns k [N, K, D] and stores it with v [N, K, D] in one layer of the cache, at the step's
  * places. stride: elements from one token to the next in q, k and v. See rotate_tokens and Stored. */
-void rotate_and_store(const Shape *shape, element *q, element *k, const element *v, const int64_t stride[3],
-                      const element *cosines, const element *sines, int64_t turned, const Step *step, element *keys,
-                      element *values, int64_t tokens) {
+void rayskip_rotate_and_store(const Shape *shape, element *q, element *k, const element *v, const int64_t stride[3],
+                              const element *cosines, const element *sines, int64_t turned, const Step *step,
+                              element *keys, element *values, int64_t tokens) {
     const Stored stored = {keys, values, k, v, {stride[1], stride[2]}};
     rotate_tokens(shape, q, k, stride, cosines, sines, turned, step, 0, tokens);
     store_tokens(shape, step, &stored, 0, tokens);
 }
 
 /* Attention of all heads of all tokens, see attend_items. Returns 0, or 1 when memory is out. */
-int attend(const Shape *shape, const Step *step, const element *q, int64_t stride, element *keys, element *values,
-           element *out, int64_t tokens) {
+int rayskip_attend(const Shape *shape, const Step *step, const element *q, int64_t stride, element *keys,
+                   element *values, element *out, int64_t tokens) {
     char *room = aligned_alloc(64, to_lines(room_bytes(shape)));
     if (!room)
         return 1;
@@ -140,7 +141,7 @@ int attend(const Shape *shape, const Step *step, const element *q, int64_t strid
 }
 
 /* Whether the system lets this process use what the kernels were compiled for. To be asked before anything else. */
-int usable(void) {
+int rayskip_usable(void) {
 #ifdef TILES
     return may_use_tiles();
 #else
@@ -149,18 +150,18 @@ int usable(void) {
 }
 
 /* Of the panels of weights, keys and values. */
-int64_t panel_columns(void) { return COLUMNS; }
-int64_t panel_depth(void) { return DEPTH; }
+int64_t rayskip_panel_columns(void) { return COLUMNS; }
+int64_t rayskip_panel_depth(void) { return DEPTH; }
 
 #ifndef PRODUCTS
-int has_products(void) { return 0; }
+int rayskip_has_products(void) { return 0; }
 #else
 #include "screen.h"
 
-int has_products(void) { return 1; }
+int rayskip_has_products(void) { return 1; }
 
 /* Most rows of a product that reads packed weights; 0: none does. */
-int64_t packed_rows(void) { return FEW; }
+int64_t rayskip_packed_rows(void) { return FEW; }
 
 /* best [threads, rows]: see Outputs; room: for the operands of each worker. */
 typedef struct {
@@ -189,7 +190,7 @@ static int run_product(ProductTask *task, int64_t threads) {
 }
 
 /* x [rows, in] -> out [rows, out]. Returns 0, or 1 when memory is out. */
-int product(const Product *product, const element *x, element *out, int64_t rows, int64_t threads) {
+int rayskip_product(const Product *product, const element *x, element *out, int64_t rows, int64_t threads) {
     ProductTask task = {product, x, out, NULL, rows, NULL};
     return run_product(&task, threads);
 }
@@ -204,7 +205,8 @@ static Best *new_best(int64_t workers, int64_t rows) {
 
 /* The highest of each row's outputs of a product of finite weights, x [rows, in], and the first place it stands at. A row
  * whose outputs may not be finite has place -1. Returns 0, or 1 when memory is out. */
-int best_outputs(const Product *product, const element *x, int64_t rows, int64_t threads, float *values, int64_t *places) {
+int rayskip_best_outputs(const Product *product, const element *x, int64_t rows, int64_t threads, float *values,
+                         int64_t *places) {
     ProductTask task = {product, x, NULL, new_best(threads, rows), rows, NULL};
     const int failed = !task.best || run_product(&task, threads);
     if (!failed)
@@ -221,9 +223,9 @@ int best_outputs(const Product *product, const element *x, int64_t rows, int64_t
 }
 
 /* x [rows, in] -> out [rows, out]. Returns 0, or 1 when memory is out. */
-int rough_product(const Rough *rough, const element *x, element *out, int64_t rows, int64_t threads) {
+int rayskip_rough_product(const Rough *rough, const element *x, element *out, int64_t rows, int64_t threads) {
     RoughRow *each = malloc(rows * sizeof *each + 1);
-    int16_t *whole = malloc(rows * rough_width(rough->in) * sizeof *whole + 1);
+    int16_t *whole = malloc(rows * rayskip_rough_width(rough->in) * sizeof *whole + 1);
     int failed = 1;
     if (each && whole) {
         round_rows(x, whole, each, rows, rough->in);
@@ -236,14 +238,14 @@ int rough_product(const Rough *rough, const element *x, element *out, int64_t ro
 }
 
 /* Rows up to which the next function takes less time than `best_outputs`. */
-int64_t screened_rows(int beside) { return beside ? SCREENED_BESIDE : SCREENED; }
+int64_t rayskip_screened_rows(int beside) { return beside ? SCREENED_BESIDE : SCREENED; }
 
 /* `best_outputs` of the exact product, which has no bias; rough: of the same weights. */
-int screen(const Rough *rough, const Product *exact, const element *x, int64_t rows, int64_t threads, float *values,
-           int64_t *places) {
+int rayskip_screen(const Rough *rough, const Product *exact, const element *x, int64_t rows, int64_t threads,
+                   float *values, int64_t *places) {
     const int64_t size = rows * exact->in, panels = (exact->out + COLUMNS - 1) / COLUMNS;
     RoughRow *each = malloc(rows * sizeof *each + 1);
-    int16_t *whole = malloc(rows * rough_width(rough->in) * sizeof *whole + 1);
+    int16_t *whole = malloc(rows * rayskip_rough_width(rough->in) * sizeof *whole + 1);
     char *room = aligned_alloc(64, 64 + to_lines(operand_bytes(size)));
     float *bounds = malloc((panels + threads) * rows * sizeof *bounds + 1);
     Best *best = new_best(threads, rows);
@@ -305,8 +307,8 @@ static void normalise_heads(const Shape *shape, const Layer *layer, element *qkv
         return;
     for (element *row = qkv + first * stride; row < qkv + last * stride; row += stride) {
         element *keys = row + shape->heads * shape->dim;
-        add_rms_norm(row, NULL, layer->q_norm, row, shape->heads, shape->dim, shape->dim, layer->head_eps);
-        add_rms_norm(keys, NULL, layer->k_norm, keys, shape->kv_heads, shape->dim, shape->dim, layer->head_eps);
+        rayskip_add_rms_norm(row, NULL, layer->q_norm, row, shape->heads, shape->dim, shape->dim, layer->head_eps);
+        rayskip_add_rms_norm(keys, NULL, layer->k_norm, keys, shape->kv_heads, shape->dim, shape->dim, layer->head_eps);
     }
 }
 
@@ -350,7 +352,8 @@ static void work_on_layers(void *argument, Team *team, int worker) {
                                task->qkv + heads, task->qkv + heads + kv_heads, {packed, packed}};
         element *x = task->x + from * width, *normed = task->normed + from * apart;
         element *branch = task->branch + from * apart;
-        add_rms_norm(x, pending ? branch : NULL, layer->attn_norm, normed, to - from, width, apart, layer->attn_eps);
+        rayskip_add_rms_norm(x, pending ? branch : NULL, layer->attn_norm, normed, to - from, width, apart,
+                             layer->attn_eps);
         meet(team);
         multiply_share(&layer->qkv, task->normed, apart, tokens, qkv, own, team, worker);
         meet(team);
@@ -367,11 +370,12 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         pending = tokens;
         if (!inner)
             continue;
-        add_rms_norm(x, branch, layer->mlp_norm, normed, to - from, width, apart, layer->mlp_eps);
+        rayskip_add_rms_norm(x, branch, layer->mlp_norm, normed, to - from, width, apart, layer->mlp_eps);
         meet(team);
         multiply_share(&layer->up, task->normed, apart, tokens, up, own, team, worker);
         meet(team);
-        silu_gate(task->up + from * gate_stride[0], task->gated + from * gate_stride[1], to - from, inner, gate_stride);
+        rayskip_silu_gate(task->up + from * gate_stride[0], task->gated + from * gate_stride[1], to - from, inner,
+                          gate_stride);
         meet(team);
         multiply_share(&layer->down, task->gated, gate_stride[1], tokens, added, own, team, worker);
         meet(team);
@@ -403,7 +407,7 @@ static char *set_up(LayersTask *task) {
 }
 
 /* Run the layers, in place. Returns 0, or 1 when memory is out. */
-int run_layers(LayersTask *task) {
+int rayskip_run_layers(LayersTask *task) {
     char *scratch = set_up(task);
     if (!scratch)
         return 1;
@@ -443,24 +447,25 @@ static void work_on_draft(void *argument, Team *team, int worker) {
     const int64_t from = share(task->rows, team, worker), to = share(task->rows, team, worker + 1);
     for (int64_t row = from; row < to; row++) {
         element *normed = task->normed + row * width;
-        add_rms_norm(task->adapter->x + task->after[row] * width, NULL, task->norm, normed, 1, width, width, task->eps);
-        round_rows(normed, task->whole + row * rough_width(width), task->each + row, 1, width);
+        rayskip_add_rms_norm(task->adapter->x + task->after[row] * width, NULL, task->norm, normed, 1, width, width,
+                             task->eps);
+        round_rows(normed, task->whole + row * rayskip_rough_width(width), task->each + row, 1, width);
     }
     meet(team);
     RoughTask product = {head, task->whole, task->each, task->logits, task->rows};
     work_on_rough_product(&product, team, worker);
     meet(team);
-    likeliest(task->logits + from * head->out, to - from, head->out, task->count, task->places + from * task->count,
-              task->chances + from * task->count);
+    rayskip_likeliest(task->logits + from * head->out, to - from, head->out, task->count,
+                      task->places + from * task->count, task->chances + from * task->count);
 }
 
 /* One step of a draft. Scratch of the task is filled in here. Returns 0, or 1 when memory is out. */
-int draft(DraftTask *task) {
+int rayskip_draft(DraftTask *task) {
     const Rough *head = task->head;
     char *layers = set_up(task->layers), *adapter = set_up(task->adapter);
     task->normed = malloc(task->rows * head->in * sizeof(element) + 1);
     task->logits = aligned_alloc(64, 64 + to_lines(task->rows * head->out * (int64_t)sizeof(element)));
-    task->whole = malloc(task->rows * rough_width(head->in) * sizeof *task->whole + 1);
+    task->whole = malloc(task->rows * rayskip_rough_width(head->in) * sizeof *task->whole + 1);
     task->each = malloc(task->rows * sizeof *task->each + 1);
     int failed = 1;
     if (layers && adapter && task->normed && task->logits && task->whole && task->each)
@@ -474,3 +479,10 @@ int draft(DraftTask *task) {
     return failed;
 }
 #endif
+
+/* What kernels.py has structures of its own for, in its order. */
+const int64_t rayskip_sizes[] = {sizeof(Shape),  sizeof(Step),
+#ifdef PRODUCTS
+                                 sizeof(Product), sizeof(Rough), sizeof(Layer), sizeof(LayersTask), sizeof(DraftTask)
+#endif
+};

@@ -1,5 +1,6 @@
 """The C kernels (kernels.c and its headers), for CPU: compiled for this machine on first use, which takes some
-seconds (half a minute without AVX-512), and kept in the user's cache.
+seconds (half a minute without AVX-512), and kept in the user's cache. Of several processes one compiles, and the
+others wait.
 
 Without a C compiler there are none, and torch's operations serve; the engine's info says which run. Token ids may
 differ between the two in the last bit, as between two kinds of CPU, or a process that may use tiles and one that
@@ -9,16 +10,21 @@ may not; within one they do not depend on the batch.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +37,6 @@ COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
     "-std=gnu11",
     "-O3",
-    "-march=native",
     "-fno-math-errno",
     "-ffp-contract=off",
     "-fno-gcse",  # what it carries from one part of a product's loop to the next takes registers that sums need
@@ -39,7 +44,9 @@ FLAGS = (
     "-shared",
     "-fPIC",
 )
-LIBRARY = "kernels.so"
+MARCH = "native"
+"""The processor that they are compiled for, as the compiler names it; tests name others."""
+LIBRARY, DIGEST = "kernels.so", "digest"
 DEFINES = {torch.bfloat16: ("-DBF16",), torch.float32: ()}
 NO_TILES = "-DNO_TILES"
 """For systems that do not let a process use the tiles that its processor has."""
@@ -161,23 +168,33 @@ class DraftTask(ctypes.Structure):
     )
 
 
-def kernels(dtype: torch.dtype) -> ctypes.CDLL | None:
+def kernels(dtype: torch.dtype) -> Library | None:
     """The compiled kernels for one element type; None where they cannot be had."""
     return loaded(dtype)[0]
 
 
+class Library(ctypes.CDLL):
+    """Compiled kernels, by their names without the prefix that they have among all symbols of a process."""
+
+    def __getattr__(self, name: str) -> Any:
+        function = self[f"rayskip_{name}"]
+        setattr(self, name, function)
+        return function
+
+
 @cache
-def loaded(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
+def loaded(dtype: torch.dtype) -> tuple[Library | None, str | None]:
     """The compiled kernels for one element type, and what is slower here than it could be, and why."""
     slower = None
     try:
-        library = ctypes.CDLL(str(_compiled(DEFINES[dtype])))
+        library = Library(str(_compiled(DEFINES[dtype])))
         if not library.usable():
             slower = "the system denies the process its processor's tiles (AMX): kernels without run, slower"
-            library = ctypes.CDLL(str(_compiled((*DEFINES[dtype], NO_TILES))))
+            library = Library(str(_compiled((*DEFINES[dtype], NO_TILES))))
     except (ModelError, OSError, subprocess.CalledProcessError) as error:
         detail = getattr(error, "stderr", "") or error
         return None, f"no native kernels, torch's operations run instead, which are slower: {detail}"
+    check_sizes(library)
     pointer, number = c_void_p, c_int64
     library.add_rms_norm.argtypes = [pointer] * 4 + [number] * 3 + [c_float]
     library.silu_gate.argtypes = [pointer] * 2 + [number] * 2 + [pointer]
@@ -201,35 +218,90 @@ def loaded(dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str | None]:
     return library, slower
 
 
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    Shape,
+    Step,
+    Product,
+    Rough,
+    NativeLayer,
+    LayersTask,
+    DraftTask,
+)
+"""In the order of `rayskip_sizes`, which ends with the second where there are no products."""
+
+
+def check_sizes(library: Library) -> None:
+    """Raises RuntimeError where a structure here is not as large as the kernels' own."""
+    own = STRUCTURES if library.has_products() else STRUCTURES[:2]
+    theirs = list((c_int64 * len(own)).in_dll(library, "rayskip_sizes"))
+    for structure, size in zip(own, theirs, strict=True):
+        if ctypes.sizeof(structure) != size:
+            raise RuntimeError(
+                f"{structure.__name__} has {ctypes.sizeof(structure)} bytes in kernels.py and {size} in kernels.c"
+            )
+
+
 def _compiled(defines: tuple[str, ...]) -> Path:
-    """The shared library, compiled unless the cache has it. Its name tells source, flags, compiler and CPU."""
+    """The shared library, compiled unless the cache has it. Its folder's name tells source, flags, compiler, CPU
+    and user. Raises ModelError without a compiler, or with a cache that is not to be trusted."""
     compiler = shlex.split(os.environ.get("CC", "")) or list(filter(None, map(shutil.which, COMPILERS)))[:1]
     if not compiler:
         raise ModelError(f"no C compiler found ({', '.join(COMPILERS)}, or name one in CC)")
     programs = [found for word in compiler if (found := shutil.which(word))]
-    command = [*compiler, *FLAGS, *defines]
+    command = [*compiler, *FLAGS, f"-march={MARCH}", *defines]
     key = hashlib.blake2b(digest_size=10)
     for part in (*SOURCES, *map(Path, programs)):  # of one name there may be several compilers, or scripts
         key.update(part.read_bytes())
-    key.update(" ".join([*command, _cpu()]).encode())
+    key.update(" ".join([*command, _cpu(), str(os.getuid())]).encode())
     target = cache_root() / "kernels" / key.hexdigest()
 
     def compile_into(draft: Path) -> None:
-        subprocess.run(
-            [
-                *command,
-                *(str(source) for source in SOURCES if source.suffix == ".c"),
-                "-o",
-                str(draft / LIBRARY),
-            ],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        library = draft / LIBRARY
+        sources = (str(source) for source in SOURCES if source.suffix == ".c")
+        subprocess.run([*command, *sources, "-o", str(library)], check=True, capture_output=True, text=True)
+        library.chmod(0o700)
+        (draft / DIGEST).write_text(_digest(library))
 
-    if not target.is_dir():
-        publish(target, compile_into)
+    if not _is_whole(target):
+        with _locked(target):
+            if not _is_whole(target):  # nobody else has compiled it meanwhile
+                shutil.rmtree(target, ignore_errors=True)
+                publish(target, compile_into)
     return target / LIBRARY
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether a folder holds what was compiled into it. Raises ModelError where others may have written there."""
+    try:
+        for path in (target, target / LIBRARY):
+            facts = path.lstat()
+            if facts.st_uid != os.getuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                raise ModelError(
+                    f"{path} may have been written by another user and is not loaded; "
+                    f"set RAYSKIP_CACHE to a folder of your own"
+                )
+        return (target / DIGEST).read_text() == _digest(target / LIBRARY)
+    except FileNotFoundError:
+        return False
+
+
+def _digest(path: Path) -> str:
+    return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Wait for other processes of this user that compile the same."""
+    lock = target.with_name(f".{target.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("w")
+    except OSError as error:
+        raise ModelError(f"cannot write to {lock.parent} ({error.strerror}); set RAYSKIP_CACHE") from error
+    with file:
+        with suppress(OSError):  # a file system without locks: each compiles, and one publishes
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield
 
 
 def _cpu() -> str:

@@ -8,7 +8,7 @@
 #if defined(EIGHTS)
 #define ROWS 6
 #define COUNTS(OF) OF(1) OF(2) OF(3) OF(4) OF(5) OF(6)
-#elif defined(__AVX512F__)
+#elif defined(SIXTEENS)
 #define ROWS 12
 #define COUNTS(OF) OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12)
 #else

@@ -20,7 +20,7 @@
 
 /* weight [out, in] -> panels [out / COLUMNS, in / DEPTH, COLUMNS, DEPTH], filled up with zeros. in: a multiple of
  * DEPTH. */
-void pack(const element *weight, element *panels, int64_t out, int64_t in) {
+void rayskip_pack(const element *weight, element *panels, int64_t out, int64_t in) {
     for (int64_t panel = 0; panel * COLUMNS < out; panel++)
         for (int64_t i = 0; i < in; i += DEPTH)
             for (int64_t column = panel * COLUMNS; column < (panel + 1) * COLUMNS; column++)

@@ -21,7 +21,7 @@
 #endif
 
 /* Inputs, with zeros behind them to whole steps. */
-int64_t rough_width(int64_t in) { return (in + ROUGH_STEP - 1) / ROUGH_STEP * ROUGH_STEP; }
+int64_t rayskip_rough_width(int64_t in) { return (in + ROUGH_STEP - 1) / ROUGH_STEP * ROUGH_STEP; }
 
 /* panels [out / COLUMNS, rough_width / ROUGH_DEPTH, COLUMNS, ROUGH_DEPTH], filled up to whole panels with the last column
  * again. Of each column: scales: what a weight of 1 stands for; lengths: of its weights as rounded, and residues: of what
@@ -33,9 +33,9 @@ typedef struct {
 } Rough;
 
 /* weight [out, in] -> all of `Rough`. A column's largest weight becomes 127. */
-void pack_rough(const element *weight, int8_t *panels, float *scales, float *lengths, float *residues, int64_t out,
-                int64_t in) {
-    const int64_t width = rough_width(in);
+void rayskip_pack_rough(const element *weight, int8_t *panels, float *scales, float *lengths, float *residues,
+                        int64_t out, int64_t in) {
+    const int64_t width = rayskip_rough_width(in);
     for (int64_t column = 0; column < (out + COLUMNS - 1) / COLUMNS * COLUMNS; column++) {
         const element *own = weight + (column < out ? column : out - 1) * in;
         int8_t *to = panels + column / COLUMNS * COLUMNS * width + column % COLUMNS * ROUGH_DEPTH;
@@ -80,7 +80,7 @@ INLINE void put_whole(int16_t *row, int64_t width, int64_t i, int32_t whole) {
 /* x [rows, in] as whole numbers, [rows, rough_width]. A row that is not finite, or so long that sums may not be, has a
  * scale and a length of NaN. */
 static void round_rows(const element *x, int16_t *to, RoughRow *each, int64_t rows, int64_t in) {
-    const int64_t width = rough_width(in);
+    const int64_t width = rayskip_rough_width(in);
     const int64_t finest = INT32_MAX / (127 * in) < INT16_MAX ? INT32_MAX / (127 * in) : INT16_MAX;
     for (int64_t row = 0; row < rows; row++, x += in, to += width) {
         float most = 0;
@@ -177,7 +177,7 @@ typedef void Take(void *to, int64_t panel, int64_t row, const ints sums[ROUGH_RO
 /* A worker's part of x [rows, in] times all panels. */
 INLINE void each_rough_panel(const Rough *rough, const int16_t *x, int64_t rows, Team *team, int worker, Take *take,
                              void *to) {
-    const int64_t panels = (rough->out + COLUMNS - 1) / COLUMNS, width = rough_width(rough->in);
+    const int64_t panels = (rough->out + COLUMNS - 1) / COLUMNS, width = rayskip_rough_width(rough->in);
     const int64_t blocks = (rows + ROUGH_ROWS - 1) / ROUGH_ROWS;
     begin_blocks(rows, blocks, true);
     for (int64_t panel = share(panels, team, worker); panel < share(panels, team, worker + 1); panel++) {

@@ -14,11 +14,13 @@
 #define PAIRS /* the processor multiplies bfloat16 itself, and adds two products at once */
 #endif
 
-#if defined(__AVX2__) && defined(__FMA__) && !defined(__AVX512F__)
-#define EIGHTS /* registers hold eight floats */
+#if defined(PAIRS) || (!defined(BF16) && defined(__AVX512BW__))
+#define SIXTEENS /* registers hold sixteen floats */
+#elif defined(__AVX2__) && defined(__FMA__)
+#define EIGHTS /* registers hold eight floats, also where AVX-512 lacks bfloat16: it is widened on its way either way */
 #endif
 
-#if defined(PAIRS) || (!defined(BF16) && defined(__AVX512BW__)) || defined(EIGHTS)
+#if defined(SIXTEENS) || defined(EIGHTS)
 #define PRODUCTS /* elsewhere a library's matrix products are faster: it has other kernels */
 #endif
 
@@ -98,7 +100,7 @@ INLINE element round_one(float x) { return x; }
 /* a * b + c, rounded once where the processor can. Nowhere else does the compiler fuse the two (-ffp-contract=off): it
  * would where it pleases, and two copies of a loop would round differently. */
 INLINE floats multiply_add(floats a, floats b, floats c) {
-#ifdef __AVX512F__
+#ifdef SIXTEENS
     return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(EIGHTS)
     return _mm256_fmadd_ps(a, b, c);
@@ -114,7 +116,7 @@ INLINE floats pick(ints where, floats yes, floats no) {
 
 /* a where it is larger (smaller), else b. */
 INLINE floats larger(floats a, floats b) {
-#ifdef __AVX512F__
+#ifdef SIXTEENS
     return (floats)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(EIGHTS)
     return _mm256_max_ps(a, b);
@@ -124,7 +126,7 @@ INLINE floats larger(floats a, floats b) {
 }
 
 INLINE floats smaller(floats a, floats b) {
-#ifdef __AVX512F__
+#ifdef SIXTEENS
     return (floats)_mm512_min_ps((__m512)a, (__m512)b);
 #elif defined(EIGHTS)
     return _mm256_min_ps(a, b);
