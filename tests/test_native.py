@@ -410,7 +410,7 @@ def test_every_processor_with_avx2_has_products(define: str) -> None:
     """Also a server with AVX-512 and no bfloat16; the compiler alone reads what is for other processors."""
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, native.COMPILERS)))
     (source,) = (source for source in native.SOURCES if source.suffix == ".c")
-    for march in ("x86-64-v3", "haswell", "skylake-avx512", "icelake-server", "sapphirerapids", "znver4"):
+    for march in ("haswell", "skylake-avx512", "sapphirerapids"):
         command = [*compiler.split(), *native.FLAGS, f"-march={march}", define]
         asked = subprocess.run([*command, "-E", "-dM", str(source)], capture_output=True, text=True)
         if "bad value" in asked.stderr or "unknown target" in asked.stderr:
