@@ -248,6 +248,16 @@ def test_a_damaged_tokenizer_is_one_line(folder: Path) -> None:
             "config.json",
         ),
         (
+            lambda folder: _edit(
+                folder / "config.json", rope_parameters={"rope_type": "default", "rope_theta": -1}
+            ),
+            "its angles are not finite",
+        ),
+        (
+            lambda folder: _edit(folder / "config.json", model_type="qwen2", hidden_size=2),
+            "hidden_size 2 is less than num_attention_heads 4",
+        ),
+        (
             lambda folder: _edit(folder / "config.json", partial_rotary_factor=0.5),
             "partial_rotary_factor asks for 4 turned dimensions of a head, and transformers turns 8",
         ),

@@ -104,7 +104,11 @@ def rope(
     if (kind := parameters["rope_type"]) in LENGTH_DEPENDENT_ROPES:
         raise ModelError(f"config.json: rope_type {kind!r} depends on the text's length and is not supported")
     try:
-        table = rotary(config)
+        with torch.device("cpu"):
+            table = rotary(config)
+            last = table(torch.zeros(1), torch.tensor([[spec.max_positions - 1]]), *layer_type)
+        if not all(part.isfinite().all() for part in last):
+            raise ValueError("its angles are not finite")
         cos, sin = table(torch.zeros(1), torch.arange(spec.max_positions)[None], *layer_type)
     except Exception as error:  # whatever the arithmetic makes of a value that is missing or of another type
         raise ModelError(
@@ -169,4 +173,11 @@ def activation(name: str) -> Activation:
 
 
 def head_dim(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    """Raises ModelError when there are more heads than dimensions."""
+    dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    if dim < 1:
+        raise ModelError(
+            f"config.json: hidden_size {config.hidden_size} is less than num_attention_heads "
+            f"{config.num_attention_heads}"
+        )
+    return dim
