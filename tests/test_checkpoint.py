@@ -254,7 +254,7 @@ def test_a_damaged_tokenizer_is_one_line(folder: Path) -> None:
             "its angles are not finite",
         ),
         (
-            lambda folder: _edit(folder / "config.json", model_type="qwen2", hidden_size=2),
+            lambda folder: _edit(folder / "config.json", model_type="qwen2", hidden_size=2, head_dim=None),
             "hidden_size 2 is less than num_attention_heads 4",
         ),
         (
