@@ -261,10 +261,10 @@ def test_values_that_do_not_fit_or_that_python_cannot_hold(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("config", "said"),
-    [({"prompt": "prompt"}, None), ({"template": "{{ prompt }} {{ far }}"}, "column 'far'")],
+    [({"prompt": "prompt"}, None), ({"template": "{{ prompt }} {{ far }}", "chat": True}, "column 'far'")],
 )
 def test_only_the_prompts_columns_become_python(
-    tmp_path: Path, config: dict[str, str], said: str | None
+    tmp_path: Path, config: dict[str, Any], said: str | None
 ) -> None:
     far = pa.array([253402300800], pa.timestamp("s"))
     write(tmp_path / "a.parquet", pa.table({"prompt": [[1, 2]], "far": far, "prompt_token_ids": [[3, 4]]}))

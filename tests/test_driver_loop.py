@@ -61,7 +61,7 @@ class TinyReplica:
         self.mishap(shard)
         body = lines(shard.name, shard.start, shard.stop)
         try:
-            assert write_attempt(self.storage, shard.output, body) == body
+            assert shard.probe or write_attempt(self.storage, shard.output, body) == body
         finally:
             self.wrote(shard)
         self.rows += shard.rows
