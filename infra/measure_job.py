@@ -70,12 +70,12 @@ def run_driver(told: Connection, job: JobConfig) -> None:
 def run_engine(told: Connection, job: JobConfig) -> None:
     """The engine over the job's rows."""
     use_threads(job.cluster.cpus_per_replica or 1)
-    from rayskip.data.prompts import PromptBuilder
+    from rayskip.data.prompts import PromptBuilder, prompt_columns
     from rayskip.engine import Engine
 
     engine = Engine.load(job.model, job.engine, job.decode, device_for(job.cluster.gpus_per_replica))
     builder = PromptBuilder(job.input, job.sampling, engine.tokenizer, engine.max_model_len)
-    rows = every_row(discover(job.input), job.input.max_rows)
+    rows = every_row(discover(job.input), prompt_columns(job.input), job.input.max_rows)
     prompts = [builder.build(row, index, shard.name) for shard, index, row in rows]
     told.send(engine.info)
     for prompt in prompts:
