@@ -158,7 +158,7 @@ class BenchConfig(Section):
     sampling: SamplingParams = SamplingParams()
     engine: EngineConfig = EngineConfig()
     modes: tuple[BenchMode, ...] = Field(min_length=1)
-    peers: tuple[BenchPeer, ...] = Field((), description="other libraries; greedy only")
+    peers: tuple[BenchPeer, ...] = Field((), description="other libraries; all but vllm are greedy only")
     batch_rows: tuple[int | None, ...] = Field(
         (None,), min_length=1, description="batch sizes to time; null: chosen by the engine"
     )
@@ -189,20 +189,25 @@ class BenchConfig(Section):
             if unknown := [rows for rows in peer.batch_rows or () if rows not in self.batch_rows]:
                 raise ValueError(f"peers: {peer.name} runs at {unknown[0]} rows, batch_rows lacks that")
         by_row = self.input.sampling_params or self.input.format == "openai"
-        if self.peers and (by_row or _is_more_than_greedy(self.sampling)):
+        sample = all(peer.kind == "vllm" for peer in self.peers)
+        if self.peers and (by_row or _asks_for_more(self.sampling, sample)):
             raise ValueError(
-                "peers: they are greedy and end at EOS (unless ignore_eos) or max_tokens; sampling must have "
-                "temperature 0, n 1, no stop strings and nothing else that changes tokens, and rows no parameters "
-                "of their own"
+                "peers: they end at EOS (unless ignore_eos) or max_tokens, and all but vllm are greedy; sampling "
+                "must have temperature 0 and n 1 (vllm alone: any), no stop strings and nothing else that changes "
+                "tokens, and rows no parameters of their own"
             )
         if self.peers and self.model.adapter:
             raise ValueError("peers: they load model.path alone; merge model.adapter into it")
         return self
 
 
-def _is_more_than_greedy(sampling: SamplingParams) -> bool:
-    """Whether more than the likeliest tokens up to max_tokens is asked for. Some keys do nothing to greedy ones."""
-    kept = {"max_tokens", "ignore_eos", "top_p", "top_k", "min_p", "seed"}
+def _asks_for_more(sampling: SamplingParams, sample: bool) -> bool:
+    """Whether more than tokens up to max_tokens is asked for: the likeliest or, if they may `sample`, of the whole
+    distribution. Some keys do nothing to greedy ones."""
+    kept = {"max_tokens", "ignore_eos", "seed"}
+    kept |= {"temperature", "n"} if sample else set()
+    if sampling.temperature == 0:
+        kept |= {"top_p", "top_k", "min_p"}
     return sampling != SamplingParams(**sampling.model_dump(include=kept))
 
 

@@ -25,9 +25,9 @@ from rayskip.evaluate.roofline import Roofline, measure_roofline
 from rayskip.evaluate.spec_bench import TASKS, error_of_ratio, format_scores, run_spec_bench
 from rayskip.evaluate.timing import format_timings
 from rayskip.evaluate.turns import EngineRun, run_in_turns
+from rayskip.model.kv_cache import KVCache
 from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import KVCache
 from rayskip.tool_config import BenchConfig, BenchPeer, SpecBenchConfig
 
 MODEL = {"path": "smollm2-135m-instruct"}
@@ -150,7 +150,7 @@ def test_a_peer_generates_what_its_library_does(ignore_eos: bool, tiny_llama: Ca
     end = int(wanted[2][3])  # from now on it ends a row
     stops = [row.tolist().index(end) + 1 if end in row and not ignore_eos else 6 for row in wanted]
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
-    arguments = PeerArguments(str(folder), "float32", 3, max_tokens=6, ignore_eos=ignore_eos, longest=12)
+    arguments = PeerArguments(str(folder), "float32", 3, 6, ignore_eos, longest=12, samples=1, temperature=0)
     with running_peer(BenchPeer(name="generate", kind="transformers"), arguments) as peer:
         for prompts, seconds in ((PROMPTS, math.inf), (PROMPTS[::-1], 0.001)):
             peer.begin(prompts)
@@ -184,7 +184,11 @@ def test_a_peer_that_cannot_run_is_named(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampling": {"temperature": 0.5}}, "must have temperature 0"),
+        ({"sampling": {"temperature": 0.5, "top_p": 0.9}}, "must have temperature 0"),
+        (
+            {"sampling": {"temperature": 0.5}, "peers": [{"name": "other", "kind": "transformers"}]},
+            "must have temperature 0",
+        ),
         ({"sampling": {"stop": ["."]}}, "no stop strings"),
         ({"peers": [{"name": "full", "kind": "vllm"}]}, "two are named 'full'"),
         ({"peers": [{"name": "other", "kind": "vllm", "batch_rows": [8]}]}, "other runs at 8 rows"),

@@ -135,7 +135,16 @@ def _run_rounds(
                 say(f"loading {peer.name}")
                 dtype = peer.dtype or config.model.dtype
                 sampling = config.sampling
-                job = PeerArguments(folder, dtype, places, sampling.max_tokens, sampling.ignore_eos, longest)
+                job = PeerArguments(
+                    folder,
+                    dtype,
+                    places,
+                    sampling.max_tokens,
+                    sampling.ignore_eos,
+                    longest,
+                    sampling.n,
+                    sampling.temperature,
+                )
                 peers[peer.name] = running.enter_context(running_peer(peer, job))
                 rounds.load_s[peer.name] = peers[peer.name].load_s
                 rounds.peers[peer.name] = []

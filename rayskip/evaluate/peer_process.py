@@ -46,6 +46,8 @@ class PeerArguments:
     max_tokens: int
     ignore_eos: bool
     longest: int
+    samples: int
+    temperature: float
 
 
 @contextmanager
@@ -89,7 +91,7 @@ class PeerProcess:
         self.load_s = float(self._answer()["load_s"])
 
     def begin(self, prompts: Sequence[list[int]]) -> None:
-        """Have it generate, greedily."""
+        """Have it generate."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it is dead; there is no answer either
             self._process.stdin.write(json.dumps({"prompts": prompts}) + "\n")

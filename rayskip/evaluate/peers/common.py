@@ -2,7 +2,8 @@
 
 A script is a program for an environment that has its library and perhaps no rayskip, so none of it is imported.
 It prints {"load_s": seconds} once it is ready. Then it answers each line of its input, {"prompts": [token ids,
-...]}, with {"token_ids": [token ids, ...]}, the completions in the same order. It ends with its input.
+...]}, with {"token_ids": [token ids, ...]}, the completions in the same order, a prompt's samples one after the
+other. It ends with its input.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ TokenIds = list[list[int]]
 @dataclass(frozen=True)
 class Arguments:
     """model: folder of a checkpoint. dtype: torch's name of it. batch_rows: most rows at once. max_tokens: of a
-    completion, and with ignore_eos the least, too. longest: most tokens of a prompt and its completion together."""
+    completion, and with ignore_eos the least, too. longest: most tokens of a prompt and its completion together.
+    samples: completions of each prompt, which are sampled at `temperature` if that is not 0."""
 
     model: str
     dtype: str
@@ -28,6 +30,8 @@ class Arguments:
     max_tokens: int
     ignore_eos: bool
     longest: int
+    samples: int
+    temperature: float
 
 
 def serve(load: Callable[[Arguments], Callable[[TokenIds], TokenIds]]) -> None:
@@ -35,11 +39,13 @@ def serve(load: Callable[[Arguments], Callable[[TokenIds], TokenIds]]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not come between the answers
     began = time.perf_counter()
-    generate = load(Arguments(**json.loads(sys.argv[1])))
+    arguments = Arguments(**json.loads(sys.argv[1]))
+    generate = load(arguments)
     print(json.dumps({"load_s": time.perf_counter() - began}), file=answers, flush=True)
     for line in sys.stdin:
         prompts = json.loads(line)["prompts"]
         token_ids = generate(prompts)
-        if len(token_ids) != len(prompts) or not all(token_ids):  # a library may log its error and go on
-            raise RuntimeError(f"{sum(map(bool, token_ids))} of {len(prompts)} prompts have a completion")
+        wanted = len(prompts) * arguments.samples
+        if len(token_ids) != wanted or not all(token_ids):  # a library may log its error and go on
+            raise RuntimeError(f"{sum(map(bool, token_ids))} of {wanted} completions are there")
         print(json.dumps({"token_ids": token_ids}), file=answers, flush=True)

@@ -32,12 +32,17 @@ def load(arguments: Arguments) -> Callable[[TokenIds], TokenIds]:
         max_num_seqs=arguments.batch_rows,
         gpu_memory_utilization=GPU_MEMORY,
     )
-    params = SamplingParams(temperature=0, max_tokens=arguments.max_tokens, ignore_eos=arguments.ignore_eos)
+    params = SamplingParams(
+        n=arguments.samples,
+        temperature=arguments.temperature,
+        max_tokens=arguments.max_tokens,
+        ignore_eos=arguments.ignore_eos,
+    )
 
     def generate(prompts: TokenIds) -> TokenIds:
         llm.reset_prefix_cache()  # else a round would find the prompts of the one before
         found = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        return [list(one.outputs[0].token_ids) for one in found]
+        return [list(sample.token_ids) for one in found for sample in one.outputs]
 
     return generate
 
