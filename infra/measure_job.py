@@ -159,7 +159,7 @@ def run_round(job: JobConfig, turn_s: float) -> dict[str, float]:
         sizes = job.engine.model_copy(update={"max_batch_rows": rows})
         engine = Side(run_engine, job.model_copy(update={"engine": sizes}))
         running.callback(engine.close)
-        for key in driver.info.keys() - {"cache_positions"}:
+        for key in driver.info.keys() - {"pages"}:
             if driver.info[key] != engine.info[key]:
                 sys.exit(f"error: {key} is {driver.info[key]} in the job, {engine.info[key]} in the engine")
         run_in_turns([driver, engine], turn_s)

@@ -38,7 +38,8 @@ class Stats:
     padding_layer_tokens: those only there to fill a row tile.
     receipts: generations also decoded at full depth; receipt_*: sums over them of exact matches and of two
     similarities from 0 to 1 (see data/agreement.py).
-    kv_bytes_saved: keys and values not stored, because the token skipped their layer.
+    kv_bytes_saved: of pages that rows did without, because no token in them runs the layer. kv_bytes_held: of pages
+    that rows held, summed over steps; kv_bytes_filled of them had a token's keys and values.
     """
 
     rows: int = 0
@@ -61,6 +62,8 @@ class Stats:
     draft_layer_tokens: int = 0
     padding_layer_tokens: int = 0
     kv_bytes_saved: int = 0
+    kv_bytes_held: int = 0
+    kv_bytes_filled: int = 0
     receipts: int = 0
     receipt_exact: int = 0
     receipt_edit_similarity: float = 0.0
@@ -91,6 +94,11 @@ class Stats:
     def batch_fill(self) -> float:
         """Share of the batch's rows that did work, over all steps (0 to 1)."""
         return self.step_rows / self.step_slots if self.step_slots else 0.0
+
+    @property
+    def kv_fill(self) -> float | None:
+        """Share of the KV cache's pages in use that tokens filled (0 to 1); None when no step ran."""
+        return self.kv_bytes_filled / self.kv_bytes_held if self.kv_bytes_held else None
 
     @property
     def layer_tokens_ideal(self) -> int:

@@ -14,9 +14,9 @@ import rayskip.engine.engine as module
 from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
 from rayskip.data.records import Generation
 from rayskip.engine import Engine
+from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import KVCache
 from rayskip.model.ops import Ops, TokenBatch
 
 CPU = torch.device("cpu")
@@ -41,10 +41,14 @@ class _Watched(Decoder):
         x = super().run_layers(x, batch, cache, first, last)
         if self.forwards == self.poisoned:
             x[0] = torch.nan
-            cache.keys[:, batch.slots[0]] = torch.nan
+            cache.keys[cache.table[:, batch.slots[0], batch.positions[0] // cache.layout.page].long()] = (
+                torch.nan
+            )
         if self.ends_badly:
             ends = torch.isin(batch.token_ids, torch.tensor(ENDS))
-            cache.keys[:, batch.slots[ends], :, batch.positions[ends]] = torch.nan
+            size = cache.layout.page
+            pages = cache.table[:, batch.slots[ends], batch.positions[ends] // size].long()
+            cache.keys[pages, :, batch.positions[ends] % size] = torch.nan
         return x
 
 

@@ -37,10 +37,10 @@ from rayskip.driver.plan import make_plan
 from rayskip.driver.records import JobRecord
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, ModelError
+from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load, resolve, tensors_fingerprint
 from rayskip.model.forward import Decoder
 from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
-from rayskip.model.kv_cache import KVCache
 from rayskip.model.medusa import MedusaLabel
 from rayskip.model.ops import Group, Ops, TokenBatch
 from rayskip.model.trained import save_trained
@@ -501,11 +501,11 @@ def test_a_drafts_step_as_one_call_does_what_its_operations_do(folder: Path) -> 
     found = []
     for one, threads, after in ((apart, 1, [9, 3]), (whole, 1, [9, 3]), (whole, 2, [9, 3]), (whole, 2, [])):
         cache = decoder.new_cache(1)
-        cache.resize(3, 64)
+        cache.fill(3, 64)
         with decoder.threads(threads), torch.inference_mode():
             x, tokens, chances = one.step(batch, cache, after, 3)
         used = range(len(decoder.layers))[whole.exit_layer :]
-        assert not any(cache.keys[layer].any() for layer in used)
+        assert not any(cache.keys[cache.table[layer].long()].any() for layer in used)
         found.append((x, cache.keys, cache.values, torch.tensor(chances), tokens))
         assert len(tokens) == len(after)
     for mine, own in zip(found[1][:4], found[0], strict=False):
@@ -585,7 +585,7 @@ def test_a_job_may_go_on_with_another_drafter() -> None:
 
 
 def _row(prompt: list[int], generated: list[int]) -> Sequence:
-    row = Sequence(0, Prompt(0, prompt, SamplingParams(max_tokens=64), 0), 0, 256, 256)
+    row = Sequence(0, Prompt(0, prompt, SamplingParams(max_tokens=64), 0), 0, 256)
     row.generated = generated
     return row
 

@@ -19,9 +19,9 @@ from rayskip.data.tokenizer import load_tokenizer
 from rayskip.decode.stopping import Stopper
 from rayskip.engine import Engine
 from rayskip.errors import RowError
+from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import KVCache
 from rayskip.model.ops import TokenBatch
 
 ROOT = Path(__file__).parent.parent

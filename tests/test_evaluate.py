@@ -25,7 +25,7 @@ from rayskip.evaluate.roofline import Roofline, measure_roofline
 from rayskip.evaluate.spec_bench import TASKS, error_of_ratio, format_scores, run_spec_bench
 from rayskip.evaluate.timing import format_timings
 from rayskip.evaluate.turns import EngineRun, run_in_turns
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load
 from rayskip.model.forward import Decoder
 from rayskip.tool_config import BenchConfig, BenchPeer, SpecBenchConfig

@@ -1,65 +1,124 @@
-"""The scheduler without a model: every token once, limits kept, prefixes copied, slots never shared."""
+"""The scheduler without a model: every token once, limits kept, prefixes taken over, no page shared by mistake."""
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass, field
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rayskip.config import SamplingParams
+from rayskip.config import NoSkip, SamplingParams, SkipDecodeSkip
 from rayskip.data.records import Prompt
 from rayskip.decode.sequence import Sequence
-from rayskip.engine.scheduler import Scheduler
+from rayskip.engine.scheduler import CacheShape, Scheduler, StepPlan, layer_order
+from rayskip.skip import SkipPolicy, skip_policy
 
+SIZE = 16
+LAYERS = 4
+FULL = skip_policy(NoSkip(), LAYERS)
+SKIPPING = skip_policy(SkipDecodeSkip(kind="skipdecode", max_layers=3, min_layers=1, horizon=12), LAYERS)
 ROWS = st.lists(
-    st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=60), st.integers(1, 6)),
+    st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=60), st.integers(1, 40)),
     min_size=1,
     max_size=20,
 )
 
 
-def _sequence(number: int, prompt: list[int], tokens: int) -> Sequence:
-    return Sequence(number, Prompt(number, prompt, SamplingParams(max_tokens=tokens), 0), 0, 128, 128)
+def _sequence(number: int, prompt: list[int], tokens: int, full_depth: bool = True) -> Sequence:
+    limit = len(prompt) + tokens
+    return Sequence(
+        number, Prompt(number, prompt, SamplingParams(max_tokens=tokens), 0), 0, limit, full_depth
+    )
+
+
+def _scheduler(
+    waiting: deque[Sequence],
+    max_rows: int,
+    max_tokens: int,
+    blocks: int = 1000,
+    cohort: int = 1,
+    policy: SkipPolicy = FULL,
+    drafts: int = 0,
+    size: int = SIZE,
+) -> Scheduler:
+    shape = CacheShape(blocks * LAYERS, 8 * LAYERS, size, layer_order(policy, 0))
+    return Scheduler(max_rows, max_tokens, shape, policy, cohort, waiting, drafts)
+
+
+@dataclass
+class _Cache:
+    """What each page of each layer holds, by position: the tokens of its row so far."""
+
+    table: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    pages: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
+
+    def run(self, plan: StepPlan, policy: SkipPolicy) -> None:
+        for own in plan.assignments:
+            for layer in range(LAYERS):
+                self.table.pop((layer, own.row, own.block), None)
+            self.table |= {
+                (layer, own.row, own.block): page for layer, page in zip(own.layers, own.pages, strict=True)
+            }
+        before = {source: dict(self.pages.get(source, {})) for source, _ in plan.copies}
+        for source, target in plan.copies:
+            self.pages[target] = before[source]
+        for chunk in plan.chunks:
+            row = chunk.sequence
+            for position in range(chunk.start, chunk.stop):
+                block, within = divmod(position, SIZE)
+                so_far = tuple(row.tokens(0, position + 1))
+                for layer in policy.layers(row.skip_position(position)):
+                    page = self.pages.setdefault(self.table[layer, row.slot, block], {})
+                    page[within] = so_far
+                    for earlier in range(position):
+                        at = self.pages[self.table[layer, row.slot, earlier // SIZE]]
+                        assert at[earlier % SIZE] == so_far[: earlier + 1]
 
 
 @settings(deadline=None)
-@given(ROWS, st.integers(1, 6), st.integers(4, 40), st.integers(1, 6))
+@given(ROWS, st.integers(1, 6), st.integers(4, 40), st.integers(1, 6), st.integers(8, 20), st.booleans())
 def test_every_token_runs_once_within_the_limits(
-    rows: list[tuple[list[int], int]], max_rows: int, max_tokens: int, cohort: int
+    rows: list[tuple[list[int], int]],
+    max_rows: int,
+    max_tokens: int,
+    cohort: int,
+    blocks: int,
+    skipping: bool,
 ) -> None:
-    waiting = deque(_sequence(number, *row) for number, row in enumerate(rows))
-    every = list(waiting)
-    scheduler = Scheduler(max_rows, max_tokens, 4 * 128, cohort, waiting)
-    cache: dict[int, list[int]] = {}  # what each slot holds
+    """Also where pages run out, and rows give theirs up and begin anew; and a layer has what a token that runs it
+    sees."""
+    policy = SKIPPING if skipping else FULL
+    waiting = deque(_sequence(number, *row, full_depth=not skipping) for number, row in enumerate(rows))
+    scheduler = _scheduler(waiting, max_rows, max_tokens, blocks, cohort, policy)
+    cache, done = _Cache(), dict[int, int]()
     for _ in range(10_000):
         plan = scheduler.schedule(share=max_rows)
         if not plan.chunks:
             break
         assert sum(chunk.stop - chunk.start for chunk in plan.chunks) <= max(max_tokens, max_rows)
         slots = [row.slot for row in scheduler.running]
-        assert len(set(slots)) == len(slots) <= min(max_rows, 4)
-        for copy in plan.copies:
-            cache[copy.target] = cache[copy.source][: copy.length]
+        assert len(set(slots)) == len(slots) <= max_rows
+        assert scheduler.pool.held <= blocks * LAYERS
+        assert not any(chunk.sequence in plan.preempted for chunk in plan.chunks)
+        cache.run(plan, policy)
         for chunk in plan.chunks:
-            row = chunk.sequence
-            held = cache.get(row.slot, [])[: chunk.start]
-            cache[row.slot] = held + row.tokens(chunk.start, chunk.stop)
-            assert cache[row.slot] == row.tokens(0, chunk.stop)
-            row.computed = chunk.stop
-        for chunk in plan.chunks:
+            chunk.sequence.computed = chunk.stop
             if chunk.last:
-                chunk.sequence.generated.append(1)
-        ended = [row.slot for row in scheduler.running if len(row.generated) == row.params.max_tokens]
-        scheduler.retire(set(ended))
+                chunk.sequence.generated.append(len(chunk.sequence.generated) % 3)
+        ended = [row for row in scheduler.running if len(row.generated) == row.params.max_tokens]
+        for row in ended:
+            done[row.request_id] = done.get(row.request_id, 0) + 1
+        scheduler.retire(ended)
     assert not waiting
     assert not scheduler.running
-    assert all(len(row.generated) == row.params.max_tokens for row in every)
+    assert scheduler.pool.held == 0
+    assert done == dict.fromkeys(range(len(rows)), 1)
 
 
 def test_a_cohort_begins_to_decode_together() -> None:
     waiting = deque(_sequence(number, [number] * 30, 4) for number in range(6))
-    scheduler = Scheduler(6, 60, 6 * 128, 6, waiting)
+    scheduler = _scheduler(waiting, 6, 60, cohort=6)
     positions = []
     for _ in range(6):
         plan = scheduler.schedule(share=6)
@@ -71,46 +130,62 @@ def test_a_cohort_begins_to_decode_together() -> None:
     assert positions == [{0}, {0}, {0}, {1}, {2}, {3}]
 
 
-def test_a_shared_prefix_is_prefilled_once() -> None:
+def test_a_shared_prefix_is_prefilled_once_and_outlives_its_row() -> None:
     preamble = list(range(100))
     waiting = deque(_sequence(number, [*preamble, 200 + number], 1) for number in range(5))
-    scheduler = Scheduler(8, 1000, 10_000, 1, waiting)
+    scheduler = _scheduler(waiting, 8, 1000)
     first = scheduler.schedule(share=8)
     assert [(chunk.start, chunk.stop) for chunk in first.chunks] == [(0, 101)]
-    first.chunks[0].sequence.computed = 101
+    row = first.chunks[0].sequence
+    row.computed = 101
     second = scheduler.schedule(share=8)
-    assert second.reused == 4 * 100
-    assert [(chunk.start, chunk.stop) for chunk in second.chunks[-4:]] == [(100, 101)] * 4
+    whole = 100 // SIZE * SIZE  # what is left of the last block is too little to copy
+    assert second.reused == 4 * whole
+    assert [(chunk.start, chunk.stop) for chunk in second.chunks[-4:]] == [(whole, 101)] * 4
+    held = scheduler.pool.held
+    assert held == (100 // SIZE + 5) * LAYERS  # its blocks once, and a last one of each row
+    scheduler.retire(list(scheduler.running))
+    waiting.append(_sequence(9, [*preamble, 300], 1))
+    third = scheduler.schedule(share=8)
+    assert [(chunk.start, chunk.stop) for chunk in third.chunks] == [(whole, 101)]
 
 
-def test_the_cache_keeps_its_limit_when_a_long_row_joins_short_ones() -> None:
-    """A shape of many short rows gives way to one of few long ones, and comes back."""
+def test_samples_of_one_prompt_copy_its_last_block() -> None:
+    waiting = deque(_sequence(number, list(range(47)), 4) for number in range(3))
+    scheduler = _scheduler(waiting, 8, 1000, size=64)
+    (chunk,) = scheduler.schedule(share=8).chunks
+    chunk.sequence.computed = 47
+    plan = scheduler.schedule(share=8)
+    assert plan.reused == 2 * 46
+    assert len(plan.copies) == 2 * LAYERS
+    assert [(chunk.start, chunk.stop) for chunk in plan.chunks[-2:]] == [(46, 47)] * 2
 
-    def sequence(number: int, reserved: int, tokens: int) -> Sequence:
-        return Sequence(
-            number, Prompt(number, [number], SamplingParams(max_tokens=tokens), 0), 0, reserved, reserved
-        )
 
-    limit = 8 * 128
-    rows = [sequence(number, 128, 2 + number % 3) for number in range(8)]
-    rows += [sequence(8, 512, 3), *(sequence(number, 128, 2) for number in range(9, 30))]
-    waiting = deque(rows)
-    scheduler = Scheduler(8, 100, limit, 1, waiting)
-    shapes, held = [], {}
-    while (plan := scheduler.schedule(share=8)).chunks:
-        if plan.resize:
-            shapes.append((plan.resize.slots, plan.resize.length))
-            assert plan.resize.slots * plan.resize.length <= limit
-            held = {new: held[old] for new, old in enumerate(plan.resize.kept)}
-        for chunk in plan.chunks:
-            row = chunk.sequence
-            assert held.setdefault(row.slot, row.request_id) == row.request_id
-            assert row.slot < shapes[-1][0]
-            assert row.reserved <= shapes[-1][1]
-            row.computed = chunk.stop
-            row.generated.append(1)
-        ended = {row.slot for row in scheduler.running if len(row.generated) == row.params.max_tokens}
-        held = {slot: row for slot, row in held.items() if slot not in ended}
-        scheduler.retire(ended)
-    assert shapes == [(8, 128), (2, 512), (8, 128)]
-    assert all(len(row.generated) == row.params.max_tokens for row in rows)
+def test_a_long_limit_takes_no_places() -> None:
+    """Rows are admitted by the pages that they need now, not by what they may come to have."""
+    waiting = deque(_sequence(number, [number] * 10, 100_000) for number in range(8))
+    scheduler = _scheduler(waiting, 8, 1000, blocks=16)
+    assert len(scheduler.schedule(share=8).chunks) == 8
+
+
+def test_layers_that_no_later_position_runs_take_no_pages() -> None:
+    row = _sequence(0, [5] * SIZE, 5 * SIZE, full_depth=False)
+    scheduler = _scheduler(deque([row]), 1, 100, policy=SKIPPING)
+    while (plan := scheduler.schedule(share=1)).chunks:
+        row.computed = plan.chunks[0].stop
+        row.generated.append(1)
+        if len(row.generated) == row.params.max_tokens:
+            break
+    assert [len(block.pages) for block in row.blocks] == [4, 3, 1, 1, 1, 1]
+
+
+def test_a_draft_gets_places_only_where_there_are_some_to_spare() -> None:
+    waiting = deque(_sequence(number, [number] * SIZE, 40) for number in range(2))
+    scheduler = _scheduler(waiting, 2, 100, blocks=5, drafts=SIZE)
+    for _ in range(2):
+        for chunk in scheduler.schedule(share=2).chunks:
+            chunk.sequence.computed = chunk.stop
+            chunk.sequence.generated.append(1)
+    first, second = scheduler.running
+    assert (first.places, second.places) == (3 * SIZE, 2 * SIZE)
+    assert second.draft_places < SIZE

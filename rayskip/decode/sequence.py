@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from rayskip.config import SamplingParams
 from rayskip.data.records import Prompt, TokenLogprob
 from rayskip.decode.draft import Draft
+from rayskip.model.cache.blocks import Block
 
 PENDING = -1
 """In place of a generated token that a step in flight is choosing."""
@@ -16,21 +17,22 @@ PENDING = -1
 class Sequence:
     """Sample `sample` of a prompt.
 
-    computed: tokens whose keys and values are in the cache, at slot `slot`, or will be after the steps in flight.
+    computed: tokens whose keys and values are in the cache, in row `slot` of its table, or will be after the
+    steps in flight. blocks: the cache's blocks that it holds, in order; places: positions that they have.
     pending: so many of the newest generated tokens are PENDING. ended: it got its last token, or was given up.
-    limit: tokens it may come to have, prompt and completion together. reserved: positions kept for them.
-    full_depth: every layer runs, whatever its position.
-    draft: tokens proposed to follow, during a step; they lie in the cache behind the known ones, node by node.
-    draft_cached: tokens whose keys and values a drafter's own cache layers hold, with those before them.
+    limit: tokens it may come to have, prompt and completion together. full_depth: every layer runs, whatever its
+    position. draft: tokens proposed to follow, during a step; they lie in the cache behind the known ones, node
+    by node. draft_cached: tokens whose keys and values a drafter's own cache layers hold, with those before them.
     """
 
     request_id: int
     prompt: Prompt
     sample: int
     limit: int
-    reserved: int
     full_depth: bool = False
     slot: int = -1
+    blocks: list[Block] = field(default_factory=list)
+    places: int = 0
     computed: int = 0
     pending: int = 0
     ended: bool = False
@@ -41,7 +43,7 @@ class Sequence:
 
     def anew(self) -> Sequence:
         """The same sample before its first step."""
-        return Sequence(self.request_id, self.prompt, self.sample, self.limit, self.reserved, self.full_depth)
+        return Sequence(self.request_id, self.prompt, self.sample, self.limit, self.full_depth)
 
     @property
     def params(self) -> SamplingParams:
@@ -85,7 +87,7 @@ class Sequence:
     @property
     def draft_places(self) -> int:
         """Tokens that a draft may still get: places left in the cache."""
-        return max(0, self.reserved - self.length - len(self.draft))
+        return max(0, self.places - self.length - len(self.draft))
 
     def position(self, place: int) -> int:
         """Position in the text of the token at a place in the cache; they differ in the branches of a draft."""
@@ -104,10 +106,3 @@ class Sequence:
             + self.generated[max(start - prompt, 0) : max(stop - prompt, 0)]
             + self.draft.tokens[max(start - known, 0) : max(stop - known, 0)]
         )
-
-    def common_prefix(self, other: Sequence) -> int:
-        """How many leading prompt tokens two sequences share."""
-        mine, others = self.prompt.token_array, other.prompt.token_array
-        size = min(len(mine), len(others))
-        differs = mine[:size] != others[:size]
-        return int(differs.argmax()) if differs.any() else size

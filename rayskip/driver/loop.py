@@ -378,6 +378,7 @@ class Run:
             prompt_layer_tokens=whole.prompt_layer_tokens,
             cohort_fill=whole.cohort_fill,
             kv_bytes_saved=whole.kv_bytes_saved,
+            kv_fill=ours.kv_fill,
             drafted=whole.drafted,
             accepted=whole.accepted,
             mean_accepted=whole.mean_accepted,

@@ -25,7 +25,8 @@ class Report(Signed):
     replicas in the same process, theirs too.
     mean_layers: layers run per generated token. layer_tokens, layer_tokens_ideal: layer executions that took place
     and that the skip policy asks for; prompt_layer_tokens of them for prompts. cohort_fill: share of generated
-    tokens that ran in their step's largest group of one layer set. kv_bytes_saved: keys and values not stored.
+    tokens that ran in their step's largest group of one layer set. kv_bytes_saved: of pages of the KV
+    cache that rows did without; kv_fill: share of those in use that tokens filled, over all steps.
     drafted, accepted: tokens that drafters proposed, and of them those that held; drafted_by, accepted_by: the same
     by kind of drafter. mean_accepted: tokens gained per row and verification, 1 without a drafter.
     receipts: generations also decoded at full depth; agreement: what both have in common, on average.
@@ -71,6 +72,7 @@ class Report(Signed):
     fell_back_to_full_depth: bool
     seconds: dict[str, float]
     rows_cut: int = 0
+    kv_fill: float | None = None
 
 
 def total(commits: Iterable[CommitRecord]) -> Stats:
@@ -102,7 +104,7 @@ def merged(engines: Sequence[dict[str, Any]]) -> dict[str, Any]:
     facts = {}
     for key, value in engines[0].items():
         every = [engine.get(key) for engine in engines]
-        facts[key] = value if all(other == value for other in every) or key == "cache_positions" else every
+        facts[key] = value if all(other == value for other in every) or key == "pages" else every
     if isinstance(facts.get("ops"), list) or isinstance(facts.get("row_rule"), list):
         facts["batch_invariant"] = False
     if "warnings" in facts:

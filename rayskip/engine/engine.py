@@ -70,7 +70,9 @@ class Engine:
         self._waiting: deque[Sequence] = deque()
         self.policy = skip_policy(self.decode.skip, len(decoder.layers))
         drafters = load_drafters(self.decode.draft, decoder, self.policy)
-        self.sizes = choose_sizes(decoder, engine, self.policy, drafters.cache_layers + drafters.own_layers)
+        self.sizes = choose_sizes(
+            decoder, engine, self.policy, self.max_model_len, drafters.cache_layers, drafters.own_layers
+        )
         self._lanes = [
             Lane(
                 decoder,
@@ -164,10 +166,9 @@ class Engine:
         self._prompts.check(prompt)
         request_id = self._requests.add(prompt)
         limit = min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len)
-        reserved = self.decoder.ops.slot_length(limit)
         for sample in range(prompt.params.n):
             self._waiting.append(
-                Sequence(request_id, prompt, sample, limit, reserved, full_depth or self.policy.is_full)
+                Sequence(request_id, prompt, sample, limit, full_depth or self.policy.is_full)
             )
         return request_id
 
@@ -212,7 +213,7 @@ class Engine:
                 self._drop_steps(lane)
                 if (given_up := lane.halve()) is None:
                     raise
-                self._stats.completion_tokens -= sum(len(row.generated) - row.pending for row in given_up)
+                self._take_back(given_up)
                 _log.warning("no memory for so many rows; on with %d (%s)", lane.scheduler.max_rows, error)
         return done
 
@@ -274,8 +275,13 @@ class Engine:
             while not in_flight or (len(in_flight) == 1 and in_flight[0].follows):
                 if (step := lane.next(share)) is None:
                     break
+                self._take_back(step.plan.preempted)
                 self._steps[lane.start(step)] = lane, step
                 in_flight.append(step)
+
+    def _take_back(self, rows: Seq[Sequence]) -> None:
+        """Tokens of rows that begin anew do not count."""
+        self._stats.completion_tokens -= sum(len(row.generated) - row.pending for row in rows)
 
     def _drop_steps(self, lane: Lane) -> None:
         """Have a lane run nothing any more: what is in flight came after a step that failed."""
@@ -300,8 +306,8 @@ class Engine:
         self._stats.completion_tokens += sum(gained.values())
         # a step on its way may run their last tokens, for nothing, and find what is not finite
         followed = any(owner is lane for owner, _ in self._steps.values())
-        unclean = [row.slot for row in ended if followed or found[row][-1].token_id is None]
-        lane.scheduler.retire({row.slot for row in ended}, unclean)
+        unclean = [row for row in ended if followed or found[row][-1].token_id is None]
+        lane.scheduler.retire(ended, unclean)
         completions = self._requests.complete(ended)
         self._stats.seconds["sample"] += time.perf_counter() - began
         return completions

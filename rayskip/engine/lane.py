@@ -27,11 +27,11 @@ from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.sampling import Choice, Chosen, Draw, choose, needs_logits
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict, draw, verify
-from rayskip.engine.scheduler import Scheduler, StepPlan
+from rayskip.engine.scheduler import CacheShape, Scheduler, StepPlan, layer_order
 from rayskip.engine.sizes import Sizes
+from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.clock import Stopwatch
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import KVCache
 from rayskip.model.ops import TokenBatch
 from rayskip.model.scores import Scores
 from rayskip.model.transfer import to_device
@@ -114,9 +114,12 @@ class Lane:
         self._thread = ThreadPoolExecutor(
             1, "lane", initializer=decoder.use_threads, initargs=(sizes.threads_per_lane,)
         )
-        self._layer_kv_bytes = KVCache.bytes_per_position(decoder.spec, 1, decoder.dtype)
+        self._position_bytes = KVCache.bytes_per_position(decoder.spec, 1, decoder.dtype)
+        self._page_bytes = cache.layout.page * self._position_bytes
+        layers = layer_order(policy, cache.layers - len(decoder.layers))
+        shape = CacheShape(sizes.pages, sizes.least_pages, cache.layout.page, layers)
         self.scheduler = Scheduler(
-            sizes.batch_rows, sizes.batch_tokens, sizes.cache_positions, sizes.cohort, waiting
+            sizes.batch_rows, sizes.batch_tokens, shape, policy, sizes.cohort, waiting, drafter.most_tokens
         )
 
     @torch.inference_mode()
@@ -137,6 +140,7 @@ class Lane:
             follows = all(row.params.repetition_penalty == 1 for row in self._outputs)
         for chunk in plan.chunks:
             chunk.sequence.computed = chunk.stop
+        plan.held, plan.unfilled = self.scheduler.pool.held, self.scheduler.unfilled
         return Step(plan, packed, follows)
 
     def start(self, step: Step) -> Future[StepResult]:
@@ -156,12 +160,11 @@ class Lane:
         """Drafts, then one forward over the plan's tokens and the drafts; chooses the tokens that follow each row
         whose newest token ran."""
         watch, plan, packed, states = Stopwatch(self._decoder.device), step.plan, step.packed, None
-        for slot in plan.clears:
-            self._cache.clear(slot)
-        if plan.resize is not None:
-            self._cache.resize(plan.resize.slots, plan.resize.length, plan.resize.kept)
-        for copy in plan.copies:
-            self._cache.copy(copy.source, copy.target, copy.length)
+        if self._cache.pages != plan.pages:
+            self._cache.allocate(plan.pages)
+        self._cache.clear(plan.clears)
+        self._cache.assign(plan.assignments)
+        self._cache.copy(plan.copies)
         if packed is None:
             states = self._draft(plan)
             packed = self._pack(with_drafts(plan.chunks))
@@ -222,11 +225,11 @@ class Lane:
             hidden = self._run_without_drafts(poisoned, verdicts, hidden)
         for row, verdict in verdicts.items():
             if verdict.choices[-1].token_id is None:
-                continue  # it ends, and its slot will be cleared
+                continue  # it ends, and its pages will be cleared
             if verdict.path != list(range(verdict.accepted)):
                 self._cache.move(row.slot, [row.length + node for node in verdict.path], row.length)
             if None in verdict.guesses:
-                self._cache.clear(row.slot, row.length + verdict.accepted)
+                self._cache.clear_row(row.slot, row.length + verdict.accepted, row.places)
         self._drafter.observe(verdicts, hidden)
         return verdicts
 
@@ -236,7 +239,7 @@ class Lane:
         self._failed, self._chosen, self._outputs = False, None, {}
         if given_up is not None:
             self._drafter.release()
-            self._cache.resize(0, 0)
+            self._cache.allocate(0)
             if self._decoder.device.type == "cuda":
                 torch.cuda.empty_cache()  # what was free in pieces
         return given_up
@@ -249,7 +252,7 @@ class Lane:
         for row in rows:
             row.draft = Draft()
             row.draft_cached = min(row.draft_cached, row.length - 1)
-            self._cache.clear(row.slot, row.length - 1)
+            self._cache.clear_row(row.slot, row.length - 1, row.places)
         packed = self._pack([Chunk(row, row.length - 1, row.length) for row in rows])
         again = self._hidden(packed.chunks, packed.batch.to(self._decoder.device), None)
         chosen = choose(self._scores(again, packed.places), packed.draws)
@@ -284,12 +287,12 @@ class Lane:
             if len(row.draft) > most:
                 row.draft.cut(most)
                 # where the drafter ran what is cut, its keys and values may not be finite
-                self._cache.clear(row.slot, row.length + most)
+                self._cache.clear_row(row.slot, row.length + most, row.places)
 
     def count(self, plan: StepPlan, result: StepResult, gained: Mapping[Sequence, int]) -> Stats:
         """What a step ran and what came of it. gained: tokens that each row got: where one ended inside its draft,
         fewer than verification allowed; none where it had ended before."""
-        layers, rule = len(self._decoder.layers), self._decoder.row_rule
+        rule = self._decoder.row_rule
         got = {ran.row: gained[ran.row] for ran in result.decoded}
         useful = in_vain = 0
         newest: Counter[int] = Counter()
@@ -327,7 +330,9 @@ class Lane:
             draft_layer_tokens=in_vain,
             padding_layer_tokens=sum(rule.padding(count) for count in result.active if count),
             cohort_rows=max(newest.values(), default=0),
-            kv_bytes_saved=(layers * tokens - useful) * self._layer_kv_bytes,
+            kv_bytes_saved=plan.spared * self._page_bytes,
+            kv_bytes_held=plan.held * self._page_bytes,
+            kv_bytes_filled=plan.held * self._page_bytes - plan.unfilled * self._position_bytes,
             seconds={"decode" if steady else "prefill": seconds[0], "sample": seconds[1]},
         )
 

@@ -1,56 +1,67 @@
-"""Which rows run in the next step, in which slots. Pure bookkeeping: no tensors, no I/O.
+"""Which rows run in the next step, and in which pages. Pure bookkeeping: no tensors, no I/O.
 
-Every step takes one token of every row that decodes, and as many prompt tokens as still fit.
+Every step takes one token of every row that decodes, and as many prompt tokens as still fit. A row takes pages
+when it reaches them. Where there are none left, the row that joined last gives its own up and begins anew later:
+its tokens will be the same, since nothing but the row decides them.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from rayskip.decode.batch import Chunk
 from rayskip.decode.sequence import Sequence
-from rayskip.model.kv_cache import KEY_BLOCK
+from rayskip.model.cache.blocks import SHARED, Block, BlockPool, Match
+from rayskip.model.cache.kv_cache import Assignment
+from rayskip.skip import SkipPolicy
 
 FEWEST_TOKENS = 64
 """Tokens in a forward that are not halved any more where memory does not suffice."""
-SHARED_PREFIX = 16
-"""Shortest prefix worth copying from another row instead of computing it."""
 
 
 @dataclass(frozen=True)
-class Copy:
-    """Copy the first `length` positions of slot `source` to slot `target`."""
+class CacheShape:
+    """The cache that a scheduler hands out. pages: how many, of which `least` hold the longest row. size:
+    positions of a page. layers: that have pages, the one that runs longest first, see `layer_order`."""
 
-    source: int
-    target: int
-    length: int
+    pages: int
+    least: int
+    size: int
+    layers: Seq[int]
 
 
-@dataclass(frozen=True)
-class Resize:
-    """Make the cache `slots` rows of `length` positions; the old slots `kept` live on as the first ones."""
-
-    slots: int
-    length: int
-    kept: list[int]
+def layer_order(policy: SkipPolicy, extra_layers: int) -> list[int]:
+    """Layers by how long the policy has them run; extra ones, after the model's, always do."""
+    layers = len(policy.until)
+    own = sorted(range(layers), key=lambda layer: -policy.until[layer])
+    return [*range(layers, layers + extra_layers), *own]
 
 
 @dataclass
 class StepPlan:
-    """One step: first slots are cleared, then come the resize, the copies, in order, and the chunks.
+    """One step over a cache of `pages`: first pages are cleared, then come assignments, the copies (all read
+    before any is written) and the chunks.
 
-    clears: slots of rows that may have left numbers which are not finite. reused: prompt tokens that a copy spares.
-    admitted: rows that join.
+    clears: pages that may hold numbers which are not finite. reused: prompt tokens that a shared prefix spares.
+    admitted: rows that join. preempted: rows that ran and begin anew later. held: pages that rows hold, shared ones
+    once; unfilled: positions in them without a token's keys and values after the step. spared: pages that new
+    blocks do without, since no token in them runs the layer.
     """
 
+    pages: int
     clears: list[int] = field(default_factory=list)
-    resize: Resize | None = None
-    copies: list[Copy] = field(default_factory=list)
+    assignments: list[Assignment] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     reused: int = 0
     admitted: int = 0
+    preempted: list[Sequence] = field(default_factory=list)
+    held: int = 0
+    unfilled: int = 0
+    spared: int = 0
 
     @property
     def prefills(self) -> bool:
@@ -61,48 +72,53 @@ class StepPlan:
 class Scheduler:
     """Continuous batching: rows join and leave between any two steps.
 
-    max_rows: rows in flight. max_tokens: tokens in one forward. cache_positions: positions the cache may hold,
-    rows x the longest reservation. cohort: places that must be free before rows join; those that join together
-    share their positions, and so their layer sets. waiting: rows that have not started, taken from the left;
-    lanes share it.
+    max_rows: rows in flight. max_tokens: tokens in one forward. cohort: places that must be free before rows join;
+    those that join together share their positions, and so their layer sets. waiting: rows that have not started,
+    taken from the left; lanes share it. drafts: tokens of a row's draft for which it gets places where there are
+    some.
     """
 
     def __init__(
-        self, max_rows: int, max_tokens: int, cache_positions: int, cohort: int, waiting: deque[Sequence]
+        self,
+        max_rows: int,
+        max_tokens: int,
+        shape: CacheShape,
+        policy: SkipPolicy,
+        cohort: int,
+        waiting: deque[Sequence],
+        drafts: int = 0,
     ) -> None:
         self.max_rows = max_rows
         self.max_tokens = max(max_tokens, max_rows)
-        self.cache_positions = cache_positions
         self.cohort = cohort
         self.waiting = waiting
-        self._joining = False
+        self.pool = BlockPool(shape.pages, shape.size)
         self.running: list[Sequence] = []
-        self._slots = self._length = 0
-        self._free: list[int] = []
-        self._unclean: list[int] = []
+        self._shape, self._policy, self._drafts = shape, policy, drafts
+        self._joining = False
+        self._free_rows = list(range(max_rows - 1, -1, -1))
 
-    def retire(self, finished: set[int], unclean: Collection[int] = ()) -> None:
-        """Take rows out, by slot. unclean: those whose numbers may not be finite, which are read even if masked."""
-        self.running = [row for row in self.running if row.slot not in finished]
-        self._free += finished
-        self._unclean += unclean
+    def retire(self, finished: Collection[Sequence], unclean: Collection[Sequence] = ()) -> None:
+        """Take rows out. unclean: those whose numbers may not be finite, which are read even if masked."""
+        gone = set(finished)
+        self.running = [row for row in self.running if row not in gone]
+        for row in finished:
+            self._give_back(row, row in unclean)
 
     def halve(self) -> list[Sequence] | None:
-        """Allow half as many rows, positions and tokens, and send what runs back to the queue, to begin anew in an
-        empty cache: its tokens will be the same, since nothing but the row decides them. Returns what ran; None:
-        there is no less."""
+        """Allow half as many rows, pages and tokens, and send what runs back to the queue, to begin anew in an
+        empty cache. Returns what ran; None: there is no less."""
         if self.max_rows == 1 and self.max_tokens <= FEWEST_TOKENS:
             return None
         given_up = self.running
-        rows = min(self.max_rows, self._slots or self.max_rows)
+        rows = min(self.max_rows, len(given_up) or self.max_rows)
         self.cohort = max(1, self.cohort * (rows // 2) // self.max_rows)
         self.max_rows = max(rows // 2, 1)
-        held = self._slots * self._length or self.cache_positions
-        self.cache_positions = max(min(self.cache_positions, held) // 2, KEY_BLOCK)
         self.max_tokens = max(self.max_tokens // 2, self.max_rows)
+        pages = max(min(self.pool.pages, self.pool.held or self.pool.pages) // 2, self._shape.least)
+        self.pool = BlockPool(min(pages, self.pool.pages), self.pool.size)
         self.waiting.extendleft(row.anew() for row in reversed(given_up))
-        self.running, self._free, self._unclean = [], [], []
-        self._slots = self._length = 0
+        self.running, self._free_rows = [], list(range(self.max_rows - 1, -1, -1))
         return given_up
 
     def schedule(self, share: int) -> StepPlan:
@@ -110,98 +126,148 @@ class Scheduler:
 
         share: rows past which none is taken from the queue.
         """
-        plan = StepPlan()
+        plan = StepPlan(self.pool.pages)
         budget = self.max_tokens
         self._joining = self._may_join(share)
         held = self._held(share)
-        for row in self.running:
+        for row in list(self.running):
             if row not in held:
                 budget -= self._extend(plan, row, budget)
-        if self._joining and self.waiting and self._fits(self.waiting[0], share) and self._is_cramped():
-            self._resize(plan, self.waiting[0])
-        while self._joining and budget > 0 and self.waiting and self._fits(self.waiting[0], share):
-            row = self.waiting[0]
-            source, shared = self._best_prefix(row)
-            ready = min(shared, source.computed) if source is not None else 0
-            if shared >= ready + SHARED_PREFIX:
-                break  # its prefix is being computed in this very step: join in the next and copy it
-            if not self._has_place(row):
-                if plan.admitted:
-                    break  # the next step begins with a resize
-                self._resize(plan, row)
-            self.waiting.popleft()
-            plan.admitted += 1
-            row.slot = self._free.pop()
-            self.running.append(row)
-            if source is not None and ready >= SHARED_PREFIX:
-                row.computed = ready
-                row.draft_cached = min(ready, source.draft_cached)
-                plan.copies.append(Copy(source.slot, row.slot, ready))
-                plan.reused += ready
-            budget -= self._extend(plan, row, budget)
+        while self._joining and budget > 0 and self.waiting and self._has_row(share) and not plan.preempted:
+            match = self.pool.match(self.waiting[0].prompt.token_array)
+            if match.coming >= match.tokens + SHARED:
+                break  # its prefix is being computed: join when it can be taken over
+            if not self._admit(plan, match):
+                break
+            budget -= self._extend(plan, self.running[-1], budget)
         if not plan.chunks:
             for row in held:
                 budget -= self._extend(plan, row, budget)
         if plan.chunks:
-            plan.clears, self._unclean = self._unclean, []
+            plan.clears, self.pool.unclean = self.pool.unclean, []
         return plan
+
+    @property
+    def unfilled(self) -> int:
+        """Positions of the running rows' pages that no token has filled; those blocks are a row's own."""
+        size = self.pool.size
+        return sum(
+            len(block.pages) * (size - max(row.computed - block.start, 0))
+            for row in self.running
+            for block in row.blocks[row.computed // size :]
+        )
 
     def _held(self, share: int) -> list[Sequence]:
         """Rows of a cohort that are prefilled wait for its others, so that all begin to decode in one step."""
         if self.cohort == 1:
             return []
-        joins = self._joining and bool(self.waiting) and self._fits(self.waiting[0], share)
+        joins = self._joining and bool(self.waiting) and self._has_row(share) and self._has_pages()
         if not joins and not any(row.prefilling for row in self.running):
             return []
         return [row for row in self.running if len(row.generated) == 1]
 
     def _extend(self, plan: StepPlan, row: Sequence, budget: int) -> int:
-        if row.length >= row.limit:
-            return 0  # its last token is on its way
+        if row.length >= row.limit or row not in self.running:
+            return 0  # its last token is on its way, or it has just given its pages up
         stop = min(row.length, row.computed + budget)
-        if stop > row.computed:
-            plan.chunks.append(Chunk(row, row.computed, stop))
+        if stop <= row.computed or not self._reach(plan, row, stop):
+            return 0
+        if stop == row.length and self._drafts and row.generated:
+            self._reach_further(plan, row, min(stop + self._drafts, row.limit + self._drafts))
+        plan.chunks.append(Chunk(row, row.computed, stop))
         return stop - row.computed
+
+    def _reach(self, plan: StepPlan, row: Sequence, stop: int) -> bool:
+        """See that a row has pages for its tokens before `stop`; False: it had to give up those that it had."""
+        while row.places < stop:
+            block = self.pool.take(self._pages_at(row), row.places)
+            if block is None:
+                victim = self.running[-1]
+                self._preempt(plan, victim)
+                if victim is row:
+                    return False
+                continue
+            self._append(plan, row, block)
+        return True
+
+    def _reach_further(self, plan: StepPlan, row: Sequence, stop: int) -> None:
+        """Pages for a draft, if there are some to spare."""
+        while row.places < stop and (block := self.pool.take(self._pages_at(row), row.places)):
+            self._append(plan, row, block)
+
+    def _append(self, plan: StepPlan, row: Sequence, block: Block) -> None:
+        before = row.blocks[-1] if row.blocks else None
+        tokens = row.prompt.token_array[block.start : block.start + self.pool.size]
+        if len(tokens):
+            self.pool.offer(block, before, tokens, row)
+        plan.spared += len(self._shape.layers) - len(block.pages)
+        self._enter(plan, row, block)
+
+    def _enter(self, plan: StepPlan, row: Sequence, block: Block) -> None:
+        """As a row's next block."""
+        layers = self._shape.layers[: len(block.pages)]
+        plan.assignments.append(Assignment(row.slot, len(row.blocks), layers, block.pages))
+        row.blocks.append(block)
+        row.places += self.pool.size
+
+    def _pages_at(self, row: Sequence) -> int:
+        """Of a row's next block: a layer has one if it runs for any token that may lie there. A draft's tokens lie
+        behind the newest one, whatever their positions."""
+        layers = len(self._shape.layers)
+        if row.full_depth:
+            return layers
+        position = row.skip_position(min(row.places, row.length - 1))
+        return layers - len(self._policy.until) + self._policy.depth(position)
+
+    def _preempt(self, plan: StepPlan, row: Sequence) -> None:
+        self.running.remove(row)
+        row.ended = True  # what a step on its way says of it comes too late
+        self._give_back(row)
+        self.waiting.appendleft(row.anew())
+        plan.preempted.append(row)
+
+    def _give_back(self, row: Sequence, unclean: bool = False) -> None:
+        self.pool.give_back(row, row.blocks, unclean)
+        row.blocks, row.places = [], 0
+        self._free_rows.append(row.slot)
 
     def _may_join(self, share: int) -> bool:
         """Once begun, a cohort joins over as many steps as its prefill takes."""
         free = min(self.max_rows, share) - len(self.running)
         return free > 0 and (self._joining or free >= min(self.cohort, len(self.waiting)) or not self.running)
 
-    def _fits(self, row: Sequence, share: int) -> bool:
+    def _has_row(self, share: int) -> bool:
+        return not self.running or len(self.running) < min(self.max_rows, share)
+
+    def _has_pages(self, shared: int = 0) -> bool:
+        """Whether the first waiting row's prompt, but for its first `shared` blocks, the prompts that run, and a
+        block more of each row find pages."""
         if not self.running:
             return True
-        rows = len(self.running) + 1
-        return rows <= min(self.max_rows, share) and rows * self._longest(row) <= self.cache_positions
+        size = self.pool.size
+        blocks = -(-(len(self.waiting[0].prompt.token_array) + 1) // size) - shared
+        blocks += sum(max(-(-row.length // size) - len(row.blocks), 0) + 1 for row in self.running)
+        return blocks * len(self._shape.layers) <= self.pool.available
 
-    def _longest(self, row: Sequence) -> int:
-        return max(row.reserved, max((other.reserved for other in self.running), default=0))
-
-    def _has_place(self, row: Sequence) -> bool:
-        return bool(self._free) and row.reserved <= self._length
-
-    def _is_cramped(self) -> bool:
-        """Whether the shape, made for longer rows that are gone, keeps rows waiting."""
-        possible = min(self.max_rows, self.cache_positions // self._longest(self.waiting[0]))
-        return self._slots < min(possible, len(self.running) + len(self.waiting))
-
-    def _resize(self, plan: StepPlan, row: Sequence) -> None:
-        """Shape the cache for the rows in flight and `row`, for as many as its limit allows; renumbers slots."""
-        self._length = self._longest(row)
-        self._slots = max(min(self.max_rows, self.cache_positions // self._length), len(self.running) + 1)
-        plan.resize = Resize(self._slots, self._length, [other.slot for other in self.running])
-        for slot, other in enumerate(self.running):
-            other.slot = slot
-        self._free = list(reversed(range(len(self.running), self._slots)))
-
-    def _best_prefix(self, row: Sequence) -> tuple[Sequence | None, int]:
-        """The running row that shares the longest prefix, and how much of it `row` can use.
-
-        The last prompt token always runs: its logits choose the first token.
-        """
-        best, longest = None, 0
-        for other in self.running:
-            shared = min(row.common_prefix(other), len(row.prompt.token_ids) - 1)
-            if (shared, other.computed) > (longest, best.computed if best else 0):
-                best, longest = other, shared
-        return best, longest
+    def _admit(self, plan: StepPlan, match: Match) -> bool:
+        """The first waiting row joins if there are pages for it. It takes over what there is of its prompt."""
+        row = self.waiting[0]
+        held = [*match.blocks, *([match.tail] if match.tail else [])]
+        self.pool.hold(held)
+        if not self._has_pages(len(match.blocks)):
+            self.pool.release(held)
+            return False
+        self.waiting.popleft()
+        row.slot = self._free_rows.pop()
+        self.running.append(row)
+        plan.admitted += 1
+        for block in match.blocks:
+            self._enter(plan, row, block)
+        if match.tail is not None:
+            copied = len(row.blocks)
+            if self._reach(plan, row, match.tokens):
+                plan.copies += zip(match.tail.pages, row.blocks[copied].pages, strict=False)
+            self.pool.release([match.tail])
+        row.computed, row.draft_cached = match.tokens, match.drafted
+        plan.reused += match.tokens
+        return True

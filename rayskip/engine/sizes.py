@@ -8,9 +8,9 @@ import torch
 
 from rayskip.config import EngineConfig
 from rayskip.engine.memory import free_bytes
+from rayskip.model.cache.kv_cache import KEY_BLOCK, KVCache
 from rayskip.model.clock import greedy_seconds
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import KEY_BLOCK, KVCache
 from rayskip.model.ops import Group, TokenBatch
 from rayskip.skip import SkipPolicy
 
@@ -32,29 +32,40 @@ CPU_TOKENS, GPU_TOKENS = 1024, 8192
 @dataclass(frozen=True)
 class Sizes:
     """Of the engine: lanes. Of each lane: threads, batch_rows (rows in flight), batch_tokens (tokens in one
-    forward), cache_positions (rows x positions cached), cohort (rows that join together), plans_ahead (whether the
-    next step is planned, and sent to the device, while one runs)."""
+    forward), pages (of the KV cache, each of one layer), least_pages (that the longest row takes), cohort (rows
+    that join together), plans_ahead (whether the next step is planned, and sent to the device, while one
+    runs)."""
 
     lanes: int
     threads_per_lane: int
     batch_rows: int
     batch_tokens: int
-    cache_positions: int
+    pages: int
+    least_pages: int
     cohort: int
     plans_ahead: bool
 
 
-def choose_sizes(decoder: Decoder, config: EngineConfig, policy: SkipPolicy, extra_layers: int = 0) -> Sizes:
+def choose_sizes(
+    decoder: Decoder,
+    config: EngineConfig,
+    policy: SkipPolicy,
+    max_model_len: int,
+    cache_layers: int = 0,
+    own_layers: int = 0,
+) -> Sizes:
     """The configured sizes, shared out among the lanes; what is left out is chosen here.
 
-    extra_layers: of the KV cache, beside the model's own, or what takes as much memory.
+    max_model_len: positions of the longest row. cache_layers: of the KV cache, beside the model's own. own_layers:
+    memory of other caches that grow with it, in layers.
     """
     cohort = config.cohort
     if cohort is None:
         cohort = COHORT if policy.depends_on_position else 0.0
     threads = torch.get_num_threads()
     lanes = _lanes(decoder.device, threads, config.max_batch_rows)
-    per_position = KVCache.bytes_per_position(decoder.spec, len(decoder.layers) + extra_layers, decoder.dtype)
+    layout, layers = decoder.ops.layout, len(decoder.layers) + cache_layers
+    page_bytes = layout.page * KVCache.bytes_per_position(decoder.spec, 1, decoder.dtype)
     room = (
         config.kv_cache_gb * 1e9
         if config.kv_cache_gb
@@ -64,12 +75,14 @@ def choose_sizes(decoder: Decoder, config: EngineConfig, policy: SkipPolicy, ext
         -(-config.max_batch_rows // lanes) if config.max_batch_rows else best_rows(decoder, threads // lanes)
     )
     tokens = config.max_batch_tokens or (CPU_TOKENS if decoder.device.type == "cpu" else GPU_TOKENS)
+    least = (layout.blocks(max_model_len) + 1) * layers  # and a block that it copies from
     return Sizes(
         lanes=lanes,
         threads_per_lane=threads // lanes,
         batch_rows=rows,
         batch_tokens=max(tokens // lanes, rows),
-        cache_positions=max(int(room / per_position / lanes), KEY_BLOCK),
+        pages=max(int(room / page_bytes / lanes * layers / (layers + own_layers)), least),
+        least_pages=least,
         cohort=max(1, round(cohort * rows)),
         # on CPU the planning takes time from the step that runs: 0.90 to 0.98 times as fast
         plans_ahead=decoder.device.type != "cpu",
@@ -97,7 +110,7 @@ def best_rows(decoder: Decoder, threads: int) -> int:
 def _step_seconds(decoder: Decoder, rows: int) -> float:
     """Of a greedy decode step of `rows` rows at one key block."""
     cache = decoder.new_cache()
-    cache.resize(rows, decoder.ops.slot_length(KEY_BLOCK))
+    cache.fill(rows, KEY_BLOCK)
     index = torch.arange(rows, device=decoder.device)
     zeros = torch.zeros_like(index)
     batch = TokenBatch(zeros, zeros, index, [Group(0, 1, index, KEY_BLOCK)], index)

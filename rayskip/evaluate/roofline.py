@@ -15,8 +15,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from rayskip.model.cache.kv_cache import KVCache, key_blocks
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import KVCache, key_blocks
 from rayskip.model.ops import Group, TokenBatch
 
 REPEATS = 3
@@ -57,7 +57,7 @@ def measure_roofline(decoder: Decoder, rows: int, greedy: bool) -> Roofline:
     first = torch.zeros(rows, dtype=torch.long, device=decoder.device)
     batch = TokenBatch(first, first, first, [Group(0, 1, first, key_blocks(1))], first)
     cache = decoder.new_cache()
-    cache.resize(1, decoder.ops.slot_length(1))
+    cache.fill(1, 1)
     states = inputs[decoder.spec.hidden]
     full = [] if greedy else range(rows)
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.compiled import compile_pieces
 from rayskip.model.graphs import GraphedLayers, cuda_graphs
-from rayskip.model.kv_cache import KVCache
 from rayskip.model.linear import Linear, row_rule
 from rayskip.model.native import kernels
 from rayskip.model.native.layers import NativeLayers, are_usual
@@ -124,7 +124,7 @@ class Decoder:
 
     def new_cache(self, extra_layers: int = 0) -> KVCache:
         """An empty cache; extra_layers: more layers than the model has, for what a drafter keeps."""
-        return KVCache(self.spec, len(self.layers) + extra_layers, self.dtype, self.device, self.ops.panels)
+        return KVCache(self.spec, len(self.layers) + extra_layers, self.dtype, self.device, self.ops.layout)
 
     @torch.inference_mode()
     def hidden(self, batch: TokenBatch, cache: KVCache) -> Tensor:

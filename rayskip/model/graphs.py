@@ -1,7 +1,7 @@
 """CUDA graphs of the layers: one launch for what would be hundreds of them, for steps whose rows bring one token.
 
-A graph is of fixed shapes and addresses: tokens are padded to a few sizes, and a cache that is resized loses its
-graphs. Does not know what the layers compute.
+A graph is of fixed shapes and addresses: tokens are padded to a few sizes, and a cache whose block table grows
+loses its graphs. Does not know what the layers compute.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.ops import Group, TokenBatch
 
 SIZES = (1, 2, 4, 8, *range(16, 128, 16), *range(128, 513, 32))
@@ -72,7 +72,7 @@ class _Inputs:
 class _OfCache:
     """Steps over a cache's tensors where they lie now: kinds seen, and graphs of those seen twice."""
 
-    at: tuple[int, int, torch.Size]
+    at: tuple[int, int, int, torch.Size]
     seen: set[Kind] = field(default_factory=set)
     graphs: dict[Kind, tuple[_Inputs, Tensor, Callable[[], None]]] = field(default_factory=dict)
 
@@ -96,7 +96,7 @@ class GraphedLayers:
         one_each = all(group.width == 1 for group in batch.groups) and batch.paths is None
         if not 0 < count <= SIZES[-1] or not one_each or not set(active or ()) <= {0, count}:
             return None
-        at = cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape
+        at = cache.keys.data_ptr(), cache.values.data_ptr(), cache.table.data_ptr(), cache.table.shape
         own = self._by_cache.get(cache)
         if own is None or own.at != at:
             own = self._by_cache[cache] = _OfCache(at)
@@ -121,8 +121,10 @@ class GraphedLayers:
         active = None if all(runs) else [0] * first + [size * own for own in runs]
         inputs.fill(x, batch)  # recording runs the layers a few times, and they write to the cache
 
+        most = cache.table.shape[2] * cache.layout.page
+
         def work() -> Tensor:
-            step = TokenBatch(slots[:0], positions, slots, [Group(0, 1, slots, cache.length)], slots, active)
+            step = TokenBatch(slots[:0], positions, slots, [Group(0, 1, slots, most)], slots, active)
             return layers(inputs.x.clone(), step, cache, first, last)
 
         return inputs, *self._record(work)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rayskip.model.cache.kv_cache import key_blocks
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import key_blocks
 from rayskip.model.ops import Group, TokenBatch
 
 LENGTH = 131
@@ -47,7 +47,7 @@ def _scores(decoder: Decoder, tokens: Tensor, width: int, others: int) -> tuple[
     rows, length = tokens.shape
     device = tokens.device
     cache = decoder.new_cache()
-    cache.resize(rows, decoder.ops.slot_length(length + others))
+    cache.fill(rows, length + others)
     slots = torch.arange(rows, device=device)
     beside = torch.arange(min(others, length), device=device)
     found: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -17,8 +17,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import KVCache
 from rayskip.model.linear import Linear, rough_linear
 from rayskip.model.native.draft import NativeDraft
 from rayskip.model.native.kernels import LANES

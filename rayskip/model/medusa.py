@@ -32,11 +32,12 @@ class MedusaLabel(Label):
 
 
 class Medusa:
-    """The heads on a decoder. Shared by lanes: it holds no state between calls."""
+    """The heads on a decoder. Shared by lanes: it holds no state between calls. heads: tokens drafted."""
 
     def __init__(self, decoder: Decoder, tensors: dict[str, Tensor]) -> None:
         own = {name: tensor.to(decoder.device) for name, tensor in tensors.items()}
         weights, biases = own["weights"].to(decoder.dtype), own["biases"].to(decoder.dtype)
+        self.heads = len(weights)
         self.token_ids = own["token_ids"].long()
         self._norm = decoder.weights.final_norm
         self._blocks = Linear(Dense(weights.flatten(0, 1), biases.flatten()))

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayskip.model.kv_cache import KVCache, Panels, key_blocks
+from rayskip.model.cache.kv_cache import KVCache, Layout
 from rayskip.model.spec import Activation, Norm, Rope, Spec
 
 Made = TypeVar("Made")
@@ -106,17 +106,13 @@ class Ops:
     a token's own elements are contiguous."""
 
     name = "torch"
-    panels: Panels | None = None
-    """How the cache is laid out for `attention`."""
+    layout = Layout()
+    """How the cache's pages are laid out for `attention`."""
 
     def __init__(self, spec: Spec, fallback: str | None = None) -> None:
         """fallback: why something faster does not run, in words for whoever chose model and machine."""
         self.spec = spec
         self.fallback = fallback
-
-    def slot_length(self, length: int) -> int:
-        """Positions that the cache must have for a row of `length`."""
-        return key_blocks(length)
 
     def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm) -> Tensor:
         """Add branch to x in place, and return that normalised; all [N, d]."""

@@ -1,15 +1,14 @@
-"""Attention on CUDA: one call for all rows of a step, whatever their lengths, over the cache as it lies.
+"""Attention on CUDA: one call for all rows of a step, whatever their lengths, over the cache's pages.
 
-torch.nn.attention.varlen calls FlashAttention with a paged cache; a slot is one page. `num_splits=1` adds over a
-row's keys in one order, whoever shares the batch. Does not know CUDA graphs, but does nothing that they forbid
-where every row brings one token.
+torch.nn.attention.varlen calls FlashAttention. `num_splits=1` adds over a row's keys in one order, whoever shares
+the batch. Does not know CUDA graphs, but does nothing that they forbid where every row brings one token.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.cache.kv_cache import KVCache, Layout
 from rayskip.model.ops import Group, Ops, TokenBatch
 from rayskip.model.spec import Rope, Spec
 from rayskip.model.transfer import to_device
@@ -39,27 +38,28 @@ PAGED = "block_table" in OPTIONS
 @dataclass(frozen=True)
 class Spans:
     """Which queries belong together: starts [B + 1], where each row's begin; keys [B], positions that its last one
-    sees; key_starts [B + 1], where each row's begin, one row's after the other's; pages [B, 1]. All int32. widest:
-    most queries of a row; longest: keys of a page."""
+    sees; key_starts [B + 1], where each row's begin, one row's after the other's; all int32. rows [B]: of the block
+    table. widest: most queries of a row; blocks: that any row's keys lie in, at most."""
 
     starts: Tensor
     keys: Tensor
     key_starts: Tensor
-    pages: Tensor
+    rows: Tensor
     widest: int
-    longest: int
+    blocks: int
 
     @cached_property
     def each_key(self) -> tuple[Tensor, Tensor]:
-        """Page, and place in it, of each key, one row's after the other's, [B * longest]: as many as there may be,
-        since nothing here waits to know how many there are."""
-        index = torch.arange(len(self.keys) * self.longest, device=self.keys.device, dtype=torch.int32)
+        """Which of the rows, and position, of each key, one row's after the other's, [B * blocks * PAGE]: as many
+        as there may be, since nothing here waits to know how many there are."""
+        longest = self.blocks * PAGE
+        index = torch.arange(len(self.keys) * longest, device=self.keys.device, dtype=torch.int32)
         row = torch.searchsorted(self.key_starts[1:-1], index, right=True)
-        return self.pages[row, 0], (index - self.key_starts[row]).clamp(max=self.longest - 1)
+        return row, (index - self.key_starts[row]).clamp(max=longest - 1)
 
 
-def spans_of(batch: TokenBatch, groups: Seq[Group], longest: int) -> Spans:
-    """Those of some of the batch's groups that lie side by side, in a cache of so many positions a slot."""
+def spans_of(batch: TokenBatch, groups: Seq[Group]) -> Spans:
+    """Those of some of the batch's groups that lie side by side."""
     first, stop = groups[0].start, groups[-1].stop
     device, widest = batch.slots.device, max(group.width for group in groups)
     positions, slots = batch.positions[first:stop], batch.slots[first:stop]
@@ -71,7 +71,8 @@ def spans_of(batch: TokenBatch, groups: Seq[Group], longest: int) -> Spans:
         positions, slots = positions[starts[1:] - 1], slots[starts[:-1]]
     keys = (positions + 1).int()
     key_starts = F.pad(keys.cumsum(0, dtype=torch.int32), (1, 0))
-    return Spans(starts, keys, key_starts, slots.int().unsqueeze(1), widest, longest)
+    blocks = VarlenOps.layout.blocks(max(group.keys for group in groups))
+    return Spans(starts, keys, key_starts, slots, widest, blocks)
 
 
 class VarlenOps(Ops):
@@ -79,9 +80,7 @@ class VarlenOps(Ops):
     keys of tokens in branches are first brought together, in their order."""
 
     name = "varlen"
-
-    def slot_length(self, length: int) -> int:
-        return -(-length // PAGE) * PAGE
+    layout = Layout(PAGE)
 
     def attention(
         self,
@@ -97,34 +96,33 @@ class VarlenOps(Ops):
         q = self.turn_and_store(q, k, v, rope, layer, batch, cache)
         ran = [group for group in batch.groups if group.start < len(q)]
         if batch.paths is None:
-            spans = batch.once(("spans", len(ran)), partial(spans_of, batch, ran, cache.length))
-            return self._attend_pages(q, cache.keys[layer], cache.values[layer], spans, window)
+            spans = batch.once(("spans", len(ran)), partial(spans_of, batch, ran))
+            table = cache.table[layer, spans.rows, : spans.blocks]
+            return self._attend_pages(q, cache.keys, cache.values, table, spans, window)
         parts = []
         for index, group in enumerate(ran):
             own = q[group.start : group.stop]
-            spans = batch.once(("span", index), partial(spans_of, batch, [group], cache.length))
-            keys, values = cache.keys[layer], cache.values[layer]
+            spans = batch.once(("span", index), partial(spans_of, batch, [group]))
+            keys, values, table = cache.keys, cache.values, cache.table[layer, spans.rows, : spans.blocks]
             if group.width == 1:  # drafted tokens come one by one
-                places = batch.paths.keys(
-                    batch.positions, group.start, group.stop, self.slot_length(group.keys)
-                )
-                keys, values = cache.read_places(layer, group.slots, places.clamp(max=cache.length - 1))
-                pages = torch.arange(group.rows, device=q.device, dtype=torch.int32)
-                spans = replace(spans, pages=pages.unsqueeze(1), longest=keys.shape[2])
-            parts.append(self._attend_pages(own, keys, values, spans, window))
+                places = batch.paths.keys(batch.positions, group.start, group.stop, spans.blocks * PAGE)
+                keys, values = (_in_pages(own) for own in cache.read_places(layer, group.slots, places))
+                table = torch.arange(len(keys), device=q.device, dtype=torch.int32).view(group.rows, -1)
+            parts.append(self._attend_pages(own, keys, values, table, spans, window))
         return torch.cat(parts)
 
     def _attend_pages(
-        self, q: Tensor, keys: Tensor, values: Tensor, spans: Spans, window: int | None
+        self, q: Tensor, keys: Tensor, values: Tensor, table: Tensor, spans: Spans, window: int | None
     ) -> Tensor:
-        """q [N, Hq, D], keys and values [pages, Hkv, T, D] -> [N, Hq * D]."""
+        """q [N, Hq, D], keys and values [pages, Hkv, PAGE, D], table [B, blocks] -> [N, Hq * D]."""
         options: dict[str, Any] = {"enable_gqa": self.spec.heads != self.spec.kv_heads, "num_splits": 1}
         if PAGED:
             keys, values = keys.transpose(1, 2), values.transpose(1, 2)
-            options |= {"seqused_k": spans.keys, "block_table": spans.pages}
+            options |= {"seqused_k": spans.keys, "block_table": table}
         else:
-            pages, places = spans.each_key
-            keys, values = keys[pages, :, places], values[pages, :, places]
+            row, position = spans.each_key
+            pages, within = table[row, position // PAGE], position % PAGE
+            keys, values = keys[pages, :, within], values[pages, :, within]
         out = varlen_attn(
             q,
             keys,
@@ -132,12 +130,18 @@ class VarlenOps(Ops):
             spans.starts,
             spans.key_starts,
             spans.widest,
-            spans.longest,
+            spans.blocks * PAGE,
             scale=self.spec.scale,
             window_size=(-1 if window is None else window - 1, 0),
             **{name: value for name, value in options.items() if name in OPTIONS},
         )
         return cast(Tensor, out).flatten(1)
+
+
+def _in_pages(stored: Tensor) -> Tensor:
+    """[B, Hkv, blocks * PAGE, D] -> [B * blocks, Hkv, PAGE, D]."""
+    rows, heads, length, dim = stored.shape
+    return stored.view(rows, heads, length // PAGE, PAGE, dim).transpose(1, 2).flatten(0, 1)
 
 
 def varlen_ops(spec: Spec, dtype: torch.dtype, device: torch.device) -> Ops:
@@ -175,8 +179,8 @@ def _unfit(spec: Spec, dtype: torch.dtype) -> str | None:
 def _probe(ops: Ops, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Two rows of 70 positions, of which the first 67 run together and the rest one by one."""
     spec, generator = ops.spec, torch.Generator().manual_seed(0)
-    cache = KVCache(spec, 1, dtype, device)
-    cache.resize(2, ops.slot_length(70))
+    cache = KVCache(spec, 1, dtype, device, ops.layout)
+    cache.fill(2, 70)
     slots = torch.arange(2, device=device)
     found = []
     for start, stop in ((0, 67), (67, 68), (68, 69), (69, 70)):

@@ -29,7 +29,7 @@ from rayskip.decode.drafters.lookup import LOOKUP, Copy, Lookups
 from rayskip.decode.drafters.trial import Trials
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.cache.kv_cache import KVCache
 
 BELIEF = 4.0
 """Tests that a prior counts for."""
@@ -147,6 +147,7 @@ class AutoDrafter(Drafter):
     ) -> None:
         """trials: shared by the engine's lanes."""
         self._config = config
+        self.most_tokens = config.tokens + (0 if kangaroo is None else kangaroo.most_tokens)
         self._costs = costs
         self._kangaroo = kangaroo
         self._lookups = Lookups(config.max_ngram, config.copies)

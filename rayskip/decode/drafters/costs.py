@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from rayskip.model.cache.kv_cache import KVCache, key_blocks
 from rayskip.model.clock import greedy_seconds
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import KVCache, key_blocks
 from rayskip.model.ops import Group, TokenBatch
 
 CPU_MOST, GPU_MOST = 256, 4096
@@ -53,7 +53,7 @@ def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepC
     with decoder.threads(threads):
         cache = decoder.new_cache()
         length = min(LENGTH, decoder.spec.max_positions)
-        cache.resize(rows, decoder.ops.slot_length(length))
+        cache.fill(rows, length)
         limit = CPU_MOST if decoder.device.type == "cpu" else GPU_MOST
         tokens = [2**power for power in range(13) if power < 2 or (2**power < 2 * most and 2**power <= limit)]
         seconds = [_seconds(decoder, cache, count, length) for count in tokens]
@@ -65,7 +65,7 @@ def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepC
 def _seconds(decoder: Decoder, cache: KVCache, count: int, length: int) -> float:
     """Of a forward of `count` tokens, a row's side by side as in verification."""
     index = torch.arange(count, device=decoder.device)
-    slots = (index % cache.slots).sort().values
+    slots = (index % cache.table.shape[1]).sort().values
     positions = torch.full_like(index, length - 1)
     batch = TokenBatch(
         torch.zeros_like(index), positions, slots, [Group(0, 1, slots, key_blocks(length))], index

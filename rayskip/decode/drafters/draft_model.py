@@ -1,25 +1,35 @@
 """A smaller model drafts (speculative decoding, arXiv 2211.17192): greedily, token by token, all rows at once.
 
-It keeps its own keys and values, in a cache of the engine's shape. What a row has that its cache lacks, the whole
-prompt at first, runs with the row's next draft.
+It keeps its own keys and values, in pages of its own. What a row has that its cache lacks, the whole prompt at
+first, runs with the row's next draft.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, field
 
 from rayskip.config import DraftModelDraft
 from rayskip.decode.batch import Chunk, group_key, token_batch
 from rayskip.decode.draft import NEWEST
 from rayskip.decode.drafters.drafter import MISSED, Drafter
 from rayskip.decode.sequence import Sequence
+from rayskip.model.cache.blocks import Block, BlockPool
+from rayskip.model.cache.kv_cache import Assignment, KVCache
 from rayskip.model.forward import Decoder
-from rayskip.model.kv_cache import KVCache
 from rayskip.skip import full_depth
 
 DRAFT_MODEL = "draft_model"
 """What its drafts are counted as."""
+
+
+@dataclass
+class _Stored:
+    """A row's leading tokens whose keys and values are there, and the blocks that they lie in."""
+
+    row: Sequence
+    tokens: int = 0
+    blocks: list[Block] = field(default_factory=list)
 
 
 class DraftModelDrafter(Drafter):
@@ -27,18 +37,17 @@ class DraftModelDrafter(Drafter):
         """vocab: tokens of the model that verifies; embeddings past them are padding, as may be its own past the
         drafting model's."""
         self._config = config
+        self.most_tokens = config.tokens
         self._model = model
         self._vocab = vocab
         self._full = full_depth(len(model.layers))
         self._cache = model.new_cache()
-        self._stored: WeakKeyDictionary[Sequence, tuple[int, int]] = WeakKeyDictionary()
-        """Of each row: its slot, and how many of its tokens lie there."""
+        self._pool = BlockPool(0, self._cache.layout.page)
+        self._stored: dict[int, _Stored] = {}
+        """By row of the cache's table."""
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:
-        length = self._model.ops.slot_length(cache.length)
-        if (self._cache.slots, self._cache.length) != (cache.slots, length):
-            self._cache.resize(cache.slots, length)
-            self._stored.clear()
+        self._forget_ended(cache)
         longest, room = self._model.spec.max_positions - self._config.tokens, MISSED + len(rows)
         running = []
         for row in rows:
@@ -47,22 +56,50 @@ class DraftModelDrafter(Drafter):
                 chunk = Chunk(row, start, min(row.length, start + room))
                 if max(row.tokens(chunk.start, chunk.stop)) >= self._model.spec.vocab:
                     continue  # padding of the larger model's embeddings
+                if not self._reach(row, row.length + self._config.tokens):
+                    continue
                 room -= chunk.stop - chunk.start
                 running.append(chunk)
-                self._stored[row] = row.slot, chunk.stop
+                self._stored[row.slot].tokens = chunk.stop
         while running:
             running = self._propose(running)
 
     def release(self) -> None:
-        self._cache.resize(0, 0)
+        self._cache.allocate(0)
+        self._stored.clear()
+
+    def _forget_ended(self, cache: KVCache) -> None:
+        """Have pages for as many positions as `cache` has, and those of rows that ended back."""
+        positions = cache.pages // cache.layers * cache.layout.page
+        pages = positions // self._cache.layout.page * self._cache.layers
+        if self._cache.pages != pages:
+            self._cache.allocate(pages)
+            self._pool = BlockPool(pages, self._cache.layout.page)
+            self._stored.clear()
+        for slot in [slot for slot, stored in self._stored.items() if stored.row.ended]:
+            blocks = self._stored.pop(slot).blocks
+            for block in blocks:
+                block.unclean = True  # its numbers may be not finite, and masked keys are read
+            self._pool.release(blocks)
+        clears, self._pool.unclean = self._pool.unclean, []
+        self._cache.clear(clears)
 
     def _start(self, row: Sequence) -> int:
         """The first of the row's tokens to run: its newest one at the latest."""
-        slot, stored = self._stored.get(row, (row.slot, 0))
-        if slot != row.slot or stored == 0:
-            self._cache.clear(row.slot)  # what was there may not have been finite, and masked keys are read
-            return 0
-        return min(stored, row.length - 1)
+        stored = self._stored.get(row.slot)
+        return 0 if stored is None else min(stored.tokens, row.length - 1)
+
+    def _reach(self, row: Sequence, stop: int) -> bool:
+        """Whether the row has pages for its positions before `stop`."""
+        stored = self._stored.setdefault(row.slot, _Stored(row))
+        layers, size = range(self._cache.layers), self._cache.layout.page
+        while len(stored.blocks) * size < stop:
+            block = self._pool.take(len(layers), len(stored.blocks) * size)
+            if block is None:
+                return False
+            self._cache.assign([Assignment(row.slot, len(stored.blocks), layers, block.pages)])
+            stored.blocks.append(block)
+        return True
 
     def _propose(self, chunks: list[Chunk]) -> list[Chunk]:
         """Run the chunks, and propose what follows each; the chunks that run it."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from rayskip.decode.batch import Chunk
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.cache.kv_cache import KVCache
 
 MISSED = 512
 """Tokens of all rows together that a step may catch up on in a drafter's own cache; a row that has missed more
@@ -35,10 +35,12 @@ class Drafter(ABC):
     """Proposes what may follow. One object per lane; its methods run on the lane's thread.
 
     Proposals may be wrong and may depend on anything: tokens never do.
-    reads_tokens: whether it must know a step's tokens before the next one begins.
+    reads_tokens: whether it must know a step's tokens before the next one begins. most_tokens: of a row's draft,
+    about: it gets places for so many where there are some to spare.
     """
 
     reads_tokens = True
+    most_tokens = 0
 
     @abstractmethod
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:

@@ -21,9 +21,9 @@ from rayskip.decode.drafters.drafter import MISSED, Drafter, States
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
 from rayskip.errors import ConfigError
+from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.forward import Decoder
 from rayskip.model.kangaroo import Kangaroo
-from rayskip.model.kv_cache import KVCache
 from rayskip.skip import FOREVER, SkipPolicy, full_depth
 
 KANGAROO = "kangaroo"
@@ -46,6 +46,7 @@ class KangarooDrafter(Drafter):
         agreement: of the adapter, see its label."""
         self.share = kangaroo.exit_layer / len(decoder.layers)
         self.agreement = kangaroo.agreement
+        self.most_tokens = most_drafted(gamma, branches)
         self._gamma = gamma
         self._eta = eta
         self._branches = branches

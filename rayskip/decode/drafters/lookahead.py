@@ -19,7 +19,7 @@ from rayskip.decode.batch import Chunk
 from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.cache.kv_cache import KVCache
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Pool:
 class LookaheadDrafter(Drafter):
     def __init__(self, config: LookaheadDraft) -> None:
         self._config = config
+        self.most_tokens = config.tokens
         self._pools: WeakKeyDictionary[Sequence, Pool] = WeakKeyDictionary()
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:

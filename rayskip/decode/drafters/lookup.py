@@ -14,7 +14,7 @@ from rayskip.config import LookupDraft
 from rayskip.decode.batch import Chunk
 from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.sequence import Sequence
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.cache.kv_cache import KVCache
 
 LOOKUP = "lookup"
 """What its drafts are counted as."""
@@ -88,6 +88,7 @@ class Lookups:
 class LookupDrafter(Drafter):
     def __init__(self, config: LookupDraft) -> None:
         self._config = config
+        self.most_tokens = config.tokens
         self._lookups = Lookups(config.max_ngram, 1)
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:

@@ -18,7 +18,7 @@ from rayskip.decode.draft import NEWEST
 from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.medusa import Medusa
 
 
@@ -26,6 +26,7 @@ class MedusaDrafter(Drafter):
     def __init__(self, config: MedusaDraft, medusa: Medusa) -> None:
         self._config = config
         self._medusa = medusa
+        self.most_tokens = medusa.heads * config.branches
         self._next: WeakKeyDictionary[Sequence, list[list[int]]] = WeakKeyDictionary()
 
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from rayskip.decode.batch import Chunk
 from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.sequence import Sequence
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.cache.kv_cache import KVCache
 
 
 class NoDrafter(Drafter):

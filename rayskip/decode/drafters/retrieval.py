@@ -13,7 +13,7 @@ from rayskip.config import RetrievalDraft
 from rayskip.decode.batch import Chunk
 from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.sequence import Sequence
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.cache.kv_cache import KVCache
 
 SIZES = (4, 3, 2)
 """Lengths of the n-grams that are looked up, in this order: one token alone says too little across texts."""
@@ -52,6 +52,7 @@ class Store:
 class RetrievalDrafter(Drafter):
     def __init__(self, config: RetrievalDraft, completions: Store, corpus: Store) -> None:
         self._config = config
+        self.most_tokens = config.tokens
         self._completions = completions
         self._corpus = corpus
         self._running: set[Sequence] = set()

@@ -36,26 +36,31 @@ static void rotate_tokens(const Shape *shape, element *q, element *k, const int6
     }
 }
 
-/* One layer of the cache: keys, values [slots, K] times what heads.h has of a head. k, v [N, K, D]: what a step's tokens
- * add, `stride` elements from one token to the next, in k and in v. */
+/* The cache's pages, keys and values [pages, K] times what heads.h has of a head, and one layer's block table [rows, blocks].
+ * k, v [N, K, D]: what a step's tokens add, `stride` elements from one token to the next, in k and in v. */
 typedef struct {
     element *keys, *values;
+    const int32_t *table;
     const element *k, *v;
     int64_t stride[2];
 } Stored;
 
-/* Where a token's keys of one key-value head begin, in elements. */
-INLINE int64_t place_of_head(const Shape *shape, const Step *step, int64_t token, int64_t kv_head) {
-    return (step->slots[token] * shape->kv_heads + kv_head) * shape->length * shape->dim;
+/* The pages of a token's row, of one key-value head. */
+INLINE Pages pages_of(const Shape *shape, const Step *step, const Stored *stored, int64_t token, int64_t kv_head) {
+    const int64_t size = PAGE * shape->dim;
+    return (Pages){stored->keys + kv_head * size, stored->values + kv_head * size,
+                   stored->table + step->slots[token] * step->blocks, shape->kv_heads * size};
 }
 
 /* Store one token's key and value of one head, at the step's place. */
 INLINE void store_head(const Shape *shape, const Step *step, const Stored *stored, int64_t token, int64_t head) {
-    const int64_t dim = shape->dim, place = step->places[token], begin = place_of_head(shape, step, token, head);
-    copy_key(stored->k + token * stored->stride[0] + head * dim, DEPTH, stored->keys + begin + key_at(place, dim),
+    const int64_t dim = shape->dim, place = step->places[token];
+    const Pages pages = pages_of(shape, step, stored, token, head);
+    const int64_t page = page_of(&pages, place);
+    copy_key(stored->k + token * stored->stride[0] + head * dim, DEPTH, pages.keys + page + key_at(place % PAGE, dim),
              COLUMNS * DEPTH, dim);
-    copy_value(stored->v + token * stored->stride[1] + head * dim, 1, stored->values + begin + value_at(place, dim), DEPTH,
-               dim);
+    copy_value(stored->v + token * stored->stride[1] + head * dim, 1, pages.values + page + value_at(place % PAGE, dim),
+               DEPTH, dim);
 }
 
 /* Of tokens [first, last), all heads. */
@@ -122,7 +127,7 @@ INLINE int64_t worker_of(int64_t run, int64_t at, int64_t items, int64_t every) 
     return (run + at * every / items) % every;
 }
 
-/* Causal attention of tokens over their own slots' keys up to their own positions: q [N, H, D] with `stride` elements
+/* Causal attention of tokens over their own rows' keys up to their own positions: q [N, H, D] with `stride` elements
  * between tokens -> to [N, H * D]. D: a multiple of LANES, T of COLUMNS. late: tokens' own keys and values are stored here.
  * A run's items are its groups for every key-value head in turn; done are those of one worker of `every`. */
 static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const Stored *stored,
@@ -143,18 +148,17 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
                 if (late)
                     store_head(shape, step, stored, token + i, kv_head);
             }
-            const int64_t place = place_of_head(shape, step, token, kv_head);
             int64_t next = at + 1, later = token; /* the worker's next item: in this run, or in one that is like it */
             if (next == items || worker_of(number, next, items, every) != worker) {
                 later = run.last == tokens ? token : run.last;
                 for (next = 0; next < items - 1 && worker_of(number + 1, next, items, every) != worker;)
                     next++;
             }
-            const element *soon = stored->keys + place_of_head(shape, step, later, next / groups);
+            const Pages own = pages_of(shape, step, stored, token, kv_head);
+            const Pages soon = pages_of(shape, step, stored, later, next / groups);
             for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
                 count = last - head < heads_of(shape) ? last - head : heads_of(shape);
-                const Group group = {shape, q + token * stride + head * dim, stored->keys + place,
-                                     stored->values + place, paths,
+                const Group group = {shape, q + token * stride + head * dim, own, paths,
                                      to.out + token * to.apart + head * dim, stride, to.apart, size, count,
                                      soon, room};
                 attend_group(&group);

@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.native.kernels import LANES, DraftTask
 from rayskip.model.native.layers import NativeLayers
 from rayskip.model.native.product import RoughProduct

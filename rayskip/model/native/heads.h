@@ -1,5 +1,5 @@
-/* Attention of some tokens of one slot to the keys of one key-value head: scores, their softmax, and the sum of values.
- * Both are products with panels, since keys and values lie in the cache as such. */
+/* Attention of some tokens of one row to the keys of one key-value head: scores, their softmax, and the sum of values.
+ * Both are products with panels, since keys and values lie in the cache's pages as such. */
 #ifndef HEADS_H
 #define HEADS_H
 
@@ -7,20 +7,32 @@
 
 #include "blocks.h"
 
+#define PAGE 64 /* positions of a page: whole panels of keys, and whole GRAINs of values */
+_Static_assert(PAGE % COLUMNS == 0 && COLUMNS % GRAIN == 0, "no panel lies in two pages");
+
 typedef struct {
     int64_t heads, kv_heads, dim; /* H, K, D */
-    int64_t length;               /* T */
     int64_t window;               /* positions seen, the query's own included; 0: all */
     float scale;                  /* of q.k */
     float softcap;                /* on the scores; 0: none */
+    int64_t length;               /* T: positions that a step's token sees, at most; filled in by `seen` */
 } Shape;
 
 /* What a step's tokens are: see TokenBatch. starts [N], after [N, branch]: see Path; NULL where every key lies at its
- * position. */
+ * position. A row's block table has `blocks` entries. */
 typedef struct {
     const int64_t *slots, *positions, *places, *starts, *after;
-    int64_t branch;
+    int64_t branch, blocks;
 } Step;
+
+/* The shape for a step of so many tokens. */
+INLINE Shape seen(Shape shape, const Step *step, int64_t tokens) {
+    shape.length = 0;
+    for (int64_t token = 0; token < tokens; token++)
+        if (step->positions[token] >= shape.length)
+            shape.length = (step->positions[token] / COLUMNS + 1) * COLUMNS;
+    return shape;
+}
 
 /* Where the keys of one token's positions lie: below `start` at the position itself, from there on at `after`. */
 typedef struct {
@@ -32,13 +44,24 @@ INLINE int64_t place_of(const Path *path, int64_t position) {
     return position < path->start || position >= path->last ? position : path->after[position - path->start];
 }
 
-/* Keys of one head: [T / COLUMNS, D / DEPTH, COLUMNS, DEPTH], panels of which a key is a column. */
+/* Keys of one head in a page: [PAGE / COLUMNS, D / DEPTH, COLUMNS, DEPTH], panels of which a key is a column. */
 INLINE int64_t key_at(int64_t place, int64_t dim) {
     return place / COLUMNS * COLUMNS * dim + place % COLUMNS * DEPTH;
 }
 
-/* Values of one head: [T / DEPTH, D, DEPTH], so that any COLUMNS dims are a panel of which a value is a row. */
+/* Values of one head in a page: [PAGE / DEPTH, D, DEPTH], so that any COLUMNS dims are a panel of which a value is a row. */
 INLINE int64_t value_at(int64_t place, int64_t dim) { return place / DEPTH * DEPTH * dim + place % DEPTH; }
+
+/* One layer's keys and values of one head: `begin` elements into each page, of which page `table[i]` holds positions from
+ * i * PAGE on; `size` elements from one page to the next. */
+typedef struct {
+    element *keys, *values;
+    const int32_t *table;
+    int64_t size;
+} Pages;
+
+/* Where, from the first page's keys or values of the head on, those of the page with `place` begin. */
+INLINE int64_t page_of(const Pages *pages, int64_t place) { return pages->table[place / PAGE] * pages->size; }
 
 /* One key from one place to another: `apart` elements from DEPTH dims to the next. */
 INLINE void copy_key(const element *from, int64_t apart, element *to, int64_t to_apart, int64_t dim) {
@@ -126,13 +149,23 @@ INLINE Room room_at(const Shape *shape, char *at) {
 /* Tokens that attend together: q, out [tokens, heads, dim], `stride` and `width` elements from one to the next. */
 typedef struct {
     const Shape *shape;
-    const element *q, *keys, *values;
+    const element *q;
+    Pages pages;
     const Path *paths;
     element *out;
     int64_t stride, width, tokens, heads;
-    const element *soon; /* the keys that are read next */
+    Pages next; /* whose keys are read next */
     Room room;
 } Group;
+
+/* The panel of keys of positions [block, block + COLUMNS), or the values of those from `block` on up to the page's end. */
+INLINE const element *keys_at(const Pages *pages, int64_t block, int64_t dim) {
+    return pages->keys + page_of(pages, block) + block % PAGE * dim;
+}
+
+INLINE const element *values_at(const Pages *pages, int64_t block, int64_t dim) {
+    return pages->values + page_of(pages, block) + block % PAGE * dim;
+}
 
 /* Whether a key of [block, block + COLUMNS) that a token sees lies elsewhere than at its position. */
 INLINE bool strays(const Path *path, int64_t block) {
@@ -146,19 +179,21 @@ INLINE bool strays(const Path *path, int64_t block) {
 /* The panel of keys [block, block + COLUMNS), or their values, as a path has them. */
 INLINE const element *along(const Group *group, const Path *path, int64_t block, const bool keys) {
     const int64_t dim = group->shape->dim;
-    const element *stored = keys ? group->keys : group->values;
+    const Pages *pages = &group->pages;
+    const element *stored = keys ? keys_at(pages, block, dim) : values_at(pages, block, dim);
     element *room = keys ? group->room.keys : group->room.values;
     if (!strays(path, block))
-        return stored + block * dim;
-    memcpy(room, stored + block * dim, COLUMNS * dim * sizeof *room);
+        return stored;
+    memcpy(room, stored, COLUMNS * dim * sizeof *room);
     for (int64_t at = 0; at < COLUMNS; at++) {
-        const int64_t place = place_of(path, block + at);
+        const int64_t place = place_of(path, block + at), page = page_of(pages, place);
         if (place == block + at)
             continue;
         if (keys)
-            copy_key(stored + key_at(place, dim), COLUMNS * DEPTH, room + key_at(at, dim), COLUMNS * DEPTH, dim);
+            copy_key(pages->keys + page + key_at(place % PAGE, dim), COLUMNS * DEPTH, room + key_at(at, dim),
+                     COLUMNS * DEPTH, dim);
         else
-            copy_value(stored + value_at(place, dim), DEPTH, room + value_at(at, dim), DEPTH, dim);
+            copy_value(pages->values + page + value_at(place % PAGE, dim), DEPTH, room + value_at(at, dim), DEPTH, dim);
     }
     return room;
 }
@@ -168,7 +203,8 @@ static void score(const Group *group, const operand *queries, const element *pan
                   int64_t rows) {
     const int64_t dim = group->shape->dim;
     floats sums[BLOCK][2];
-    const Rows from = {queries, dim, dim, panel, COLUMNS * DEPTH, group->values + block * dim, COLUMNS * DEPTH, {0}};
+    const element *soon = values_at(&group->pages, block, dim);
+    const Rows from = {queries, dim, dim, panel, COLUMNS * DEPTH, soon, COLUMNS * DEPTH, {0}};
     add_block(&from, sums, false, true, rows);
     for (int64_t row = 0; row < rows; row++, scores += scores_apart(group->shape))
         for (int half = 0; half < 2; half++) {
@@ -219,7 +255,7 @@ static void attend_group(const Group *group) {
     common = common < first ? first : common;
     begin_blocks(rows, 1, false);
     for (int64_t block = first; block < common; block += COLUMNS)
-        score(group, queries, group->keys + block * dim, block, scores + block - first, rows);
+        score(group, queries, keys_at(&group->pages, block, dim), block, scores + block - first, rows);
 
     floats sums[parts][BLOCK][2];
     for (int64_t part = 0; part < parts; part++)
@@ -235,12 +271,13 @@ static void attend_group(const Group *group) {
             narrow(own + head * apart, fill_up(path->last - first));
         }
     }
-    const element *soon = group->soon + first * dim;
-    if (common > first) {
+    if (common > first)
         begin_blocks(rows, 1, false);
-        for (int64_t part = 0; part < parts; part++, soon += (common - first) * COLUMNS)
-            mix(group, (operand *)scores, common - first, group->values + first * dim + part * COLUMNS * DEPTH, soon,
-                sums[part], rows);
+    for (int64_t block = first, count; block < common; block += count) { /* a page's at a time */
+        count = PAGE - block % PAGE < common - block ? PAGE - block % PAGE : common - block;
+        const element *values = values_at(&group->pages, block, dim), *soon = keys_at(&group->next, block, dim);
+        for (int64_t part = 0; part < parts; part++, soon += count * COLUMNS)
+            mix(group, (operand *)scores + block - first, count, values + part * COLUMNS * DEPTH, soon, sums[part], rows);
     }
     for (int64_t token = 0; token < tokens; token++) {
         const Path *path = paths + token;
@@ -250,8 +287,7 @@ static void attend_group(const Group *group) {
         for (int64_t block = common; block < path->last; block += COLUMNS, weights += COLUMNS) {
             const int64_t count = block + COLUMNS < path->last ? COLUMNS : path->last - block;
             const int64_t whole = count / GRAIN * GRAIN;
-            const element *values = along(group, path, block, false);
-            soon = group->soon + block * dim;
+            const element *values = along(group, path, block, false), *soon = keys_at(&group->next, block, dim);
             if (whole)
                 for (int64_t part = 0; part < parts; part++, soon += whole * COLUMNS)
                     mix(group, weights, whole, values + part * COLUMNS * DEPTH, soon, sums[part] + row, heads);

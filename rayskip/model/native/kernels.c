@@ -6,8 +6,8 @@
  * Compiled per element type: with -DBF16 elements are bfloat16, else float32. Vectors are the compiler's own
  * (GCC and Clang), so the same source serves AVX-512, AVX2 and NEON; where it counts there are intrinsics.
  *
- * Shapes: N tokens, d hidden, f feed-forward, H query heads, K key-value heads, G = H / K, D head dim, T positions
- * per cache slot.
+ * Shapes: N tokens, d hidden, f feed-forward, H query heads, K key-value heads, G = H / K, D head dim, T key positions
+ * read.
  */
 #define _GNU_SOURCE
 #include <stdbool.h>
@@ -117,24 +117,25 @@ void rayskip_highest(const element *logits, int64_t rows, int64_t width, int64_t
     }
 }
 
-/* Turns q [N, H, D] in place; turns k [N, K, D] and stores it with v [N, K, D] in one layer of the cache, at the step's
- * places. stride: elements from one token to the next in q, k and v. See rotate_tokens and Stored. */
+/* Turns q [N, H, D] in place; turns k [N, K, D] and stores it with v [N, K, D] in the cache, at the step's places. stride:
+ * elements from one token to the next in q, k and v. See rotate_tokens and Stored. */
 void rayskip_rotate_and_store(const Shape *shape, element *q, element *k, const element *v, const int64_t stride[3],
                               const element *cosines, const element *sines, int64_t turned, const Step *step,
-                              element *keys, element *values, int64_t tokens) {
-    const Stored stored = {keys, values, k, v, {stride[1], stride[2]}};
+                              element *keys, element *values, const int32_t *table, int64_t tokens) {
+    const Stored stored = {keys, values, table, k, v, {stride[1], stride[2]}};
     rotate_tokens(shape, q, k, stride, cosines, sines, turned, step, 0, tokens);
     store_tokens(shape, step, &stored, 0, tokens);
 }
 
 /* Attention of all heads of all tokens, see attend_items. Returns 0, or 1 when memory is out. */
-int rayskip_attend(const Shape *shape, const Step *step, const element *q, int64_t stride, element *keys,
-                   element *values, element *out, int64_t tokens) {
+int rayskip_attend(const Shape *of, const Step *step, const element *q, int64_t stride, element *keys,
+                   element *values, const int32_t *table, element *out, int64_t tokens) {
+    const Shape whole = seen(*of, step, tokens), *shape = &whole;
     char *room = aligned_alloc(64, to_lines(room_bytes(shape)));
     if (!room)
         return 1;
     const Outputs to = {out, shape->heads * shape->dim, NULL};
-    const Stored stored = {.keys = keys, .values = values};
+    const Stored stored = {.keys = keys, .values = values, .table = table};
     attend_items(shape, step, q, stride, &stored, false, room_at(shape, room), to, tokens, 0, 1);
     free(room);
     return 0;
@@ -152,6 +153,7 @@ int rayskip_usable(void) {
 /* Of the panels of weights, keys and values. */
 int64_t rayskip_panel_columns(void) { return COLUMNS; }
 int64_t rayskip_panel_depth(void) { return DEPTH; }
+int64_t rayskip_page_positions(void) { return PAGE; }
 
 #ifndef PRODUCTS
 int rayskip_has_products(void) { return 0; }
@@ -275,15 +277,16 @@ typedef struct {
     float attn_eps, mlp_eps, head_eps;
 } Layer;
 
-/* Layers [first, last) over N tokens: x [N, d], of which a layer runs the first `active` (NULL: all). keys, values
- * [layers, slots, K] times what heads.h has of a head. */
+/* Layers [first, last) over N tokens: x [N, d], of which a layer runs the first `active` (NULL: all). keys, values, table
+ * [layers, rows, blocks]: see Stored. */
 typedef struct {
     const Layer *layers;
     int64_t first, last;
     Shape shape;
     Step step;
     element *keys, *values;
-    int64_t layer_size; /* elements of one layer of the cache */
+    const int32_t *table;
+    int64_t table_size; /* entries of one layer */
     element *x;
     int64_t tokens;
     const int64_t *active;
@@ -348,8 +351,8 @@ static void work_on_layers(void *argument, Team *team, int worker) {
         }
         Shape shape = task->shape;
         shape.window = layer->window;
-        const Stored stored = {task->keys + index * task->layer_size, task->values + index * task->layer_size,
-                               task->qkv + heads, task->qkv + heads + kv_heads, {packed, packed}};
+        const Stored stored = {task->keys, task->values, task->table + index * task->table_size, task->qkv + heads,
+                               task->qkv + heads + kv_heads, {packed, packed}};
         element *x = task->x + from * width, *normed = task->normed + from * apart;
         element *branch = task->branch + from * apart;
         rayskip_add_rms_norm(x, pending ? branch : NULL, layer->attn_norm, normed, to - from, width, apart,
@@ -386,6 +389,7 @@ static void work_on_layers(void *argument, Team *team, int worker) {
 /* Fill in the task's scratch; returns what to free, or NULL when memory is out. */
 static char *set_up(LayersTask *task) {
     const Layer *layer = task->layers;
+    task->shape = seen(task->shape, &task->step, task->tokens);
     element **parts[] = {&task->normed, &task->qkv, &task->attended, &task->up, &task->gated, &task->branch};
     const int64_t widths[] = {layer->qkv.in, layer->qkv.out, layer->out.in, layer->up.out, layer->down.in,
                               layer->out.out};

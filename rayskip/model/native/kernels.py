@@ -68,16 +68,16 @@ def threads() -> int:
 
 
 class Shape(ctypes.Structure):
-    """Heads, key-value heads, dim, positions per slot, window, scale, softcap: as in kernels.c."""
+    """Heads, key-value heads, dim, window, scale, softcap: as in kernels.c, which fills in the last."""
 
     _fields_ = (
         ("heads", c_int64),
         ("kv_heads", c_int64),
         ("dim", c_int64),
-        ("length", c_int64),
         ("window", c_int64),
         ("scale", c_float),
         ("softcap", c_float),
+        ("length", c_int64),
     )
 
 
@@ -91,6 +91,7 @@ class Step(ctypes.Structure):
         ("starts", c_void_p),
         ("after", c_void_p),
         ("branch", c_int64),
+        ("blocks", c_int64),
     )
 
 
@@ -138,7 +139,8 @@ class LayersTask(ctypes.Structure):
         ("step", Step),
         ("keys", c_void_p),
         ("values", c_void_p),
-        ("layer_size", c_int64),
+        ("table", c_void_p),
+        ("table_size", c_int64),
         ("x", c_void_p),
         ("tokens", c_int64),
         ("active", c_void_p),
@@ -198,13 +200,13 @@ def loaded(dtype: torch.dtype) -> tuple[Library | None, str | None]:
     pointer, number = c_void_p, c_int64
     library.add_rms_norm.argtypes = [pointer] * 4 + [number] * 3 + [c_float]
     library.silu_gate.argtypes = [pointer] * 2 + [number] * 2 + [pointer]
-    library.rotate_and_store.argtypes = [pointer] * 7 + [number] + [pointer] * 3 + [number]
+    library.rotate_and_store.argtypes = [pointer] * 7 + [number] + [pointer] * 4 + [number]
     library.likeliest.argtypes = [pointer] + [number] * 3 + [pointer] * 2
-    library.attend.argtypes = [pointer] * 3 + [number] + [pointer] * 3 + [number]
+    library.attend.argtypes = [pointer] * 3 + [number] + [pointer] * 4 + [number]
     library.highest.argtypes = [pointer] + [number] * 2 + [pointer] * 2
     for name in ("add_rms_norm", "silu_gate", "rotate_and_store", "likeliest", "highest"):
         getattr(library, name).restype = None
-    library.panel_columns.restype = library.panel_depth.restype = number
+    library.panel_columns.restype = library.panel_depth.restype = library.page_positions.restype = number
     if library.has_products():
         library.packed_rows.restype = library.screened_rows.restype = number
         library.pack.argtypes, library.pack.restype = [pointer] * 2 + [number] * 2, None

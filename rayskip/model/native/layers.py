@@ -12,7 +12,7 @@ from ctypes import c_int64
 
 from torch import Tensor
 
-from rayskip.model.kv_cache import KVCache
+from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.native.kernels import LANES, LayersTask, NativeLayer, Product, threads
 from rayskip.model.native.ops import native_shape, native_step
 from rayskip.model.native.product import NativeProduct
@@ -66,11 +66,12 @@ class NativeLayers:
             self._layers,
             first,
             last,
-            native_shape(self._spec, cache, None),
-            native_step(batch),
-            cache.keys[self._stored_at].data_ptr(),
-            cache.values[self._stored_at].data_ptr(),
-            cache.keys.stride(0),
+            native_shape(self._spec, None),
+            native_step(batch, cache),
+            cache.keys.data_ptr(),
+            cache.values.data_ptr(),
+            cache.table[self._stored_at].data_ptr(),
+            cache.table.stride(0),
             x.data_ptr(),
             len(x),
             None if active is None else ctypes.addressof(active),

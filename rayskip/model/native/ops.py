@@ -8,7 +8,7 @@ from ctypes import c_int64
 import torch
 from torch import Tensor
 
-from rayskip.model.kv_cache import KVCache, Panels
+from rayskip.model.cache.kv_cache import KVCache, Layout, Panels
 from rayskip.model.native.kernels import DEFINES, LANES, Shape, Step, kernels, loaded
 from rayskip.model.ops import Ops, TokenBatch
 from rayskip.model.spec import Norm, Rope, Spec
@@ -22,7 +22,8 @@ class NativeOps(Ops):
     def __init__(self, spec: Spec, library: ctypes.CDLL, fallback: str | None = None) -> None:
         super().__init__(spec, fallback)
         self._library = library
-        self.panels = Panels(library.panel_columns(), library.panel_depth())
+        panels = Panels(library.panel_columns(), library.panel_depth())
+        self.layout = Layout(library.page_positions(), panels)
 
     def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm) -> Tensor:
         if norm.kind != "rms" or norm.weight.dtype != x.dtype or x.shape[-1] % LANES:
@@ -65,9 +66,9 @@ class NativeOps(Ops):
         batch: TokenBatch,
         cache: KVCache,
     ) -> Tensor:
-        shape, step = native_shape(self.spec, cache, window), native_step(batch)
+        shape, step = native_shape(self.spec, window), native_step(batch, cache)
         at, around = ctypes.byref(step), ctypes.byref(shape)
-        stored = cache.keys[layer].data_ptr(), cache.values[layer].data_ptr()
+        stored = cache.keys.data_ptr(), cache.values.data_ptr(), cache.table[layer].data_ptr()
         strides = (c_int64 * 3)(q.stride(0), k.stride(0), v.stride(0))
         table = (
             (None, None, 0) if rope is None else (rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[1])
@@ -81,20 +82,19 @@ class NativeOps(Ops):
         return out
 
 
-def native_shape(spec: Spec, cache: KVCache, window: int | None) -> Shape:
+def native_shape(spec: Spec, window: int | None) -> Shape:
     """What kernels.c knows of a layer's attention."""
     return Shape(
         spec.heads,
         spec.kv_heads,
         spec.head_dim,
-        cache.length,
         window or 0,
         spec.scale,
         spec.attn_softcap or 0.0,
     )
 
 
-def native_step(batch: TokenBatch) -> Step:
+def native_step(batch: TokenBatch, cache: KVCache) -> Step:
     """What kernels.c knows of a step's tokens; valid while `batch` lives."""
     paths = batch.paths
     branches = (
@@ -102,7 +102,13 @@ def native_step(batch: TokenBatch) -> Step:
         if paths is None
         else (paths.starts.data_ptr(), paths.after.data_ptr(), paths.after.shape[1])
     )
-    return Step(batch.slots.data_ptr(), batch.positions.data_ptr(), batch.places.data_ptr(), *branches)
+    return Step(
+        batch.slots.data_ptr(),
+        batch.positions.data_ptr(),
+        batch.places.data_ptr(),
+        *branches,
+        cache.table.shape[2],
+    )
 
 
 def native_ops(spec: Spec, dtype: torch.dtype, device: torch.device) -> Ops:
