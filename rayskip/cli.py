@@ -53,6 +53,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except RayskipError as error:
         _say(f"error: {error}")
         raise SystemExit(error.exit_code) from None
+    finally:
+        _drop_unwritten()
 
 
 @app.callback(invoke_without_command=True)
@@ -255,11 +257,19 @@ def _say(line: str) -> None:
 def _show(result: object) -> None:
     """Print a command's result. That its reader has gone, as `head` goes, is no failure of the command."""
     try:
-        print(result, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python fails at its last flush
+        with suppress(BrokenPipeError):
+            print(result, flush=True)
     except OSError as error:
         raise RayskipError(f"the result cannot be written: {error.strerror}") from error
+
+
+def _drop_unwritten() -> None:
+    """Drop what standard streams did not take, or Python fails at its last flush, with an exit code of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _open_closed_streams() -> None:

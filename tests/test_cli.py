@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 import time
@@ -22,6 +23,7 @@ from rayskip.view import live_view
 
 ROOT = Path(__file__).parent.parent
 MAIN = "from rayskip.cli import main; main()"
+BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
 ROWS = 40
 
 
@@ -221,7 +223,9 @@ def test_a_name_with_brackets_is_shown_as_it_is() -> None:
 )
 def test_closed_streams_change_no_exit_code(tmp_path: Path, streams: str, code: int) -> None:
     command = f"{sys.executable} -c '{MAIN}' status nowhere {streams}"
-    found = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=BUFFERED, capture_output=True, text=True
+    )
     assert found.returncode == code
     assert "Traceback" not in found.stderr
     assert not list(tmp_path.iterdir())
@@ -230,7 +234,7 @@ def test_closed_streams_change_no_exit_code(tmp_path: Path, streams: str, code: 
 @pytest.mark.parametrize(("stdout", "code"), [(">&-", 0), ("| true", 0), ("> /dev/full", 1)])
 def test_a_result_that_nobody_reads(stdout: str, code: int) -> None:
     command = f"set -o pipefail; {sys.executable} -c '{MAIN}' schema {stdout}"
-    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    found = subprocess.run(["bash", "-c", command], env=BUFFERED, capture_output=True, text=True)
     assert found.returncode == code
     assert found.stderr.count("\n") == code, found.stderr
 
