@@ -8,7 +8,7 @@ UV := $(shell uv tree --frozen --universal --depth 0 >/dev/null 2>&1 && echo uv 
 SYNCED := .venv/.synced
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check sanitize format clean
+.PHONY: help setup demo test soak check sanitize format clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -20,6 +20,9 @@ demo: $(SYNCED)  ## Run the main job over the shipped tickets with the embedded 
 
 test: $(SYNCED)  ## Run the tests
 	.venv/bin/pytest
+
+soak: $(SYNCED)  ## Run the tests that are too slow for each change
+	.venv/bin/pytest -m soak
 
 check: $(SYNCED)  ## Check format, lint, types and import contracts
 	.venv/bin/ruff format --check

@@ -117,6 +117,7 @@ def test_the_simulated_driver_commits_every_row_and_overloads_no_replica() -> No
     assert all(1 <= job["most_held"] <= LOOK_AHEAD for job in jobs)
 
 
+@pytest.mark.soak
 def test_growth_is_measured_on_a_random_model_of_any_size(tmp_path: Path) -> None:
     sizes = ["--layers", "2", "--hidden", "64", "--intermediate", "96", "--heads", "4"]
     subprocess.run([sys.executable, "infra/random_llama.py", str(tmp_path), *sizes], cwd=ROOT, check=True)
@@ -133,6 +134,7 @@ def test_growth_is_measured_on_a_random_model_of_any_size(tmp_path: Path) -> Non
     assert all(one["tok_s"] > 0 and one["gflop_s"] > 0 for one in found)
 
 
+@pytest.mark.soak
 def test_a_job_and_the_bare_engine_take_turns(tmp_path: Path) -> None:
     """The script itself refuses to compare what has other sizes or generated another number of tokens."""
     rows = tmp_path / "rows.jsonl"
