@@ -79,3 +79,8 @@ def shown(value: object) -> str:
     """A value as messages have it: on one line, and not long."""
     text = repr(value) if isinstance(value, str) else str("null" if value is None else value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def first_line(error: BaseException) -> str:
+    """An error of a library, short enough to stand in one of ours; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -26,7 +26,7 @@ from typing import Any
 import psutil
 
 from rayskip.config import ClusterConfig
-from rayskip.errors import ConfigError, Interrupted
+from rayskip.errors import ConfigError, Interrupted, first_line
 
 _log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class RayCluster:
             _init(address=address, log_to_driver=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(
-                f"cluster.address: the Ray cluster at {address}: {_first_line(error)}"
+                f"cluster.address: the Ray cluster at {address}: {first_line(error)}"
             ) from error
 
 
@@ -304,7 +304,3 @@ def _set(name: str, value: str | None) -> None:
         os.environ.pop(name, None)
     else:
         os.environ[name] = value
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

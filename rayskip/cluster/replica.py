@@ -23,7 +23,7 @@ from rayskip.data.records import Generation, Prompt, Shard, ShardResult
 from rayskip.data.sources import Source, read_shard
 from rayskip.data.storage import open_storage
 from rayskip.data.values import python_rows
-from rayskip.errors import ConfigError, OutputError, RowError
+from rayskip.errors import ConfigError, OutputError, RowError, first_line
 from rayskip.failpoints import failpoint
 from rayskip.pool import ReplicaInfo, ReplicaProgress
 from rayskip.stats import Stats
@@ -170,10 +170,9 @@ def device_for(gpus: float) -> str:
     try:
         torch.ones(1, device="cuda").add(1)  # a GPU that torch sees it may still have no kernels for
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"cluster.gpus_per_replica: {gpus:g}, but torch {torch.__version__} on {platform.node()} cannot use a "
-            f"GPU: {reason}; 0 runs on CPU"
+            f"GPU: {first_line(error)}; 0 runs on CPU"
         ) from error
     return "cuda"
 

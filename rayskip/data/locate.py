@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pyarrow import fs
 
-from rayskip.errors import InputError, StorageBusy
+from rayskip.errors import InputError, StorageBusy, first_line
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -166,11 +166,6 @@ def read_if_there(url: str, most: int) -> bytes | None:
     if data is not None and len(data) > most:
         raise InputError(f"{url}: has more than {most:,} bytes, which is no such file")
     return data
-
-
-def first_line(error: Exception) -> str:
-    """An error of a library, short enough to stand in one of ours."""
-    return str(error).split("\n", 1)[0]
 
 
 def _split_glob(path: str) -> tuple[str, list[str]]:

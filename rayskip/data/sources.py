@@ -19,11 +19,11 @@ from pydantic import BaseModel, Field, ValidationError
 
 from rayskip.config import InputConfig
 from rayskip.data.formats import FORMATS, SUFFIXES, UNREADABLE, Scan
-from rayskip.data.locate import GLOB, Located, first_line, locate, locate_file, read_if_there, stamp
+from rayskip.data.locate import GLOB, Located, locate, locate_file, read_if_there, stamp
 from rayskip.data.records import BROKEN_ROW, Shard
 from rayskip.data.splits import ALL, choose, files_of
 from rayskip.data.values import Row, python_rows
-from rayskip.errors import InputError, StorageBusy
+from rayskip.errors import InputError, StorageBusy, first_line
 
 _READ_ROWS = 4096
 

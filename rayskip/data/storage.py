@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from rayskip.errors import OutputError, StorageBusy
+from rayskip.errors import OutputError, StorageBusy, first_line
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -190,7 +190,7 @@ class ObjectStorage:
                 retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=60)},
             )
         except (BaseError, ValueError) as error:
-            raise OutputError(f"{url}: {_first_line(error)}") from error
+            raise OutputError(f"{url}: {first_line(error)}") from error
 
     def create(self, key: str, data: bytes) -> bool:
         return self._retrying(lambda: self._create(key, data))
@@ -247,13 +247,9 @@ class ObjectStorage:
             try:
                 return call()
             except (PermissionDeniedError, UnauthenticatedError, FileNotFoundError) as error:  # no bucket
-                raise OutputError(f"{self.url}: {_first_line(error)}") from error
+                raise OutputError(f"{self.url}: {first_line(error)}") from error
             except GenericError as error:
                 if attempt == _ATTEMPTS - 1:
-                    raise StorageBusy(f"{self.url}: {_first_line(error)}") from error
+                    raise StorageBusy(f"{self.url}: {first_line(error)}") from error
             time.sleep(_BACKOFF_S * 2**attempt)
         raise AssertionError("unreachable")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split("\n", 1)[0]

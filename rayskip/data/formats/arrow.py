@@ -18,8 +18,8 @@ from rayskip.data.formats.base import (
     vet,
 )
 from rayskip.data.formats.types import plain_schema, refuse_ray_types
-from rayskip.data.locate import filesystem, first_line, open_input
-from rayskip.errors import InputError, StorageBusy
+from rayskip.data.locate import filesystem, open_input
+from rayskip.errors import InputError, StorageBusy, first_line
 
 _MAGIC = b"ARROW1\0\0"
 

@@ -14,8 +14,9 @@ from typing import Any
 import pyarrow as pa
 
 from rayskip.data.formats.types import plain_column, with_bytes
-from rayskip.data.locate import first_line, open_input
+from rayskip.data.locate import open_input
 from rayskip.data.records import BROKEN_ROW
+from rayskip.errors import first_line
 
 MARK_ROWS = 1000
 """Rows between two remembered byte offsets of a text file: planning keeps a number per so many rows."""

@@ -22,8 +22,7 @@ from rayskip.data.formats.base import (
     table_of,
     without_bom,
 )
-from rayskip.data.locate import first_line
-from rayskip.errors import InputError
+from rayskip.errors import InputError, first_line
 
 # The module's own limit, 128 KiB, is less than a long prompt. Process-wide, but only ever raised.
 csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))

@@ -17,8 +17,8 @@ from rayskip.data.formats.base import (
     rows_between,
 )
 from rayskip.data.formats.types import plain_schema, refuse_ray_types
-from rayskip.data.locate import first_line, open_input
-from rayskip.errors import InputError
+from rayskip.data.locate import open_input
+from rayskip.errors import InputError, first_line
 
 _BATCH = 4096
 

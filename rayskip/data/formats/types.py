@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rayskip.data.locate import first_line
-from rayskip.errors import InputError
+from rayskip.errors import InputError, first_line
 
 
 def plain_schema(schema: pa.Schema, url: str) -> pa.Schema:
