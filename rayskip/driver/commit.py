@@ -181,7 +181,7 @@ def open_job(storage: Storage, record: JobRecord, fresh: bool) -> Lease:
     there = read(storage, JOB, JobRecord)
     if there is None:
         raise OutputError(f"{storage.url}/{JOB} is gone: another run starts this job over; this one stops")
-    adopt(storage, record)
+    _same_job(storage, there, record)
     lease.nonce = there.nonce or there.fingerprint[:32]
     return lease
 
@@ -229,6 +229,11 @@ def adopt(storage: Storage, record: JobRecord) -> JobRecord:
     if existing is None:
         refuse_strangers(storage, record.fingerprint)
         return record
+    return _same_job(storage, existing, record)
+
+
+def _same_job(storage: Storage, existing: JobRecord, record: JobRecord) -> JobRecord:
+    """`adopt` of a record that was read already."""
     if differ := differences(existing, record):
         committed = len(commit_keys(storage))
         raise OutputError(

@@ -59,6 +59,11 @@ def check(folder: Path, adapter: Path | None = None) -> Spec:
 
     Raises ModelError.
     """
+    return _checked(folder, adapter)[2]
+
+
+def _checked(folder: Path, adapter: Path | None) -> tuple[Any, Family, Spec]:
+    """`check`, and what it read."""
     import torch
 
     config, own, spec = _config_and_spec(folder)
@@ -75,7 +80,7 @@ def check(folder: Path, adapter: Path | None = None) -> Spec:
     if adapter is not None:
         _check_base(adapter, folder)
         check_fit(read_adapter(adapter, own.prefixes), headers, own.prefixes)
-    return spec
+    return config, own, spec
 
 
 def load(
@@ -85,8 +90,7 @@ def load(
 
     adapter: folder of a LoRA adapter to merge. Raises ModelError as `check` does, before the first weight is read.
     """
-    spec = check(folder, adapter)
-    config, own, _ = _config_and_spec(folder)
+    config, own, spec = _checked(folder, adapter)
     with ExitStack() as opened:
         stored: Mapping[str, torch.Tensor] = _Stored(weight_files(folder), dtype, device, opened)
         if adapter is not None:

@@ -129,8 +129,8 @@ def check_files(config: DraftConfig, model: Path, policy: SkipPolicy) -> None:
             _check_branches(config.branches, heads.tokens)
         case DraftModelDraft():
             folder = resolve(config.model.path, config.model.revision)
-            check(folder, _folder(config.model.adapter))
-            _check_same_tokens(folder, read_spec(folder).vocab, model, read_spec(model).vocab)
+            spec = check(folder, _folder(config.model.adapter))
+            _check_same_tokens(folder, spec.vocab, model, read_spec(model).vocab)
         case RetrievalDraft():
             _corpus(config)
 
