@@ -77,10 +77,8 @@ class DraftModelDrafter(Drafter):
             self._pool = BlockPool(pages, self._cache.layout.page)
             self._stored.clear()
         for slot in [slot for slot, stored in self._stored.items() if stored.row.ended]:
-            blocks = self._stored.pop(slot).blocks
-            for block in blocks:
-                block.unclean = True  # its numbers may be not finite, and masked keys are read
-            self._pool.release(blocks)
+            stored = self._stored.pop(slot)
+            self._pool.give_back(stored.row, stored.blocks, unclean=True)  # masked keys are read
         clears, self._pool.unclean = self._pool.unclean, []
         self._cache.clear(clears)
 
