@@ -1,6 +1,6 @@
 """The slow, obvious forward: one sequence, no cache, no packing, one head at a time.
 
-Written from the spec alone and sharing no code with `rayskip.model.forward`, whose tests it judges.
+Written from the spec alone and sharing no code with `rayskip.model.decoder`, whose tests it judges.
 
 Shapes: T tokens, d hidden, D head dim, V vocabulary.
 """

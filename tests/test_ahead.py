@@ -16,7 +16,7 @@ from rayskip.data.records import Generation
 from rayskip.engine import Engine
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.model.ops import Ops, TokenBatch
 
 CPU = torch.device("cpu")

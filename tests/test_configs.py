@@ -17,7 +17,7 @@ from rayskip.decode.drafters import load_drafters
 from rayskip.driver.plan import Plan, make_plan
 from rayskip.errors import ModelError
 from rayskip.model.checkpoint import load, trained_policy
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.skip import full_depth, skip_policy
 from rayskip.tool_config import (
     BenchConfig,

@@ -17,16 +17,17 @@ from rayskip.cluster.replica import device_for
 from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError
-from rayskip.model import forward, varlen
+from rayskip.model import decoder as decoder_module
+from rayskip.model.backends.cuda import attention as varlen
+from rayskip.model.backends.cuda.attention import VarlenOps, varlen_ops
+from rayskip.model.backends.cuda.compiled import compile_pieces
+from rayskip.model.backends.cuda.graphs import GraphedLayers
 from rayskip.model.checkpoint import load, tensors_fingerprint
-from rayskip.model.compiled import compile_pieces
-from rayskip.model.forward import Decoder
-from rayskip.model.graphs import GraphedLayers
+from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
 from rayskip.model.medusa import MedusaLabel
 from rayskip.model.ops import Ops
 from rayskip.model.trained import save_trained
-from rayskip.model.varlen import VarlenOps, varlen_ops
 
 CPU = torch.device("cpu")
 DECODE: list[dict[str, Any]] = [
@@ -209,10 +210,10 @@ def test_where_flash_attention_cannot_run_torchs_attention_serves_and_the_reason
     tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, weights = load(tiny_llama("cuda", 0), torch.bfloat16, CPU)
-    monkeypatch.setattr(forward, "native_ops", varlen_ops)  # what a decoder asks on a GPU
-    decoder = Decoder(spec, weights)
-    assert decoder.ops.name == "torch"
-    (said,) = decoder.warnings
+    monkeypatch.setattr(decoder_module, "native_ops", varlen_ops)  # what a decoder asks on a GPU
+    model = Decoder(spec, weights)
+    assert model.ops.name == "torch"
+    (said,) = model.warnings
     assert "does not serve here" in said
     assert "FlashAttention has no float32" in (varlen_ops(spec, torch.float32, CPU).fallback or "")
     capped = replace(spec, attn_softcap=20.0)

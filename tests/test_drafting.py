@@ -39,7 +39,7 @@ from rayskip.engine import Engine
 from rayskip.errors import ConfigError, ModelError
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load, resolve, tensors_fingerprint
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
 from rayskip.model.medusa import MedusaLabel
 from rayskip.model.ops import Group, Ops, TokenBatch

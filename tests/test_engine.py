@@ -21,7 +21,7 @@ from rayskip.engine import Engine
 from rayskip.errors import RowError
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.model.ops import TokenBatch
 
 ROOT = Path(__file__).parent.parent

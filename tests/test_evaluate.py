@@ -27,7 +27,7 @@ from rayskip.evaluate.timing import format_timings
 from rayskip.evaluate.turns import EngineRun, run_in_turns
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.tool_config import BenchConfig, BenchPeer, SpecBenchConfig
 
 MODEL = {"path": "smollm2-135m-instruct"}

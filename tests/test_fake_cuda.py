@@ -35,7 +35,7 @@ from rayskip.cluster.replica import device_for
 from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
 from rayskip.engine import Engine
 from rayskip.model.checkpoint import load
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 
 class Counts(ctypes.Structure):
     _fields_ = [(name, ctypes.c_long) for name in ("violations", "waits", "graphs", "flash")]

@@ -26,8 +26,8 @@ from rayskip.config import EngineConfig, SamplingParams
 from rayskip.engine import Engine
 from rayskip.errors import ModelError
 from rayskip.model.checkpoint import load
+from rayskip.model.decoder import Decoder
 from rayskip.model.families import FAMILIES
-from rayskip.model.forward import Decoder
 from rayskip.model.ops import Ops
 
 SIZES: dict[str, Any] = {

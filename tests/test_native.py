@@ -18,15 +18,15 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from rayskip.errors import ModelError
-from rayskip.model import forward
+from rayskip.model import decoder as decoder_module
+from rayskip.model.backends.cpu import library as native
+from rayskip.model.backends.cpu.ops import highest, native_ops
+from rayskip.model.backends.cpu.product import BestOutput, best_output, native_product, rough_product
+from rayskip.model.backends.scores import Scores
 from rayskip.model.cache.kv_cache import Assignment, KVCache, Layout, Panels
 from rayskip.model.checkpoint import load
-from rayskip.model.forward import Decoder
-from rayskip.model.native import kernels as native
-from rayskip.model.native.ops import highest, native_ops
-from rayskip.model.native.product import BestOutput, best_output, native_product, rough_product
+from rayskip.model.decoder import Decoder
 from rayskip.model.ops import Group, Ops, Paths, TokenBatch
-from rayskip.model.scores import Scores
 from rayskip.model.spec import Dense, Norm, Rope, Spec
 
 CPU = torch.device("cpu")
@@ -295,7 +295,7 @@ def test_without_a_compiler_torch_serves(
 
 WITHOUT_TILES = """
 import ctypes, torch
-from rayskip.model.native.product import native_product
+from rayskip.model.backends.cpu.product import native_product
 from rayskip.model.spec import Dense
 
 class Stack(ctypes.Structure):
@@ -515,7 +515,7 @@ def test_a_decoder_packs_its_layers_if_they_are_not_large(
     config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     for most, packed in ((2 * 64 * (3 * 96 + 2 * 64 + 2 * 32), True), (100, False)):
-        monkeypatch.setattr(forward, "MOST_PACKED", most)
+        monkeypatch.setattr(decoder_module, "MOST_PACKED", most)
         decoder = Decoder(*load(tmp_path, torch.bfloat16, CPU))
         of_layers = [linear.native for layer in decoder.layers for linear in layer.linears]
         if None in of_layers or not of_layers[0].library.packed_rows():

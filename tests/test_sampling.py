@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 from rayskip.config import SamplingParams
 from rayskip.decode.randomness import uniform
 from rayskip.decode.sampling import Choice, Draw, choose, needs_logits
-from rayskip.model.scores import Scores, best_logits
+from rayskip.model.backends.scores import Scores, best_logits
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, -3.0])
 

@@ -20,7 +20,7 @@ from rayskip.config_file import load_config
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError
 from rayskip.model.checkpoint import load
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.model.ops import Ops
 from rayskip.skip import SkipPolicy, skip_policy
 from rayskip.train.examples import Example, collate

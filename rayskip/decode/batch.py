@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from rayskip.decode.sequence import Sequence
+from rayskip.model.backends.transfer import to_device
 from rayskip.model.cache.kv_cache import key_blocks
 from rayskip.model.ops import Group, Paths, TokenBatch
-from rayskip.model.transfer import to_device
 from rayskip.skip import SkipPolicy
 
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from rayskip.config import SamplingParams
 from rayskip.data.records import TokenLogprob
-from rayskip.model.scores import Scores
-from rayskip.model.transfer import ToHost, to_device
+from rayskip.model.backends.scores import Scores
+from rayskip.model.backends.transfer import ToHost, to_device
 
 NUCLEUS = 1024
 """Candidates sorted for top-p before the whole vocabulary is: a nucleus is rarely wider."""

@@ -32,7 +32,7 @@ from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sizes import choose_sizes
 from rayskip.errors import RowError
 from rayskip.model.checkpoint import load, resolve, trained_policy
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
 from rayskip.skip import skip_policy
 from rayskip.stats import Stats

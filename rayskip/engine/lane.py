@@ -29,12 +29,12 @@ from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict, draw, verify
 from rayskip.engine.scheduler import CacheShape, Scheduler, StepPlan, layer_order
 from rayskip.engine.sizes import Sizes
+from rayskip.model.backends.scores import Scores
+from rayskip.model.backends.transfer import to_device
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.clock import Stopwatch
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.model.ops import TokenBatch
-from rayskip.model.scores import Scores
-from rayskip.model.transfer import to_device
 from rayskip.skip import SkipPolicy
 from rayskip.stats import Stats
 

@@ -10,7 +10,7 @@ from rayskip.config import EngineConfig
 from rayskip.engine.memory import free_bytes
 from rayskip.model.cache.kv_cache import KEY_BLOCK, KVCache
 from rayskip.model.clock import greedy_seconds
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.model.ops import Group, TokenBatch
 from rayskip.skip import SkipPolicy
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rayskip.model.cache.kv_cache import KVCache, key_blocks
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.model.ops import Group, TokenBatch
 
 REPEATS = 3

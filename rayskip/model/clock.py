@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 
 from rayskip.model.cache.kv_cache import KVCache
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.model.ops import TokenBatch
 
 REPEATS = 3

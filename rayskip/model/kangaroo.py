@@ -17,16 +17,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rayskip.model.backends.cpu.draft import NativeDraft
+from rayskip.model.backends.cpu.library import LANES
+from rayskip.model.backends.cpu.product import RoughProduct
+from rayskip.model.backends.linear import Linear, rough_linear
+from rayskip.model.backends.transfer import to_device
 from rayskip.model.cache.kv_cache import KVCache
-from rayskip.model.forward import Decoder
-from rayskip.model.linear import Linear, rough_linear
-from rayskip.model.native.draft import NativeDraft
-from rayskip.model.native.kernels import LANES
-from rayskip.model.native.product import RoughProduct
+from rayskip.model.decoder import Decoder
 from rayskip.model.ops import TokenBatch, normalise
 from rayskip.model.spec import Dense, Layer, Norm
 from rayskip.model.trained import Label, check_shapes, load_trained
-from rayskip.model.transfer import to_device
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayskip.model.forward import Decoder
-from rayskip.model.linear import Linear, rough_linear
+from rayskip.model.backends.linear import Linear, rough_linear
+from rayskip.model.decoder import Decoder
 from rayskip.model.ops import normalise
 from rayskip.model.spec import Dense
 from rayskip.model.trained import Label, check_shapes, load_trained

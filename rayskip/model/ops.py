@@ -1,6 +1,6 @@
 """What a decoder computes between its matrix products, in plain torch: norms, activations, attention.
 
-Runs on every device, and is what the native CPU kernels (native/) are checked against. Attention reads keys
+Runs on every device, and is what the native CPU kernels (backends/cpu) are checked against. Attention reads keys
 in groups of rows of one shape, see `Group`.
 
 Shapes: N tokens, d hidden, Hq = Hkv * G query heads, D head dim, T key positions read.

@@ -41,7 +41,7 @@ from rayskip.decode.drafters.trial import Trials
 from rayskip.errors import ConfigError, ModelError
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import check, load, read_spec, resolve
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.model.kangaroo import Kangaroo, KangarooLabel, load_kangaroo
 from rayskip.model.medusa import MedusaLabel, load_medusa
 from rayskip.model.trained import find_trained, has_shipped

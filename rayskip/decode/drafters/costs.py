@@ -10,7 +10,7 @@ import torch
 
 from rayskip.model.cache.kv_cache import KVCache, key_blocks
 from rayskip.model.clock import greedy_seconds
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.model.ops import Group, TokenBatch
 
 CPU_MOST, GPU_MOST = 256, 4096

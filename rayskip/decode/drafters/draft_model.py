@@ -16,7 +16,7 @@ from rayskip.decode.drafters.drafter import MISSED, Drafter
 from rayskip.decode.sequence import Sequence
 from rayskip.model.cache.blocks import Block, BlockPool
 from rayskip.model.cache.kv_cache import Assignment, KVCache
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.skip import full_depth
 
 DRAFT_MODEL = "draft_model"

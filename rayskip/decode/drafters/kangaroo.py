@@ -22,7 +22,7 @@ from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
 from rayskip.errors import ConfigError
 from rayskip.model.cache.kv_cache import KVCache
-from rayskip.model.forward import Decoder
+from rayskip.model.decoder import Decoder
 from rayskip.model.kangaroo import Kangaroo
 from rayskip.skip import FOREVER, SkipPolicy, full_depth
 

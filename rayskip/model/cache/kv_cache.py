@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rayskip.model.backends.transfer import to_device
 from rayskip.model.spec import Spec
-from rayskip.model.transfer import to_device
 
 KEY_BLOCK = 64
 """Attention reads key positions in multiples of this. In torch, a sum over fewer than 16 positions takes
@@ -39,8 +39,8 @@ def key_blocks(length: int) -> int:
 
 @dataclass(frozen=True)
 class Panels:
-    """Positions as the kernels multiply them (native/heads.h). columns: whose keys lie side by side. depth: dims of
-    a key, and positions of values, whose products are added at once."""
+    """Positions as the kernels multiply them (backends/cpu/kernels/heads.h). columns: whose keys lie side by side.
+    depth: dims of a key, and positions of values, whose products are added at once."""
 
     columns: int
     depth: int

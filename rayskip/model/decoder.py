@@ -17,18 +17,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rayskip.model.backends.cpu import library
+from rayskip.model.backends.cpu.layers import NativeLayers, are_usual
+from rayskip.model.backends.cpu.ops import native_ops
+from rayskip.model.backends.cpu.product import BestOutput, best_output
+from rayskip.model.backends.cuda.attention import varlen_ops
+from rayskip.model.backends.cuda.compiled import compile_pieces
+from rayskip.model.backends.cuda.graphs import GraphedLayers, cuda_graphs
+from rayskip.model.backends.linear import Linear, row_rule
+from rayskip.model.backends.scores import Scores, best_logits
 from rayskip.model.cache.kv_cache import KVCache
-from rayskip.model.compiled import compile_pieces
-from rayskip.model.graphs import GraphedLayers, cuda_graphs
-from rayskip.model.linear import Linear, row_rule
-from rayskip.model.native import kernels
-from rayskip.model.native.layers import NativeLayers, are_usual
-from rayskip.model.native.ops import native_ops
-from rayskip.model.native.product import BestOutput, best_output
 from rayskip.model.ops import Ops, TokenBatch, normalise, softcap
-from rayskip.model.scores import Scores, best_logits
 from rayskip.model.spec import Layer, Rope, Spec, Weights
-from rayskip.model.varlen import varlen_ops
 
 MOST_PACKED = 2_000_000_000
 """Weights of all layers up to which they are kept a second time, in twelve bits each."""
@@ -98,7 +98,7 @@ class Decoder:
         Torch's operations take one where the products are the kernels': what is left to them is small, and a thread
         of torch's that has nothing to do spins on a core that a kernel's thread needs.
         """
-        kernels.use_threads(count)
+        library.use_threads(count)
         torch.set_num_threads(1 if self.head.native is not None else count)
 
     @contextmanager
@@ -109,7 +109,7 @@ class Decoder:
         try:
             yield
         finally:
-            kernels.use_threads(None)
+            library.use_threads(None)
             torch.set_num_threads(before)
 
     def first_layers(self, count: int) -> Decoder:

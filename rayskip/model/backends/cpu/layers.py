@@ -1,4 +1,4 @@
-"""A decoder's layers as one C call: see kernels.py.
+"""A decoder's layers as one C call: see library.py.
 
 A call runs without the interpreter, so lanes do not wait for each other between a layer's operations.
 """
@@ -12,10 +12,10 @@ from ctypes import c_int64
 
 from torch import Tensor
 
+from rayskip.model.backends.cpu.library import LANES, LayersTask, NativeLayer, Product, threads
+from rayskip.model.backends.cpu.ops import native_shape, native_step
+from rayskip.model.backends.cpu.product import NativeProduct
 from rayskip.model.cache.kv_cache import KVCache
-from rayskip.model.native.kernels import LANES, LayersTask, NativeLayer, Product, threads
-from rayskip.model.native.ops import native_shape, native_step
-from rayskip.model.native.product import NativeProduct
 from rayskip.model.ops import TokenBatch
 from rayskip.model.spec import Layer, Rope, Spec
 

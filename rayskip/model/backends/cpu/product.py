@@ -1,4 +1,4 @@
-"""Matrix products with C kernels, where kernels.c has products of its own: see kernels.py."""
+"""Matrix products with C kernels, where kernels.c has products of its own: see library.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayskip.model.native.kernels import DEFINES, Product, Rough, kernels, threads
-from rayskip.model.native.packing import PackedWeights, pack
+from rayskip.model.backends.cpu.library import DEFINES, Product, Rough, kernels, threads
+from rayskip.model.backends.cpu.packing import PackedWeights, pack
 from rayskip.model.spec import Dense
 
 HUGE = 1e15

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
+from rayskip.model.backends.transfer import to_device
 from rayskip.model.cache.kv_cache import KVCache, Layout
 from rayskip.model.ops import Group, Ops, TokenBatch
 from rayskip.model.spec import Rope, Spec
-from rayskip.model.transfer import to_device
 
 PAGE = 256
 """A page's positions are a multiple of this (FlashAttention 2)."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayskip.model.native.product import RoughProduct, native_product, rough_product
+from rayskip.model.backends.cpu.product import RoughProduct, native_product, rough_product
 from rayskip.model.spec import Dense
 
 TILE = 64

@@ -31,7 +31,7 @@ import torch
 from rayskip.errors import ModelError
 from rayskip.model.embedded import cache_root, publish
 
-SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
+SOURCES = sorted((Path(__file__).parent / "kernels").glob("*.[ch]"))
 """Headers and the one file to compile."""
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
@@ -239,7 +239,7 @@ def check_sizes(library: Library) -> None:
     for structure, size in zip(own, theirs, strict=True):
         if ctypes.sizeof(structure) != size:
             raise RuntimeError(
-                f"{structure.__name__} has {ctypes.sizeof(structure)} bytes in kernels.py and {size} in kernels.c"
+                f"{structure.__name__} has {ctypes.sizeof(structure)} bytes in library.py and {size} in kernels.c"
             )
 
 

@@ -1,4 +1,4 @@
-"""One step of Kangaroo's draft as one C call: see kernels.py.
+"""One step of Kangaroo's draft as one C call: see library.py.
 
 Each of its operations takes about as long as calling it does.
 """
@@ -11,10 +11,10 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
+from rayskip.model.backends.cpu.layers import NativeLayers
+from rayskip.model.backends.cpu.library import LANES, DraftTask
+from rayskip.model.backends.cpu.product import RoughProduct
 from rayskip.model.cache.kv_cache import KVCache
-from rayskip.model.native.kernels import LANES, DraftTask
-from rayskip.model.native.layers import NativeLayers
-from rayskip.model.native.product import RoughProduct
 from rayskip.model.ops import TokenBatch
 from rayskip.model.spec import Norm
 

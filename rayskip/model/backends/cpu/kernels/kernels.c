@@ -1,4 +1,4 @@
-/* CPU kernels of the forward. See kernels.py for the calls, by names without `rayskip_`.
+/* CPU kernels of the forward. See library.py for the calls, by names without `rayskip_`.
  *
  * Each row of each function is computed alone, in an order that nothing but the row decides, so results never
  * depend on batch mates. Sums run in float32; results are rounded once.
@@ -484,7 +484,7 @@ int rayskip_draft(DraftTask *task) {
 }
 #endif
 
-/* What kernels.py has structures of its own for, in its order. */
+/* What library.py has structures of its own for, in its order. */
 const int64_t rayskip_sizes[] = {sizeof(Shape),  sizeof(Step),
 #ifdef PRODUCTS
                                  sizeof(Product), sizeof(Rough), sizeof(Layer), sizeof(LayersTask), sizeof(DraftTask)

@@ -1,4 +1,4 @@
-"""The operations between the matrix products as C kernels, for CPU: see kernels.py."""
+"""The operations between the matrix products as C kernels, for CPU: see library.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from ctypes import c_int64
 import torch
 from torch import Tensor
 
+from rayskip.model.backends.cpu.library import DEFINES, LANES, Shape, Step, kernels, loaded
 from rayskip.model.cache.kv_cache import KVCache, Layout, Panels
-from rayskip.model.native.kernels import DEFINES, LANES, Shape, Step, kernels, loaded
 from rayskip.model.ops import Ops, TokenBatch
 from rayskip.model.spec import Norm, Rope, Spec
 

@@ -1,7 +1,7 @@
 """What the head says of a step's states: the highest logit of each, and all logits of those that need them.
 
-A row that takes the likeliest token needs no other: on CPU no other is stored (native/outputs.h), and for a few
-rows most are not computed (native/screen.h).
+A row that takes the likeliest token needs no other: on CPU no other is stored (cpu/kernels/outputs.h), and for a
+few rows most are not computed (cpu/kernels/screen.h).
 
 Shapes: R rows, V vocabulary, F of the rows with all logits.
 """
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayskip.model.native.ops import highest
-from rayskip.model.transfer import to_device
+from rayskip.model.backends.cpu.ops import highest
+from rayskip.model.backends.transfer import to_device
 
 BLOCK = 256
 """Logits that are taken together before one of them is looked for."""
