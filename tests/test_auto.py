@@ -1,17 +1,33 @@
-"""What `auto` decides by: costs, chances and the clock. Pure functions and counts, without a model."""
+"""What `auto` chooses for given prices and texts, by a clock that the tests wind. Without a model."""
 
 from __future__ import annotations
 
 import random
-from itertools import pairwise, product
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from itertools import product
+from typing import cast
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayskip.decode.drafters.auto import DRAFTING, Fortune, Rate, Rounds, round_pays
-from rayskip.decode.drafters.costs import StepCosts, marginal_chance, worth_verifying
-from rayskip.decode.drafters.trial import Trial, Trials
+from rayskip.config import AutoDraft, SamplingParams
+from rayskip.data.records import Prompt
+from rayskip.decode.batch import Chunk
+from rayskip.decode.draft import NEWEST, Draft
+from rayskip.decode.drafters.auto import AutoDrafter
+from rayskip.decode.drafters.copies import CopyChances
+from rayskip.decode.drafters.costs import StepCosts
+from rayskip.decode.drafters.drafter import Drafter
+from rayskip.decode.drafters.kangaroo import KANGAROO, KangarooDrafter
+from rayskip.decode.drafters.lookup import Copy
+from rayskip.decode.drafters.value import TRYING, Plan, Ratio, Savings, worth_verifying
+from rayskip.decode.sampling import Choice
+from rayskip.decode.sequence import Sequence
+from rayskip.decode.verify import verify
+from rayskip.model.cache.kv_cache import KVCache
 
 COSTS = st.lists(st.floats(0.001, 10), min_size=4, max_size=4).map(
     lambda steps: StepCosts((1, 4, 16, 64), tuple(sum(steps[: at + 1]) for at in range(4)))
@@ -21,19 +37,33 @@ CHANCES = st.lists(
     min_size=1,
     max_size=4,
 )
+FLAT = StepCosts((1, 256), (1.0, 1.01))
+"""Tokens are free."""
+STEEP = StepCosts((1, 256), (1.0, 256.0))
+"""A token more takes as long as one alone."""
 
 
 @given(CHANCES, COSTS, st.integers(0, 20))
 def test_the_budget_beats_every_other(chances: list[list[float]], costs: StepCosts, prompt: int) -> None:
-    base = len(chances) + prompt
+    plan = Plan(costs, len(chances), len(chances) + prompt)
 
     def rate(lengths: list[int]) -> float:
         gained = sum(sum(own[:length]) for own, length in zip(chances, lengths, strict=True))
-        return (len(chances) + gained) / costs(base + sum(lengths))
+        return (plan.gained + gained) / costs(plan.tokens + sum(lengths))
 
-    chosen = worth_verifying(chances, len(chances), costs, base)
     best = max(rate(list(lengths)) for lengths in product(*(range(len(own) + 1) for own in chances)))
-    assert rate(chosen) == pytest.approx(best)
+    assert rate(worth_verifying(chances, plan)) == pytest.approx(best)
+
+
+@given(COSTS, st.integers(1, 20), st.integers(0, 20), st.floats(0, 5), st.integers(0, 20), st.floats(0, 5))
+def test_a_loss_is_a_lower_rate(
+    costs: StepCosts, rows: int, prompt: int, gained: float, tokens: int, seconds: float
+) -> None:
+    plan = Plan(costs, rows, rows + prompt)
+    with_drafts = (rows + gained) / (costs(plan.tokens + tokens) + seconds)
+    loss = plan.plus(gained, tokens, seconds).loss(plan)
+    if abs(loss) > 1e-6:
+        assert (loss > 0) == (with_drafts < rows / plan.seconds)
 
 
 def test_costs_are_linear_in_between_and_beyond() -> None:
@@ -49,185 +79,255 @@ def test_costs_follow_what_forwards_take() -> None:
     assert costs.learn(4, 1e9)(4) < 7  # one hiccup moves little
 
 
-@pytest.mark.parametrize("drafting_gains", [1.3, 0.7])
-def test_the_faster_way_is_taken_and_the_other_tried_now_and_then(drafting_gains: float) -> None:
-    trial = Trial(8)
-
-    def take(steps: int, gains: float) -> list[bool]:
-        taken = []
-        for _ in range(steps):
-            taken.append(trial.choose())
-            trial.count(taken[-1], 10, 1 / gains if taken[-1] else 1.0)
-        return taken
-
-    faster = drafting_gains > 1
-    assert 950 < take(1000, drafting_gains).count(faster) < 990
-    assert take(3000, 1 / drafting_gains).count(faster) < 1200  # the machine has changed
+def test_free_tokens_are_verified_and_dear_ones_are_not() -> None:
+    assert worth_verifying([[0.5, 0.2, 0.1]], Plan(FLAT, 1, 1)) == [3]
+    assert worth_verifying([[0.5, 0.2, 0.1]], Plan(STEEP, 1, 1)) == [0]
+    assert worth_verifying([[0.9, 0.8], [0.3]], Plan(StepCosts((1, 64), (1.0, 30.0)), 2, 2)) == [2, 0]
 
 
-def test_the_slower_way_is_tried_less_often_each_time_that_it_is_slower_again() -> None:
-    trial, taken = Trial(8), []
-    for _ in range(4000):
-        taken.append(trial.choose())
-        trial.count(taken[-1], 10, 2.0 if taken[-1] else 1.0)
-    began = [step for step in range(1, 4000) if taken[step] and not taken[step - 1]]
-    pauses = [later - earlier for earlier, later in pairwise(began)]
-    assert began[0] < 0.6 * pauses[0] < 0.4 * pauses[1]
-    assert pauses[2] == pytest.approx(pauses[1], rel=0.02)  # but not ever more seldom
-
-
-def test_many_rows_are_drafted_for_later_and_if_it_pays() -> None:
-    for seconds, least, most in ((0.5, 2900, 3000), (1.5, 10, 60)):
-        trial, taken = Trial(64), []
-        for _ in range(4000):
-            taken.append(trial.choose())
-            trial.count(taken[-1], 10, seconds if taken[-1] else 1.0)
-        assert taken.index(True) > 1000
-        assert least < sum(taken) < most
-
-
-@pytest.mark.parametrize(("spread", "least", "most"), [(0.01, 1800, 2000), (3.0, 20, 1000)])
-def test_what_noise_may_have_done_does_not_begin_drafting(spread: float, least: int, most: int) -> None:
-    """Drafting gains a tenth; steps take between none and `spread` more."""
-    chance, drafted = random.Random(0), 0
-    for _ in range(10):
-        trial = Trial(8)
-        for _ in range(200):
-            drafting = trial.choose()
-            trial.count(drafting, 10, (1 if drafting else 1.1) * (1 + spread * chance.random()))
-            drafted += drafting
-    assert least < drafted < most
-
-
-def test_steps_that_do_not_count_go_on_as_before_and_begin_without_drafts() -> None:
-    trial = Trial(8)
-    assert not trial.choose(counts=False)
-    assert trial.choose()
-    trial.count(True, 10, 1.0)
-    assert trial.choose(counts=False)
-
-
-def test_a_lane_that_no_longer_counts_does_not_stay_in_the_slower_way() -> None:
-    trial = Trial(8)
-    assert trial.choose(0)
-    for _ in range(500):
-        drafting = trial.choose(1)
-        trial.count(drafting, 10, 2.0 if drafting else 1.0, 1)
-    assert not trial.choose(0, counts=False)
-
-
-@pytest.mark.parametrize("lanes", [1, 2, 16])
-def test_what_a_change_costs_at_first_does_not_count_against_a_way(lanes: int) -> None:
-    """Drafting gains 1.25 times as fast once a lane has caught up, on which its first step spends as much again."""
-    trials = Trials()
-    own = [trials.join() for _ in range(lanes)]
-    before = dict.fromkeys(own, False)
-    drafted = steps = 0
-    for _ in range(1500):
-        for lane in own:
-            drafting = trials.choose(4, lane, True)
-            catching_up = drafting and not before[lane]
-            seconds = (1.2 if drafting else 1.0) + catching_up
-            trials.count(4, drafting, 3 if drafting else 2, seconds, lane)
-            before[lane] = drafting
-            drafted, steps = drafted + drafting, steps + 1
-    assert drafted > 0.9 * steps
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_few_rows_whose_copies_come_in_bursts_are_drafted_for(rows: int) -> None:
-    """A draft costs a tenth; for 50 steps on end none holds, then for 50 each row gains three tokens a step."""
-    trials = Trials()
-    lane = trials.join()
-    drafted = 0
-    for step in range(4000):
-        drafting = trials.choose(rows, lane, True)
-        gained = 3 if drafting and step // 50 % 2 else 1
-        trials.count(rows, drafting, gained * rows, 1.1 if drafting else 1.0, lane)
-        drafted += drafting
-    assert drafted > 0.85 * 4000
-
-
-def _drafted_in_vain(steps: int, rows: int, lanes: int = 1) -> int:
-    """Steps of one of the lanes that draft, where that takes a tenth longer and gains nothing."""
-    trials = Trials()
-    lane = [trials.join() for _ in range(lanes)][-1]
-    drafted = 0
+@pytest.mark.parametrize("loss", [0.01, 0.1, 0.9])
+def test_trials_come_as_often_as_what_is_set_aside_pays_for(loss: float) -> None:
+    savings, done, steps = Savings(), 0, 4000
     for _ in range(steps):
-        drafting = trials.choose(rows, lane, True)
-        trials.count(rows, drafting, rows, 1.1 if drafting else 1.0, lane)
-        drafted += drafting
-    return drafted
+        savings.save(1.0)
+        done += savings.afford(loss)
+    assert TRYING * steps - 1 < done * loss <= TRYING * steps + 1e-6
+    assert savings.afford(-1)  # what gains needs none
+    for _ in range(steps):
+        savings.save(1.0)
+    assert not savings.afford(1.1)  # no more than a step is ever saved
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 16])
-def test_lanes_that_have_no_rows_are_not_waited_for(lanes: int) -> None:
-    assert _drafted_in_vain(6000, 1, lanes) < 0.2 * 6000
-
-
-@pytest.mark.parametrize("rows", [1, 2, 4])
-def test_few_rows_for_which_drafting_is_slower_are_seldom_drafted_for(rows: int) -> None:
-    assert 0 < _drafted_in_vain(8000, rows) < 0.13 * 8000
-
-
-def test_free_tokens_are_drafted_and_dear_ones_are_not() -> None:
-    free, dear = StepCosts((1, 64), (1.0, 1.01)), StepCosts((1, 64), (1.0, 64.0))
-    assert worth_verifying([[0.5, 0.2, 0.1]], 1, free, 1) == [3]
-    assert worth_verifying([[0.5, 0.2, 0.1]], 1, dear, 1) == [0]
-    assert worth_verifying([[0.9, 0.8], [0.3]], 2, StepCosts((1, 64), (1.0, 30.0)), 2) == [2, 0]
-
-
-def test_a_round_pays_when_it_gains_more_than_it_costs() -> None:
-    costs = StepCosts((1, 64), (1.0, 1.5))
-    assert round_pays(1, 0, 1, accepted=0.8, drafted=2, seconds=0.3, costs=costs)
-    assert not round_pays(1, 0, 1, accepted=0.2, drafted=2, seconds=0.3, costs=costs)
-    assert not round_pays(1, 63, 64, accepted=0.8, drafted=2, seconds=0.3, costs=costs)  # others wait for it
-
-
-def test_what_does_not_pay_is_tried_again_now_and_then() -> None:
-    rounds, costs = Rounds.expected(1, agreement=0.5, least=0.1, seconds=0.1), StepCosts((1, 64), (1.0, 1.5))
-    tried = []
+def test_counts_move_a_ratio_from_its_prior_and_fade() -> None:
+    ratio = Ratio()
+    assert ratio.given(0.3) == pytest.approx(0.3)
     for _ in range(400):
-        tried.append(rounds.worth_trying(1, 0, 1, 0.0, costs))
-        if tried[-1]:
-            rounds.count(1, drafted=3, seconds=5.0)
-    assert tried[0]
-    assert 5 <= sum(tried) <= 12
+        ratio.count(1)
+    assert ratio.given(0.3) > 0.9
+    for _ in range(400):
+        ratio.count(0)
+    assert ratio.given(0.3) < 0.1
+
+
+def _row(text: Seq[int]) -> Sequence:
+    """A row whose prompt is the text's first token, and that has generated the next."""
+    row = Sequence(0, Prompt(0, [text[0]], SamplingParams(), 0), 0, limit=9999, places=9999)
+    row.generated = list(text[1:2])
+    return row
+
+
+def test_a_copy_is_as_likely_as_such_copies_were_and_as_the_rows_own() -> None:
+    chances, lucky, unlucky = CopyChances(), _row([1]), _row([1])
+    for _ in range(100):
+        for row, token in ((lucky, 7), (unlucky, 8)):
+            told = chances.of(row, [Copy([7, 7], 2, 0), Copy([9, 9], 1, 0)])
+            row.generated.append(token)
+    fresh = chances.of(_row([1]), [Copy([7, 7], 2, 0), Copy([9, 9], 1, 0), Copy([7], 3, 0)])
+    assert fresh[0][0] == pytest.approx(0.5, abs=0.05)  # of either row half
+    assert fresh[1][0] < 0.05
+    assert 0.4 < fresh[2][0] < 0.5  # not seen: the prior
+    assert chances.of(lucky, [Copy([7, 7], 2, 0)])[0][0] > 0.9
+    assert chances.of(unlucky, [Copy([7, 7], 2, 0)])[0][0] < 0.2
+    assert told[0][0] >= told[0][1]
+
+
+class _Scripted(Drafter):
+    """In Kangaroo's place: drafts three tokens a row, of which `right` come, in so many seconds."""
+
+    share, agreement, most_tokens = 0.1, 0.5, 3
+
+    def __init__(
+        self, texts: Mapping[Sequence, Seq[int]], right: int, take: Callable[[float], None], seconds: float
+    ):
+        self.texts, self.right, self.take, self.seconds = texts, right, take, seconds
+        self.asked: list[list[Sequence]] = []
+
+    def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache, least: float = 0.0) -> None:
+        self.asked.append(list(rows))
+        self.take(self.seconds)
+        for row in rows:
+            coming = self.texts[row][row.length : row.length + 3]
+            row.draft.add_chain(
+                [token if at < self.right else -1 for at, token in enumerate(coming)], KANGAROO
+            )
+            row.draft_cached = row.length
+
+
+class _Machine:
+    """Runs rows along texts that are given, as a lane does; its clock goes on by what a forward truly costs, and a
+    look-up."""
+
+    def __init__(
+        self,
+        texts: Seq[Seq[int]],
+        told: StepCosts,
+        true: StepCosts | None = None,
+        look: float = 0.0,
+        right: int | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        """told: prices at start-up. look: seconds of a look-up. right, seconds: of Kangaroo's, see _Scripted; None:
+        there is none."""
+        self.texts = {_row(text): text for text in texts}
+        self.true, self.now = true or told, 0.0
+        self.kangaroo = None if right is None else _Scripted(self.texts, right, self.take, seconds)
+        config = AutoDraft(kind="auto")
+        self.drafter = AutoDrafter(
+            config, told, cast("KangarooDrafter | None", self.kangaroo), lambda: self.now
+        )
+        copies = self.drafter._copies._lookups.copies
+
+        def timed(row: Sequence, count: int) -> list[Copy]:
+            self.take(look)
+            return copies(row, count)
+
+        self.drafter._copies._lookups.copies = timed  # type: ignore[method-assign]
+        self.drafted: list[Draft] = []
+        self.forwards = 0.0
+
+    def take(self, seconds: float) -> None:
+        self.now += seconds
+
+    def run(self, steps: int) -> float:
+        """Tokens a row and step."""
+        before = sum(row.length for row in self.texts)
+        for _ in range(steps):
+            self.step()
+        return (sum(row.length for row in self.texts) - before) / steps / len(self.texts)
+
+    def step(self) -> None:
+        rows = list(self.texts)
+        chunks = [Chunk(row, row.length - 1, row.length) for row in rows]
+        self.drafter.draft(chunks, rows, cast("KVCache", None))
+        seconds = self.true(len(rows) + sum(len(row.draft) for row in rows))
+        self.forwards += seconds
+        self.take(seconds)
+        places = [(row, node) for row in rows for node in range(NEWEST, len(row.draft))]
+        depths = [0 if node == NEWEST else row.draft.depths[node] for row, node in places]
+        coming = (self.texts[row][row.length + at] for (row, _), at in zip(places, depths, strict=True))
+        verdicts = verify([Choice(token) for token in coming], places)
+        self.drafter.observe(verdicts, torch.empty(0))
+        for row, verdict in verdicts.items():
+            self.drafted.append(row.draft)
+            row.draft = Draft()
+            row.generated += [cast("int", choice.token_id) for choice in verdict.choices]
+
+
+def _copied(rows: int) -> list[list[int]]:
+    """Texts that repeat themselves every 40 tokens, each with its own."""
+    return [[100 * row + at % 40 for at in range(9000)] for row in range(rows)]
+
+
+def _new(rows: int) -> list[list[int]]:
+    """Texts of random tokens, of few enough that pairs and single ones return, and mislead."""
+    chance = random.Random(0)
+    return [[chance.randrange(60) for _ in range(2000)] for _ in range(rows)]
+
+
+CPU = StepCosts((1, 2, 4, 8, 16, 32, 64, 256), (1.0, 1.0, 1.05, 1.1, 1.3, 2.0, 3.5, 14.0))
+"""Up to eight tokens take about as long as one, and from sixteen on each as much as the one before."""
+
+
+def test_a_text_that_repeats_itself_is_copied_and_a_new_one_is_not() -> None:
+    copied, new = _Machine(_copied(1), CPU), _Machine(_new(1), StepCosts((1, 16, 256), (1.0, 2.0, 30.0)))
+    assert copied.run(200) > 10
+    assert new.run(300) < 1.1
+    assert sum(map(len, new.drafted[100:])) < 20
+
+
+def test_rows_of_a_batch_are_drafted_for_as_each_deserves() -> None:
+    machine = _Machine([*_copied(1), *_new(7)], CPU)
+    machine.run(150)
+    machine.drafted.clear()
+    machine.run(50)
+    assert sum(map(bool, machine.drafted[::8])) > 40
+    assert sum(len(draft) for at, draft in enumerate(machine.drafted) if at % 8) < 50
+
+
+@pytest.mark.parametrize("text", [_new, _copied])
+def test_where_a_token_costs_as_much_as_a_row_only_sure_ones_are_verified(
+    text: Callable[[int], list[list[int]]],
+) -> None:
+    machine = _Machine(text(4), StepCosts((1, 256), (1.0, 205.0)))
+    machine.run(150)
+    machine.drafted.clear()
+    machine.run(50)
+    assert (sum(map(len, machine.drafted)) > 100) == (text is _copied)
+
+
+@pytest.mark.parametrize("told", [(1.0, 1.01, 1.02, 1.03, 1.04), (1.0, 2.0, 4.0, 8.0, 16.0)])
+def test_prices_that_were_wrong_at_start_up_do_not_stay_wrong(told: tuple[float, ...]) -> None:
+    """Tokens were thought to be free and are dear, or the other way round: the clock tells."""
+    sizes, dear = (1, 2, 4, 8, 16), told[1] < 2
+    machine = _Machine(_new(2) if dear else _copied(2), StepCosts(sizes, told), true=STEEP if dear else FLAT)
+    machine.run(400)
+    machine.drafted.clear()
+    gained = machine.run(100)
+    assert sum(map(len, machine.drafted)) < 20 if dear else gained > 6
+
+
+@pytest.mark.parametrize(("text", "least", "most"), [(_new, 0.001, 0.006), (_copied, 0.02, 0.2)])
+def test_looking_up_in_vain_takes_no_more_than_is_set_aside(
+    text: Callable[[int], list[list[int]]], least: float, most: float
+) -> None:
+    """Look-ups for all of the 32 rows would take 7% of a step."""
+    machine = _Machine(text(32), CPU, look=0.005)
+    machine.run(100)
+    began, machine.forwards = machine.now, 0.0
+    machine.run(50)
+    assert least < 1 - machine.forwards / (machine.now - began) < most
 
 
 @pytest.mark.parametrize(
-    ("rows", "agreement", "late", "pays"),
-    [
-        (1, 0.5, 0.0, True),
-        (1, 0.05, 0.0, False),
-        (1, 0.5, 1.0, False),
-        (64, 0.5, 0.0, False),
-        (64, 0.9, 0.0, True),
-    ],
+    ("right", "seconds", "asked"), [(3, 0.1, True), (1, 0.1, True), (1, 2.0, False), (0, 0.1, False)]
 )
-def test_the_first_round_is_expected_to_go_as_the_adapters_label_says(
-    rows: int, agreement: float, late: float, pays: bool
+def test_kangaroo_is_asked_where_its_rounds_pay_and_else_seldom(
+    right: int, seconds: float, asked: bool
 ) -> None:
-    """A token more costs nearly nothing beside one row, and beside 64 half of what a row does."""
-    costs = StepCosts((1, 32, 64, 128), (1.0, 1.1, 2.0, 3.0))
-    least = marginal_chance(rows, rows, costs)
-    rounds = Rounds.expected(rows, agreement, least, seconds=DRAFTING * costs(rows))
-    assert rounds.worth_trying(rows, 0, rows, late, costs) == pays
+    machine = _Machine(_new(1), CPU, right=right, seconds=seconds)
+    assert machine.kangaroo is not None
+    machine.run(200)
+    machine.kangaroo.asked.clear()
+    machine.run(500)
+    share = len(machine.kangaroo.asked) / 500
+    assert share > 0.95 if asked else 0 < share < 0.15
 
 
-def test_a_rows_fortune_bends_what_is_expected_of_it() -> None:
-    lucky, unlucky = Fortune(), Fortune()
-    assert lucky.factor == 1
-    for _ in range(50):
-        lucky.count(True, 0.5)
-        unlucky.count(False, 0.5)
-    assert lucky.factor > 1.5
-    assert unlucky.factor < 0.4
+def test_kangaroo_is_asked_for_the_rows_without_sure_copies() -> None:
+    machine = _Machine([*_copied(1), *_new(1)], CPU, right=3, seconds=0.1)
+    assert machine.kangaroo is not None
+    copied, new = machine.texts
+    machine.run(100)
+    assert machine.kangaroo.asked[-1] == [new]
+    machine.kangaroo.asked.clear()
+    machine.texts = {copied: machine.texts[copied]}
+    machine.run(30)
+    assert len(machine.kangaroo.asked) < 3
 
 
-def test_counts_move_a_rate_from_its_prior() -> None:
-    rate = Rate()
-    assert rate.given(0.3) == pytest.approx(0.3)
-    for _ in range(200):
-        rate.count(True)
-    assert rate.given(0.3) > 0.9
+def test_a_round_for_which_a_full_batch_would_wait_too_long_is_not_run() -> None:
+    machine = _Machine(_new(64), CPU, right=3, seconds=2.0)
+    assert machine.kangaroo is not None
+    machine.run(30)
+    assert not machine.kangaroo.asked
+
+
+def test_what_a_row_has_missed_is_part_of_a_rounds_price() -> None:
+    machine = _Machine(_new(1), CPU, right=3, seconds=0.1)
+    assert machine.kangaroo is not None
+    (row,) = machine.texts
+    row.draft_cached, row.limit = -9000, 40
+    machine.run(10)
+    assert not machine.kangaroo.asked
+    row.draft_cached, row.limit = row.length, 9999
+    machine.run(10)
+    assert machine.kangaroo.asked
+
+
+def test_a_step_without_drafts_is_taken_now_and_then() -> None:
+    """Or the price of one would not be known any more."""
+    machine = _Machine(_copied(1), CPU)
+    machine.run(50)
+    machine.drafted.clear()
+    machine.run(200)
+    assert 0 < sum(not draft for draft in machine.drafted) < 10

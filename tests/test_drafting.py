@@ -23,13 +23,14 @@ from rayskip.data.records import Generation, Prompt
 from rayskip.decode.batch import Chunk
 from rayskip.decode.draft import NEWEST, Draft
 from rayskip.decode.drafters import check_files, kangaroo
-from rayskip.decode.drafters.auto import AutoDrafter, Rounds
+from rayskip.decode.drafters.auto import AutoDrafter
 from rayskip.decode.drafters.costs import StepCosts
 from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.drafters.lookup import Copy, Index
 from rayskip.decode.drafters.none import NoDrafter
 from rayskip.decode.drafters.retrieval import Store
-from rayskip.decode.drafters.trial import Trials
+from rayskip.decode.drafters.rounds import Beliefs
+from rayskip.decode.drafters.value import Ratio
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
 from rayskip.driver.identity import differences
@@ -401,16 +402,17 @@ def test_auto_goes_from_copies_to_kangaroo_to_nothing_and_back(folder: Path) -> 
     drafters = [lane._drafter for lane in engine._lanes]
     for drafter in drafters:
         assert isinstance(drafter, AutoDrafter)
-        drafter._trials = _AlwaysDraft()  # else it may stop for good, by the clock
+        assert drafter._rounds is not None
     for prompt in prompts:
         engine.add(prompt, params)
     found, step = {}, 0
     while engine.has_work:
         for drafter in drafters:
             drafter._costs = free if step // 4 % 2 else dear
-            drafter._rounds.clear()
+            drafter._rounds._beliefs.clear()
             if step // 8 % 2:  # as if Kangaroo had been tried and found wanting
-                drafter._rounds.update({bits: Rounds(9, 9, 9, 0, 1e9) for bits in range(8)})
+                slow = {bits: Beliefs(seconds=Ratio(1e9, 9)) for bits in range(8)}
+                drafter._rounds._beliefs.update(slow)
         found.update({done.request_id: done.generations for done in engine.step()})
         step += 1
     assert _outcomes([found[index] for index in range(len(prompts))]) == expected
@@ -610,14 +612,6 @@ def test_lookup_goes_on_in_circles() -> None:
     assert Index(2, 1).copies(_row([4, 1, 2, 1, 2], []), 5) == [Copy([1, 2, 1, 2, 1], 2, 0)]
 
 
-class _AlwaysDraft(Trials):
-    def choose(self, rows: int, lane: int, counts: bool) -> bool:
-        return True
-
-    def count(self, rows: int, drafting: bool, tokens: int, seconds: float, lane: int) -> None:
-        pass
-
-
 @pytest.mark.parametrize("kind", ["kangaroo", "auto", "draft_model"])
 def test_long_texts_are_caught_up_on_piece_by_piece(
     folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
@@ -630,7 +624,6 @@ def test_long_texts_are_caught_up_on_piece_by_piece(
     for lane in engine._lanes:
         if isinstance(lane._drafter, AutoDrafter):
             lane._drafter._costs = StepCosts((1, 64), (1.0, 1.01))
-            lane._drafter._trials = _AlwaysDraft()
     assert _outcomes(engine.generate(prompts, params)) == _outcomes(plain)
     assert engine.take_stats().drafted_by[kind if kind == "draft_model" else "kangaroo"] > 0
 
@@ -643,7 +636,6 @@ def test_auto_asks_kangaroo_only_where_its_tokens_may_pay(
     for lane in engine._lanes:
         assert isinstance(lane._drafter, AutoDrafter)
         lane._drafter._costs = StepCosts((1, 64), (1.0, seconds_of_64))
-        lane._drafter._trials = _AlwaysDraft()
     engine.generate([list(range(3, 12)), list(range(20, 30))], SamplingParams(max_tokens=20, ignore_eos=True))
     assert ("kangaroo" in engine.take_stats().drafted_by) is asked
 

@@ -37,7 +37,6 @@ from rayskip.decode.drafters.lookup import LookupDrafter
 from rayskip.decode.drafters.medusa import MedusaDrafter
 from rayskip.decode.drafters.none import NoDrafter
 from rayskip.decode.drafters.retrieval import RetrievalDrafter, Store
-from rayskip.decode.drafters.trial import Trials
 from rayskip.errors import ConfigError, ModelError
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import check, load, read_spec, resolve
@@ -106,10 +105,9 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
                 widest = 1 + config.tokens + most_drafted(config.gamma, config.branches)
                 return measure_costs(decoder, threads, rows, rows * widest)
 
-            trials = Trials()
             return Drafters(
                 lambda threads, rows: AutoDrafter(
-                    config, costs(threads, rows), None if beside is None else own(config, beside), trials
+                    config, costs(threads, rows), None if beside is None else own(config, beside)
                 ),
                 KANGAROO_LAYERS if beside else 0,
             )

@@ -1,10 +1,10 @@
-"""What a step costs on this machine, measured, and what is worth verifying at that price."""
+"""What a step costs on this machine: measured at start-up, and corrected by every step since."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Sequence as Seq
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -19,8 +19,8 @@ LENGTH = 128
 """Positions in the cache while it is, or as many as the model has."""
 LEARNED, OUTLIER = 0.05, 3.0
 """Share of a later forward's time that is believed, and how many times more or less than expected it may be."""
-MARGIN = 8
-"""Tokens over which the price of one more is taken: a single one costs less than the clock can tell."""
+FAR = 0.5
+"""Share of that for forwards of other sizes: some of what it tells is of the machine, some of its size."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,40 @@ class StepCosts:
     seconds: tuple[float, ...]
 
     def learn(self, tokens: int, seconds: float) -> StepCosts:
-        """The same, a little closer to a forward that took so long: a machine is not always as at start-up."""
+        """The same, a little closer to a forward that took so long, and most so near its size: a machine is not
+        always as at start-up, and what surrounds forwards has its price too."""
         off = min(max(seconds / self(tokens), 1 / OUTLIER), OUTLIER) - 1
-        return StepCosts(self.tokens, tuple(own * (1 + LEARNED * off) for own in self.seconds))
+        at, share = self._place(tokens)
+        nearness = {at - 1: 1 - share, at: min(share, 1.0)}
+        return StepCosts(
+            self.tokens,
+            tuple(
+                own * (1 + LEARNED * off * max(nearness.get(point, 0.0), FAR))
+                for point, own in enumerate(self.seconds)
+            ),
+        )
 
     @property
     def each(self) -> float:
         """Seconds that one token more costs in a large forward."""
         return (self.seconds[-1] - self.seconds[-2]) / (self.tokens[-1] - self.tokens[-2])
 
-    def __call__(self, tokens: int) -> float:
+    def least_each(self, tokens: float) -> float:
+        """Seconds that one token more costs at least, in a forward of more than `tokens`."""
+        first = min(max(bisect_right(self.tokens, tokens), 1), len(self.tokens) - 1)
+        points = list(zip(self.tokens, self.seconds, strict=True))[first - 1 :]
+        return min((after[1] - at[1]) / (after[0] - at[0]) for at, after in pairwise(points))
+
+    def __call__(self, tokens: float) -> float:
+        at, share = self._place(tokens)
+        return self.seconds[at - 1] + share * (self.seconds[at] - self.seconds[at - 1])
+
+    def _place(self, tokens: float) -> tuple[int, float]:
+        """The point from which on so many tokens are, or the last, and their share of the way to it from the one
+        before: more than 1 beyond the last."""
         at = min(max(bisect_left(self.tokens, tokens), 1), len(self.tokens) - 1)
         left, right = self.tokens[at - 1], self.tokens[at]
-        share = (tokens - left) / (right - left)
-        return self.seconds[at - 1] + share * (self.seconds[at] - self.seconds[at - 1])
+        return at, (tokens - left) / (right - left)
 
 
 def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepCosts:
@@ -71,31 +91,3 @@ def _seconds(decoder: Decoder, cache: KVCache, count: int, length: int) -> float
         torch.zeros_like(index), positions, slots, [Group(0, 1, slots, key_blocks(length))], index
     )
     return greedy_seconds(decoder, batch, cache)
-
-
-def worth_verifying(chances: Seq[Seq[float]], rows: int, costs: StepCosts, base: int) -> list[int]:
-    """How much of each draft to verify, so that expected tokens per second are most.
-
-    chances[i][j]: probability that draft i's tokens up to j all hold, so descending in j; a row's drafts begin with
-    different tokens. rows: that gain a token anyway. base: tokens that run anyway. Tokens are added by falling
-    chance, over all drafts (TETRIS, arXiv 2502.15197).
-    """
-    order = sorted(
-        ((chance, draft, at) for draft, own in enumerate(chances) for at, chance in enumerate(own)),
-        key=lambda item: (-item[0], item[2], item[1]),
-    )
-    gained = float(rows)
-    best, best_count = gained / costs(base), 0
-    for count, (chance, _, _) in enumerate(order, 1):
-        gained += chance
-        if (rate := gained / costs(base + count)) > best:
-            best, best_count = rate, count
-    lengths = [0] * len(chances)
-    for _, draft, at in order[:best_count]:
-        lengths[draft] = max(lengths[draft], at + 1)
-    return lengths
-
-
-def marginal_chance(gained: float, base: int, costs: StepCosts) -> float:
-    """Chance of holding that pays for one token more in a forward of `base` tokens, which gains `gained`."""
-    return gained * (costs(base + MARGIN) - costs(base)) / MARGIN / costs(base)
