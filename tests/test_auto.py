@@ -45,14 +45,18 @@ STEEP = StepCosts((1, 256), (1.0, 256.0))
 
 @given(CHANCES, COSTS, st.integers(0, 20))
 def test_the_budget_beats_every_other(chances: list[list[float]], costs: StepCosts, prompt: int) -> None:
-    plan = Plan(costs, len(chances), len(chances) + prompt)
+    rows = len(chances)
+    plan = Plan.of_nothing(costs, rows, rows + prompt)
 
-    def rate(lengths: list[int]) -> float:
+    def rate(lengths: Seq[int]) -> float:
         gained = sum(sum(own[:length]) for own, length in zip(chances, lengths, strict=True))
-        return (plan.gained + gained) / costs(plan.tokens + sum(lengths))
+        besides_prompts = costs(rows + prompt + sum(lengths)) - costs(rows + prompt) + costs(rows)
+        return (rows + gained) / besides_prompts
 
-    best = max(rate(list(lengths)) for lengths in product(*(range(len(own) + 1) for own in chances)))
-    assert rate(worth_verifying(chances, plan)) == pytest.approx(best)
+    chosen = worth_verifying(chances, plan)
+    every = product(*(range(len(own) + 1) for own in chances))
+    assert any(chosen) == any(chances)
+    assert rate(chosen) == pytest.approx(max(map(rate, filter(any, every)), default=rate(chosen)))
 
 
 @given(COSTS, st.integers(1, 20), st.integers(0, 20), st.floats(0, 5), st.integers(0, 20), st.floats(0, 5))
@@ -71,18 +75,32 @@ def test_costs_are_linear_in_between_and_beyond() -> None:
     assert [costs(tokens) for tokens in (1, 2, 3, 4, 6)] == [1.0, 1.5, 2.0, 2.5, 3.5]
 
 
-def test_costs_follow_what_forwards_take() -> None:
-    costs = StepCosts((1, 4, 16), (1.0, 2.0, 4.0))
+def test_costs_follow_what_forwards_take_most_so_near_their_size() -> None:
+    told = costs = StepCosts((1, 4, 16), (1.0, 2.0, 4.0))
     for _ in range(300):
         costs = costs.learn(4, 6.0)
-    assert costs.seconds == pytest.approx((3, 6, 12), rel=0.01)
+    assert costs(4) == pytest.approx(6, rel=0.01)
+    assert 2 < costs(1) / told(1) < 2.9
+    assert costs(16) / told(16) == pytest.approx(costs(1) / told(1))
+    for size in (1, 4, 16) * 300:
+        costs = costs.learn(size, 3 * told(size))
+    assert costs.seconds == pytest.approx((3, 6, 12), rel=0.03)
     assert costs.learn(4, 1e9)(4) < 7  # one hiccup moves little
 
 
-def test_free_tokens_are_verified_and_dear_ones_are_not() -> None:
+def test_free_tokens_are_verified_and_of_dear_ones_the_likeliest_at_most() -> None:
     assert worth_verifying([[0.5, 0.2, 0.1]], Plan(FLAT, 1, 1)) == [3]
-    assert worth_verifying([[0.5, 0.2, 0.1]], Plan(STEEP, 1, 1)) == [0]
+    assert worth_verifying([[0.5, 0.2, 0.1], [0.6]], Plan(STEEP, 1, 1)) == [0, 1]
+    assert worth_verifying([[0.5, 0.2, 0.1]], Plan(StepCosts((1, 2, 4), (1.0, 1.1, 9.0)), 1, 1)) == [1]
     assert worth_verifying([[0.9, 0.8], [0.3]], Plan(StepCosts((1, 64), (1.0, 30.0)), 2, 2)) == [2, 0]
+
+
+def test_a_prompt_beside_the_rows_makes_their_tokens_worth_no_more() -> None:
+    """Though it makes the step so long that a token more is hardly felt."""
+    for tokens in (4, 200):
+        nothing = Plan.of_nothing(STEEP, 4, tokens)
+        assert nothing.each == 1
+        assert nothing.plus(0.9, 1).loss(nothing) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("loss", [0.01, 0.1, 0.9])
@@ -92,10 +110,14 @@ def test_trials_come_as_often_as_what_is_set_aside_pays_for(loss: float) -> None
         savings.save(1.0)
         done += savings.afford(loss)
     assert TRYING * steps - 1 < done * loss <= TRYING * steps + 1e-6
-    assert savings.afford(-1)  # what gains needs none
+    assert savings.afford(-1, debt=9)  # what gains needs none
     for _ in range(steps):
         savings.save(1.0)
     assert not savings.afford(1.1)  # no more than a step is ever saved
+    assert savings.afford(0.5, debt=3)
+    for _ in range(steps // 4):
+        savings.save(1.0)
+    assert not savings.afford(0.1)
 
 
 def test_counts_move_a_ratio_from_its_prior_and_fade() -> None:
@@ -126,7 +148,7 @@ def test_a_copy_is_as_likely_as_such_copies_were_and_as_the_rows_own() -> None:
     assert fresh[0][0] == pytest.approx(0.5, abs=0.05)  # of either row half
     assert fresh[1][0] < 0.05
     assert 0.4 < fresh[2][0] < 0.5  # not seen: the prior
-    assert chances.of(lucky, [Copy([7, 7], 2, 0)])[0][0] > 0.9
+    assert chances.of(lucky, [Copy([7, 7], 2, 0)])[0][0] > 0.8
     assert chances.of(unlucky, [Copy([7, 7], 2, 0)])[0][0] < 0.2
     assert told[0][0] >= told[0][1]
 
@@ -221,7 +243,7 @@ def _copied(rows: int) -> list[list[int]]:
 def _new(rows: int) -> list[list[int]]:
     """Texts of random tokens, of few enough that pairs and single ones return, and mislead."""
     chance = random.Random(0)
-    return [[chance.randrange(60) for _ in range(2000)] for _ in range(rows)]
+    return [[chance.randrange(60) for _ in range(3000)] for _ in range(rows)]
 
 
 CPU = StepCosts((1, 2, 4, 8, 16, 32, 64, 256), (1.0, 1.0, 1.05, 1.1, 1.3, 2.0, 3.5, 14.0))
@@ -255,7 +277,7 @@ def test_where_a_token_costs_as_much_as_a_row_only_sure_ones_are_verified(
     assert (sum(map(len, machine.drafted)) > 100) == (text is _copied)
 
 
-@pytest.mark.parametrize("told", [(1.0, 1.01, 1.02, 1.03, 1.04), (1.0, 2.0, 4.0, 8.0, 16.0)])
+@pytest.mark.parametrize("told", [(1.0, 1.01, 1.02, 1.03, 1.04), (1.0, 1.4, 2.2, 3.8, 7.0)])
 def test_prices_that_were_wrong_at_start_up_do_not_stay_wrong(told: tuple[float, ...]) -> None:
     """Tokens were thought to be free and are dear, or the other way round: the clock tells."""
     sizes, dear = (1, 2, 4, 8, 16), told[1] < 2
@@ -263,7 +285,7 @@ def test_prices_that_were_wrong_at_start_up_do_not_stay_wrong(told: tuple[float,
     machine.run(400)
     machine.drafted.clear()
     gained = machine.run(100)
-    assert sum(map(len, machine.drafted)) < 20 if dear else gained > 6
+    assert sum(map(len, machine.drafted)) < 20 if dear else gained > 14
 
 
 @pytest.mark.parametrize(("text", "least", "most"), [(_new, 0.001, 0.006), (_copied, 0.02, 0.2)])
@@ -279,18 +301,19 @@ def test_looking_up_in_vain_takes_no_more_than_is_set_aside(
 
 
 @pytest.mark.parametrize(
-    ("right", "seconds", "asked"), [(3, 0.1, True), (1, 0.1, True), (1, 2.0, False), (0, 0.1, False)]
+    ("right", "seconds", "least", "most"),
+    [(3, 0.1, 0.95, 1), (1, 0.1, 0.95, 1), (1, 1.5, 0.001, 0.05), (0, 0.1, 0.001, 0.05), (1, 3.0, 0, 0.005)],
 )
 def test_kangaroo_is_asked_where_its_rounds_pay_and_else_seldom(
-    right: int, seconds: float, asked: bool
+    right: int, seconds: float, least: float, most: float
 ) -> None:
+    """The less a round loses, the more often it is tried; seldom if at all where it loses more than a step."""
     machine = _Machine(_new(1), CPU, right=right, seconds=seconds)
     assert machine.kangaroo is not None
-    machine.run(200)
+    machine.run(100)
     machine.kangaroo.asked.clear()
-    machine.run(500)
-    share = len(machine.kangaroo.asked) / 500
-    assert share > 0.95 if asked else 0 < share < 0.15
+    machine.run(600)
+    assert least <= len(machine.kangaroo.asked) / 600 <= most
 
 
 def test_kangaroo_is_asked_for_the_rows_without_sure_copies() -> None:
@@ -329,5 +352,5 @@ def test_a_step_without_drafts_is_taken_now_and_then() -> None:
     machine = _Machine(_copied(1), CPU)
     machine.run(50)
     machine.drafted.clear()
-    machine.run(200)
+    machine.run(500)
     assert 0 < sum(not draft for draft in machine.drafted) < 10

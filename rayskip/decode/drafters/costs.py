@@ -19,8 +19,8 @@ LENGTH = 128
 """Positions in the cache while it is, or as many as the model has."""
 LEARNED, OUTLIER = 0.05, 3.0
 """Share of a later forward's time that is believed, and how many times more or less than expected it may be."""
-FAR = 0.5
-"""Share of that for forwards of other sizes: some of what it tells is of the machine, some of its size."""
+FAR = 0.9
+"""Share of that for forwards of other sizes: most of what it tells is of the machine, some of its size."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from rayskip.decode.batch import Chunk
-from rayskip.decode.drafters.drafter import States
+from rayskip.decode.drafters.drafter import MISSED, States
 from rayskip.decode.drafters.kangaroo import KANGAROO, KangarooDrafter
 from rayskip.decode.drafters.value import Plan, Ratio, Savings
 from rayskip.decode.sequence import Sequence
@@ -64,11 +64,11 @@ class Rounds:
         }
         seconds = beliefs.seconds.given(DRAFTING * plan.seconds)
         with_round = plan.plus(sum(rows.values()) * accepted, len(rows) * drafted, seconds)
-        # what a row has missed it computes once, for the tokens that it has left; a trial may be all that comes of it
-        missed = {row: row.missed * self._kangaroo.share * plan.costs.each for row in rows}
-        loss = with_round.loss(plan)
-        pays = loss + sum(late / row.draft_room for row, late in missed.items()) <= 0
-        if not rows or not (pays or self._asking.afford(max(loss, 0.0) + sum(missed.values()))):
+        # what a row has missed it computes once, for the tokens that it has left; a trial may be all that comes
+        missed = self._kangaroo.share * plan.costs.each
+        spread = sum(row.missed / row.draft_room for row in rows) * missed
+        at_once = min(sum(row.missed for row in rows), MISSED) * missed
+        if not rows or not self._asking.afford(with_round.loss(plan) + spread, at_once):
             return None
         return Round(rows, least, with_round, beliefs)
 

@@ -88,27 +88,32 @@ class Savings:
         """Before a step that takes so long."""
         self._seconds = min(self._seconds + TRYING * step, step)
 
-    def afford(self, loss: float) -> bool:
-        """Whether to do what loses so many seconds, which are then spent; what loses none needs no savings."""
-        if loss > max(self._seconds, 0.0):
+    def afford(self, loss: float, debt: float = 0.0) -> bool:
+        """Whether to do what loses so many seconds, which are then spent, and some more that are paid back before
+        the next trial; what loses none needs no savings."""
+        if loss <= 0:
+            return True
+        if loss > self._seconds:
             return False
-        self._seconds -= max(loss, 0.0)
+        self._seconds -= loss + debt
         return True
 
 
 def worth_verifying(chances: Seq[Seq[float]], plan: Plan) -> list[int]:
-    """How much of each draft to verify beside what the plan has, a token at least, so that expected tokens per
-    second are most; nothing where no token can pay, however many.
+    """How much of each draft to verify beside what the plan has, so that expected tokens per second are most; the
+    likeliest token at least, also where none pays.
 
     chances[i][j]: probability that draft i's tokens up to j all hold, so descending in j; a row's drafts begin with
     different tokens. Tokens are added by falling chance, over all drafts (TETRIS, arXiv 2502.15197).
     """
-    never = plan.costs.least_each(plan.tokens) / plan.each
+    likeliest = max((own[0] for own in chances if own), default=0.0)
+    # with less a token pays nowhere
+    needed = min(plan.costs.least_each(plan.tokens) / plan.each, likeliest)
     order = sorted(
         (
             (chance, draft, at)
             for draft, own in enumerate(chances)
-            for at, chance in enumerate(takewhile(lambda chance: chance > never, own))
+            for at, chance in enumerate(takewhile(lambda chance: chance >= needed, own))
         ),
         key=lambda item: (-item[0], item[2], item[1]),
     )
