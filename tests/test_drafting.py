@@ -37,12 +37,15 @@ from rayskip.driver.plan import make_plan
 from rayskip.driver.records import JobRecord
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, ModelError
+from rayskip.model.backends.base import DraftStep
+from rayskip.model.backends.cpu.draft import CpuDraftStep
+from rayskip.model.backends.torch import TorchBackend
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load, resolve, tensors_fingerprint
 from rayskip.model.decoder import Decoder
 from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
 from rayskip.model.medusa import MedusaLabel
-from rayskip.model.ops import Group, Ops, TokenBatch
+from rayskip.model.token_batch import Span, TokenBatch
 from rayskip.model.trained import save_trained
 from rayskip.skip import full_depth, skip_policy
 
@@ -173,7 +176,9 @@ def test_torchs_operations_follow_branches_too(folder: Path, kind: str) -> None:
     found = []
     for draft in ({"kind": "none"}, _draft(kind, folder)):
         spec, weights = load(folder, torch.bfloat16, torch.device("cpu"))
-        decoder = Decoder(spec, weights, Ops(spec), folder)
+        decoder = Decoder(
+            spec, weights, TorchBackend(spec, weights.embed.dtype, weights.embed.device), folder
+        )
         decode = DecodeConfig.model_validate({"draft": draft})
         engine = Engine(decoder, None, EngineConfig(max_batch_rows=5), decode)
         found.append(_outcomes(engine.generate(_prompts(), params)))
@@ -194,7 +199,12 @@ def test_branches_inside_a_window(native: bool, tmp_path: Path) -> None:
     params, found = SamplingParams(max_tokens=40, ignore_eos=True), []
     for draft in ({"kind": "none"}, _draft("kangaroo tree of 3", tmp_path)):
         spec, weights = load(tmp_path, torch.bfloat16, torch.device("cpu"))
-        decoder = Decoder(spec, weights, None if native else Ops(spec), tmp_path)
+        decoder = Decoder(
+            spec,
+            weights,
+            None if native else TorchBackend(spec, weights.embed.dtype, weights.embed.device),
+            tmp_path,
+        )
         decode = DecodeConfig.model_validate({"draft": draft})
         engine = Engine(decoder, None, EngineConfig(max_batch_rows=5), decode)
         found.append(_outcomes(engine.generate(_prompts(), params)))
@@ -207,7 +217,7 @@ def test_a_draft_that_is_not_finite_harms_no_row(folder: Path, native: bool) -> 
     """A token that the model never chooses has no finite states; a drafter proposes it all the same."""
     prompts, params = _prompts(), SamplingParams(max_tokens=20, ignore_eos=True)
     spec, weights = load(folder, torch.bfloat16, torch.device("cpu"))
-    ops = None if native else Ops(spec)
+    ops = None if native else TorchBackend(spec, weights.embed.dtype, weights.embed.device)
     plain = Decoder(spec, weights, ops, folder)
     expected = Engine(plain, None, EngineConfig(max_batch_rows=5)).generate(prompts, params)
     used = {token for prompt in prompts for token in prompt}
@@ -490,21 +500,23 @@ def test_a_damaged_adapter_and_the_folder_above_one_are_named(folder: Path, tmp_
 def test_a_drafts_step_as_one_call_does_what_its_operations_do(folder: Path) -> None:
     decoder = Decoder(*load(folder, torch.bfloat16, torch.device("cpu")), folder=folder)
     whole = load_kangaroo(decoder, folder / "adapter")
-    if whole._native is None:
+    if not isinstance(whole._draft, CpuDraftStep):
         pytest.skip("a library's products are used on this processor")
     apart = copy(whole)
-    apart._native = None
-    slots, index = torch.tensor([2, 0]), torch.arange(10)
+    apart._draft = DraftStep(
+        *(getattr(whole._draft, name) for name in ("layers", "exit_layer", "adapter", "head"))
+    )
+    table_rows, index = torch.tensor([2, 0]), torch.arange(10)
     ids = torch.randint(VOCAB, (10,), generator=torch.Generator().manual_seed(0))
-    groups = [Group(0, 5, slots, 64)]
-    batch = TokenBatch(ids, torch.arange(5).repeat(2), slots.repeat_interleave(5), groups, index)
+    spans = [Span(0, 5, table_rows, 64)]
+    batch = TokenBatch(ids, torch.arange(5).repeat(2), table_rows.repeat_interleave(5), spans, index)
     found = []
     for one, threads, after in ((apart, 1, [9, 3]), (whole, 1, [9, 3]), (whole, 2, [9, 3]), (whole, 2, [])):
         cache = decoder.new_cache(1)
         cache.fill(3, 64)
-        with decoder.threads(threads), torch.inference_mode():
+        with decoder.backend.threads(threads), torch.inference_mode():
             x, tokens, chances = one.step(batch, cache, after, 3)
-        used = range(len(decoder.layers))[whole.exit_layer :]
+        used = range(decoder.depth)[whole.exit_layer :]
         assert not any(cache.keys[cache.table[layer].long()].any() for layer in used)
         found.append((x, cache.keys, cache.values, torch.tensor(chances), tokens))
         assert len(tokens) == len(after)

@@ -22,7 +22,7 @@ from rayskip.errors import RowError
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load
 from rayskip.model.decoder import Decoder
-from rayskip.model.ops import TokenBatch
+from rayskip.model.token_batch import TokenBatch
 
 ROOT = Path(__file__).parent.parent
 GREEDY = SamplingParams(max_tokens=24)
@@ -194,7 +194,7 @@ class _Cramped(Decoder):
         self, x: torch.Tensor, batch: TokenBatch, cache: KVCache, first: int, last: int
     ) -> torch.Tensor:
         self.steps += 1
-        if self.steps > self.after and len(batch.slots.unique()) > self.room:
+        if self.steps > self.after and len(batch.table_rows.unique()) > self.room:
             raise torch.OutOfMemoryError("no memory for so many rows")
         return super().run_layers(x, batch, cache, first, last)
 

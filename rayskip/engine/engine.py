@@ -25,12 +25,12 @@ from rayskip.decode.drafters import load_drafters
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
 from rayskip.engine.lane import Lane, Step, StepResult
-from rayskip.engine.memory import keep_freed_memory
 from rayskip.engine.prompts import PromptLike, Prompts
 from rayskip.engine.requests import Completion, Requests
 from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sizes import choose_sizes
 from rayskip.errors import RowError
+from rayskip.model.backends.choose import open_device
 from rayskip.model.checkpoint import load, resolve, trained_policy
 from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
@@ -68,7 +68,7 @@ class Engine:
         encoder = Encoder(tokenizer, self.max_model_len) if tokenizer is not None else None
         self._prompts = Prompts(encoder, decoder.spec.vocab, self.max_model_len)
         self._waiting: deque[Sequence] = deque()
-        self.policy = skip_policy(self.decode.skip, len(decoder.layers))
+        self.policy = skip_policy(self.decode.skip, decoder.depth)
         drafters = load_drafters(self.decode.draft, decoder, self.policy)
         self.sizes = choose_sizes(
             decoder, engine, self.policy, self.max_model_len, drafters.cache_layers, drafters.own_layers
@@ -87,11 +87,11 @@ class Engine:
         self._steps: dict[Future[StepResult], tuple[Lane, Step]] = {}
         """In flight, each lane's in the order in which they run."""
         stopper = Stopper(tokenizer, decoder.spec.eos_token_ids)
-        self._requests = Requests(stopper, self.policy, len(decoder.layers), self.max_model_len)
+        self._requests = Requests(stopper, self.policy, decoder.depth, self.max_model_len)
         self._kept: list[Completion] = []
         """Of other callers' requests, that ended during a `generate`."""
         self._stats = Stats()
-        self._warnings = list(decoder.warnings)
+        self._warnings = list(decoder.backend.warnings)
 
     @classmethod
     def load(
@@ -107,8 +107,7 @@ class Engine:
         """
         model = ModelConfig(path=model) if isinstance(model, str) else model
         folder = resolve(model.path, model.revision)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        keep_freed_memory()
+        place = open_device(device)
         adapter = Path(model.adapter).expanduser() if model.adapter else None
         decoder = Decoder(*load(folder, getattr(torch, model.dtype), place, adapter), folder=folder)
         loaded = cls(decoder, load_tokenizer(folder), engine, decode)
@@ -125,14 +124,14 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """Facts of the running engine, for reports: device, dtype, sizes, what batch invariance rests on; warnings:
         what is slower or worse than it could be, and why."""
-        decoder = self.decoder
+        backend = self.decoder.backend
         return {
-            "device": str(decoder.device),
-            "dtype": str(decoder.dtype).removeprefix("torch."),
-            "ops": decoder.ops.name,
+            "device": str(backend.device),
+            "dtype": str(backend.dtype).removeprefix("torch."),
+            "ops": backend.name,
             "max_model_len": self.max_model_len,
             **dataclasses.asdict(self.sizes),
-            "row_rule": dataclasses.asdict(decoder.row_rule),
+            "row_rule": dataclasses.asdict(backend.row_rule),
             "batch_invariant": self._batch_invariant,
             "skip": self.policy.name,
             "draft": self.decode.draft.kind,

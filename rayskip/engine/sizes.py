@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from rayskip.config import EngineConfig
-from rayskip.engine.memory import free_bytes
 from rayskip.model.cache.kv_cache import KEY_BLOCK, KVCache
 from rayskip.model.clock import greedy_seconds
 from rayskip.model.decoder import Decoder
-from rayskip.model.ops import Group, TokenBatch
+from rayskip.model.token_batch import Span, TokenBatch
 from rayskip.skip import SkipPolicy
 
 CANDIDATES = (32, 64, 128, 256)
@@ -25,8 +24,6 @@ COHORT = 0.25
 """Share of the batch that joins together where depth depends on the position. On a GPU, or in a library's tiles, a
 layer that few rows run costs nearly what it costs for all, so rows of one position are cheaper; larger cohorts
 leave more places empty. With the C kernels' products it makes no difference (BENCHMARKS.md, Refill)."""
-CPU_TOKENS, GPU_TOKENS = 1024, 8192
-"""Tokens in one forward when max_batch_tokens is not set: a longer prefill is no faster per token."""
 
 
 @dataclass(frozen=True)
@@ -63,18 +60,15 @@ def choose_sizes(
     if cohort is None:
         cohort = COHORT if policy.depends_on_position else 0.0
     threads = torch.get_num_threads()
-    lanes = _lanes(decoder.device, threads, config.max_batch_rows)
-    layout, layers = decoder.ops.layout, len(decoder.layers) + cache_layers
-    page_bytes = layout.page * KVCache.bytes_per_position(decoder.spec, 1, decoder.dtype)
-    room = (
-        config.kv_cache_gb * 1e9
-        if config.kv_cache_gb
-        else config.memory_fraction * free_bytes(decoder.device)
-    )
+    backend, traits = decoder.backend, decoder.backend.traits
+    lanes = _lanes(traits.worker_threads, threads, config.max_batch_rows)
+    layout, layers = backend.layout, decoder.depth + cache_layers
+    page_bytes = layout.page * KVCache.bytes_per_position(decoder.spec, 1, backend.dtype)
+    room = config.kv_cache_gb * 1e9 if config.kv_cache_gb else config.memory_fraction * backend.free_bytes()
     rows = (
         -(-config.max_batch_rows // lanes) if config.max_batch_rows else best_rows(decoder, threads // lanes)
     )
-    tokens = config.max_batch_tokens or (CPU_TOKENS if decoder.device.type == "cpu" else GPU_TOKENS)
+    tokens = config.max_batch_tokens or traits.step_tokens
     least = (layout.blocks(max_model_len) + 1) * layers  # and a block that it copies from
     return Sizes(
         lanes=lanes,
@@ -84,20 +78,19 @@ def choose_sizes(
         pages=max(int(room / page_bytes / lanes * layers / (layers + own_layers)), least),
         least_pages=least,
         cohort=max(1, round(cohort * rows)),
-        # on CPU the planning takes time from the step that runs: 0.90 to 0.98 times as fast
-        plans_ahead=decoder.device.type != "cpu",
+        plans_ahead=traits.plans_ahead,
     )
 
 
-def _lanes(device: torch.device, threads: int, max_batch_rows: int | None) -> int:
-    if device.type != "cpu":
+def _lanes(worker_threads: bool, threads: int, max_batch_rows: int | None) -> int:
+    if not worker_threads:
         return 1
     return threads if max_batch_rows is None else max(1, min(threads, max_batch_rows // LANE_ROWS))
 
 
 def best_rows(decoder: Decoder, threads: int) -> int:
     """The smallest candidate that the next one does not beat by enough, by timed decode steps of one lane."""
-    with decoder.threads(threads):
+    with decoder.backend.threads(threads):
         chosen, rate = 0, 0.0
         for rows in CANDIDATES:
             measured = rows / _step_seconds(decoder, rows)
@@ -111,7 +104,7 @@ def _step_seconds(decoder: Decoder, rows: int) -> float:
     """Of a greedy decode step of `rows` rows at one key block."""
     cache = decoder.new_cache()
     cache.fill(rows, KEY_BLOCK)
-    index = torch.arange(rows, device=decoder.device)
+    index = torch.arange(rows, device=decoder.backend.device)
     zeros = torch.zeros_like(index)
-    batch = TokenBatch(zeros, zeros, index, [Group(0, 1, index, KEY_BLOCK)], index)
+    batch = TokenBatch(zeros, zeros, index, [Span(0, 1, index, KEY_BLOCK)], index)
     return greedy_seconds(decoder, batch, cache)

@@ -191,9 +191,9 @@ def _run_group(starts: _Starts, turn_s: float, prompts: Sequence[Prompt]) -> dic
 def allowed_speedup(engine: Engine, mean_layers: float) -> float:
     """How much faster a generated token's products are when `mean_layers` of the layers run and the head always
     does: their work is proportional to their parameters."""
-    layers = sum(linear.weights for layer in engine.decoder.layers for linear in layer.linears)
-    head = engine.decoder.head.weights
-    return (layers + head) / (layers * mean_layers / len(engine.decoder.layers) + head)
+    weights = engine.decoder.weights
+    layers, head = sum(layer.size for layer in weights.layers), weights.head.weight.numel()
+    return (layers + head) / (layers * mean_layers / len(weights.layers) + head)
 
 
 def _engine(
@@ -229,7 +229,7 @@ def _prompts(config: BenchConfig, engine: Engine, places: int) -> list[Prompt]:
 
 def _mode_run(run: EngineRun, prompts: Sequence[Prompt]) -> _ModeRun:
     engine, done, stats = run.engine, run.completions, run.engine.take_stats()
-    mean_layers = stats.mean_layers or float(len(engine.decoder.layers))
+    mean_layers = stats.mean_layers or float(engine.decoder.depth)
     roofline, limit = None, None
     if engine.decode.draft.kind == "none":
         greedy = not any(needs_logits(prompt.params) for prompt in prompts)

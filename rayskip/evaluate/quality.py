@@ -150,7 +150,7 @@ def _generate(
     stats = engine.take_stats()
     facts = {
         "skip": engine.policy.name,
-        "mean_layers": stats.mean_layers or float(len(engine.decoder.layers)),
+        "mean_layers": stats.mean_layers or float(engine.decoder.depth),
         "tok_s": stats.completion_tokens / seconds,
         "completion_tokens": stats.completion_tokens,
     }

@@ -90,8 +90,8 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
         case DraftModelDraft():
             model = _draft_model(config, decoder)
             cached, one = (
-                KVCache.bytes_per_position(of.spec, layers, of.dtype)
-                for of, layers in ((model, len(model.layers)), (decoder, 1))
+                KVCache.bytes_per_position(of.spec, layers, of.backend.dtype)
+                for of, layers in ((model, model.depth), (decoder, 1))
             )
             vocab = decoder.spec.vocab
             return Drafters(
@@ -175,7 +175,7 @@ def _draft_model(config: DraftModelDraft, decoder: Decoder) -> Decoder:
     folder = resolve(config.model.path, config.model.revision)
     adapter = _folder(config.model.adapter)
     dtype = getattr(torch, config.model.dtype)
-    model = Decoder(*load(folder, dtype, decoder.device, adapter), folder=folder)
+    model = Decoder(*load(folder, dtype, decoder.backend.device, adapter), folder=folder)
     _check_same_tokens(folder, model.spec.vocab, decoder.folder, decoder.spec.vocab)
     return model
 

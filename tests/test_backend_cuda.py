@@ -3,7 +3,7 @@ with calls that are made again. A GPU's own kernels are not tested here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,18 @@ from rayskip.cluster.replica import device_for
 from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError
-from rayskip.model import decoder as decoder_module
-from rayskip.model.backends.cuda import attention as varlen
-from rayskip.model.backends.cuda.attention import VarlenOps, varlen_ops
+from rayskip.model.backends.base import Head, Stack
+from rayskip.model.backends.choose import BACKENDS
+from rayskip.model.backends.cuda import backend as cuda
+from rayskip.model.backends.cuda.backend import CudaBackend, GraphedStack, cuda_backend
 from rayskip.model.backends.cuda.compiled import compile_pieces
-from rayskip.model.backends.cuda.graphs import GraphedLayers
+from rayskip.model.backends.cuda.graphs import GraphedLayers, Record
+from rayskip.model.backends.torch import TorchBackend
 from rayskip.model.checkpoint import load, tensors_fingerprint
 from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
 from rayskip.model.medusa import MedusaLabel
-from rayskip.model.ops import Ops
+from rayskip.model.spec import Layer, Spec, Weights
 from rayskip.model.trained import save_trained
 
 CPU = torch.device("cpu")
@@ -108,6 +110,22 @@ def flash() -> Iterator[None]:
         yield
 
 
+class _Cuda(CudaBackend):
+    """On CPU, with or without graphs; nothing is compiled."""
+
+    def __init__(self, spec: Spec, dtype: torch.dtype, record: Record | None) -> None:
+        super().__init__(spec, dtype, CPU)
+        self._record = record
+
+    def load(self, weights: Weights) -> tuple[Stack, Head]:
+        return TorchBackend.load(self, weights)
+
+    def stack(self, layers: Sequence[Layer], stored_at: int = 0) -> Stack:
+        if self._record is None:
+            return TorchBackend.stack(self, layers, stored_at)
+        return GraphedStack(self, layers, stored_at, GraphedLayers(self._record))
+
+
 def recorded_again(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
     out = work()
 
@@ -154,7 +172,7 @@ def test_tokens_are_those_of_torchs_attention(
 ) -> None:
     from transformers import AutoModelForCausalLM, MistralConfig
 
-    monkeypatch.setattr(varlen, "PAGED", paged)
+    monkeypatch.setattr(cuda, "PAGED", paged)
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=199,
@@ -173,15 +191,14 @@ def test_tokens_are_those_of_torchs_attention(
     if decode.get("draft", {}).get("kind") == "medusa":
         decode = {"draft": {**decode["draft"], "path": str(tmp_path / "heads")}}
     spec, weights = load(tmp_path, torch.float32, CPU)
-    plain = Decoder(spec, weights, Ops(spec), tmp_path)
-    fast = Decoder(spec, weights, VarlenOps(spec), tmp_path)
+    plain = Decoder(spec, weights, TorchBackend(spec, torch.float32, CPU), tmp_path)
     recorded = []
 
     def record(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         recorded.append(work)
         return recorded_again(work)
 
-    fast.graphs = GraphedLayers(record) if graphs else None
+    fast = Decoder(spec, weights, _Cuda(spec, torch.float32, record if graphs else None), tmp_path)
     assert _generate(fast, decode) == _generate(plain, decode)
     branches = "branches" in decode.get("draft", {})
     assert bool(recorded) is (graphs and not branches)
@@ -192,32 +209,27 @@ def test_flash_attention_serves_where_it_agrees_with_torchs(
 ) -> None:
     spec, _ = load(tiny_llama("cuda", 0), torch.bfloat16, CPU)
     for paged in (True, False):
-        monkeypatch.setattr(varlen, "PAGED", paged)
-        assert (
-            varlen_ops(spec, torch.bfloat16, CPU).name,
-            varlen_ops(spec, torch.bfloat16, CPU).fallback,
-        ) == (
-            "varlen",
-            None,
-        )
-    monkeypatch.setattr(varlen, "varlen_attn", lambda q, *_, **__: q * 9)
-    wrong = varlen_ops(spec, torch.bfloat16, CPU)
+        monkeypatch.setattr(cuda, "PAGED", paged)
+        fast = cuda_backend(spec, torch.bfloat16, CPU)
+        assert (fast.name, fast.warnings) == ("varlen", [])
+    monkeypatch.setattr(cuda, "varlen_attn", lambda q, *_, **__: q * 9)
+    wrong = cuda_backend(spec, torch.bfloat16, CPU)
     assert wrong.name == "torch"
-    assert "off by up to" in (wrong.fallback or "")
+    assert "off by up to" in wrong.warnings[0]
 
 
 def test_where_flash_attention_cannot_run_torchs_attention_serves_and_the_reason_is_a_fact(
     tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, weights = load(tiny_llama("cuda", 0), torch.bfloat16, CPU)
-    monkeypatch.setattr(decoder_module, "native_ops", varlen_ops)  # what a decoder asks on a GPU
+    monkeypatch.setitem(BACKENDS, "cpu", cuda_backend)  # what a decoder asks on a GPU
     model = Decoder(spec, weights)
-    assert model.ops.name == "torch"
-    (said,) = model.warnings
+    assert model.backend.name == "torch"
+    (said,) = model.backend.warnings
     assert "does not serve here" in said
-    assert "FlashAttention has no float32" in (varlen_ops(spec, torch.float32, CPU).fallback or "")
+    assert "FlashAttention has no float32" in cuda_backend(spec, torch.float32, CPU).warnings[0]
     capped = replace(spec, attn_softcap=20.0)
-    assert "no softcap" in (varlen_ops(capped, torch.bfloat16, CPU).fallback or "")
+    assert "no softcap" in cuda_backend(capped, torch.bfloat16, CPU).warnings[0]
 
 
 def test_the_job_chooses_between_cpu_and_gpu() -> None:
@@ -236,33 +248,42 @@ def test_the_job_chooses_between_cpu_and_gpu() -> None:
 def fused(tiny_llama: Callable[..., Path]) -> tuple[Decoder, Decoder]:
     """A model with compiled pieces, and the same without."""
     spec, weights = load(tiny_llama("compiled", 0, initializer_range=0.3), torch.bfloat16, CPU)
-    fused, plain = (Decoder(spec, weights, Ops(spec)) for _ in range(2))
-    compile_pieces(fused.ops, spec, weights, fused._ropes)
-    assert set(vars(fused.ops)) - set(vars(plain.ops)) == {"normalise", "gate", "turn"}
+    fused, plain = (_torch_decoder(spec, weights) for _ in range(2))
+    backend = _torch_backend(fused)
+    compile_pieces(backend)
+    assert set(vars(backend)) - set(vars(plain.backend)) == {"normalise", "gate", "turn"}
     return fused, plain
+
+
+def _torch_decoder(spec: Spec, weights: Weights) -> Decoder:
+    return Decoder(spec, weights, TorchBackend(spec, weights.embed.dtype, CPU))
+
+
+def _torch_backend(decoder: Decoder) -> TorchBackend:
+    assert isinstance(decoder.backend, TorchBackend)
+    return decoder.backend
 
 
 def test_compiled_pieces_are_torchs_for_any_number_of_tokens(fused: tuple[Decoder, Decoder]) -> None:
     decoder, plain = fused
-    norm, rope = decoder.weights.layers[0].attn_norm, decoder.rope("default")
-    assert rope is not None
+    norm, rope = decoder.weights.layers[0].attn_norm, _torch_backend(decoder).ropes["default"]
     generator = torch.Generator().manual_seed(0)
     x, branch, up = (torch.randn(9, size, generator=generator).bfloat16() for size in (64, 64, 192))
     q, k = torch.split(torch.randn(9, 6, 16, generator=generator).bfloat16(), [4, 2], dim=1)
 
     @torch.inference_mode()
-    def pieces(ops: Ops, tokens: slice) -> list[Tensor]:
+    def pieces(ops: TorchBackend, tokens: slice) -> list[Tensor]:
         own, apart = x[tokens].clone(), x[tokens] + branch[tokens]
         normed = [ops.add_normalise(own, branch[tokens], norm), ops.add_normalise(apart, None, norm)]
         assert torch.equal(*normed)  # a layer that some tokens skip adds by itself
         turned = ops.turn(q[tokens], k[tokens], rope, torch.arange(9)[tokens])
-        return [own, *normed, ops.gate(up[tokens]), *turned]
+        return [own, *normed, ops.gate(up[tokens], "silu", True), *turned]
 
-    every = pieces(decoder.ops, slice(None))
-    for found, expected in zip(every, pieces(plain.ops, slice(None)), strict=True):
+    every = pieces(_torch_backend(decoder), slice(None))
+    for found, expected in zip(every, pieces(_torch_backend(plain), slice(None)), strict=True):
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
     for tokens in (slice(4, 5), slice(2, 4), slice(0, 8)):
-        for found, together in zip(pieces(decoder.ops, tokens), every, strict=True):
+        for found, together in zip(pieces(_torch_backend(decoder), tokens), every, strict=True):
             assert torch.equal(found, together[tokens])
 
 
@@ -285,12 +306,12 @@ def test_without_a_compiler_nothing_changes(
     tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, weights = load(tiny_llama("uncompiled", 0), torch.bfloat16, CPU)
-    decoder = Decoder(spec, weights, Ops(spec))
-    before = dict(vars(decoder.ops))
+    backend = _torch_backend(_torch_decoder(spec, weights))
+    before = dict(vars(backend))
 
     def broken(*_: Any) -> Any:
         raise FileNotFoundError("cc")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    assert "does not serve here" in (compile_pieces(decoder.ops, spec, weights, decoder._ropes) or "")
-    assert vars(decoder.ops) == before
+    assert "does not serve here" in (compile_pieces(backend) or "")
+    assert vars(backend) == before
