@@ -37,6 +37,7 @@ from rayskip.driver.plan import make_plan
 from rayskip.driver.records import JobRecord
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, ModelError
+from rayskip.model.backends import base
 from rayskip.model.backends.base import DraftStep
 from rayskip.model.backends.cpu.draft import CpuDraftStep
 from rayskip.model.backends.torch import TorchBackend
@@ -100,8 +101,8 @@ def _save_adapter(model: Path, target: Path, fingerprint: str) -> None:
     tensors = {
         "attn_norm": layer.attn_norm.weight,
         "final_norm": weights.final_norm.weight,
-        "qkv": layer.qkv.weight,
-        "out": layer.out.weight,
+        "qkv": layer.attention.qkv.weight,
+        "out": layer.attention.out.weight,
         "token_ids": torch.arange(LISTED),
     }
     save_trained(target, KangarooLabel("tiny", fingerprint, LISTED, 0, 0.5, exit_layer=EXIT), tensors)
@@ -322,7 +323,7 @@ def test_drafts_are_the_same_whether_their_ends_run_first_or_when_verified(
     """What a draft ends with enters the adapter's cache later then, and is as if it had always been there."""
     found, states = [], []
     for most in (0, 10_000):
-        monkeypatch.setattr(kangaroo, "AT_ONCE", most)
+        monkeypatch.setattr(base, "HOST", replace(base.HOST, rerun_tokens=most))
         engine = _engine(folder, _draft(kind, folder), rows=rows)
         (drafter,) = (lane._drafter for lane in engine._lanes)
         returned = _noting(drafter)
