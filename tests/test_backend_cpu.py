@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -415,49 +417,112 @@ def test_structures_are_as_large_in_c_and_no_symbol_can_meet_anothers(
         assert {name for name in names if not name.startswith(("rayskip_", "_"))} == set()
 
 
-@needs_kernels
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 processors")
-@pytest.mark.parametrize("define", ["-DBF16", "-DF32"])
-def test_every_processor_with_avx2_has_products(define: str) -> None:
-    """Also a server with AVX-512 and no bfloat16; the compiler alone reads what is for other processors."""
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, native.COMPILERS)))
+class Isa(NamedTuple):
+    """An instruction set that the kernels have code of their own for.
+
+    features: what a processor needs to run it, as Linux names them. macros: of vectors.h, for float32 and bfloat16.
+    """
+
+    flags: tuple[str, ...]
+    features: frozenset[str]
+    macros: tuple[str, str]
+
+
+AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+BF16, AMX = "-mavx512bf16", ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
+ISAS = {
+    "baseline": Isa(("-march=x86-64",), frozenset(), ("", "")),
+    "AVX2": Isa(("-march=x86-64-v3",), AVX2, ("EIGHTS", "EIGHTS")),
+    "AVX-512": Isa(("-march=x86-64-v4",), AVX512, ("SIXTEENS", "EIGHTS")),
+    "AVX-512 bf16": Isa(("-march=x86-64-v4", BF16), AVX512 | {"avx512_bf16"}, ("SIXTEENS", "PAIRS")),
+    "AMX": Isa(
+        ("-march=x86-64-v4", BF16, *AMX),
+        AVX512 | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
+        ("SIXTEENS", "TILES"),
+    ),
+}
+x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
+each_compiler = pytest.mark.parametrize("compiler", [os.environ.get("CC") or "gcc", "clang"])
+
+
+def _must_know(compiler: str, isa: Isa) -> None:
+    """Skip where there is no such compiler, or one older than the instructions."""
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        pytest.skip(f"no {compiler} here")
+    command = [*shlex.split(compiler), *isa.flags, "-x", "c", "-E", os.devnull]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip(f"{compiler} does not know {isa.flags}")
+
+
+@x86
+@each_compiler
+@pytest.mark.parametrize("isa", ISAS.values(), ids=ISAS)
+def test_the_kernels_compile_for_every_instruction_set(isa: Isa, compiler: str, tmp_path: Path) -> None:
+    """To machine code: only then does a compiler refuse an instruction that it was not told of."""
+    _must_know(compiler, isa)
     (source,) = (source for source in native.SOURCES if source.suffix == ".c")
-    for march in ("haswell", "skylake-avx512", "sapphirerapids"):
-        command = [*compiler.split(), *native.FLAGS, f"-march={march}", define]
-        asked = subprocess.run([*command, "-E", "-dM", str(source)], capture_output=True, text=True)
-        if "bad value" in asked.stderr or "unknown target" in asked.stderr:
-            continue  # a compiler older than the processor
-        assert "#define PRODUCTS " in asked.stdout, (march, asked.stderr)
-        done = subprocess.run([*command, "-fsyntax-only", str(source)], capture_output=True, text=True)
-        assert done.returncode == 0, (march, done.stderr)
+    flags = [flag for flag in native.FLAGS if flag not in ("-O3", "-shared")]
+    for dtype, macro in zip((torch.float32, torch.bfloat16), isa.macros, strict=True):
+        command = [*shlex.split(compiler), *flags, *isa.flags, *native.DEFINES[dtype], str(source)]
+        asked = subprocess.run([*command, "-E", "-dM"], capture_output=True, text=True, check=True)
+        defined = {line.split()[1] for line in asked.stdout.splitlines()}
+        assert ("PRODUCTS" in defined) == bool(macro)
+        assert {macro} - {""} <= defined, macro
+        done = subprocess.run(
+            [
+                *command,
+                "-O1",
+                "-Wall",
+                "-Wno-psabi",
+                "-Wno-unused-function",
+                "-Wno-ignored-optimization-argument",
+                "-Werror",
+                "-c",
+                "-o",
+                str(tmp_path / "kernels.o"),
+            ],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
 
 
-def _other_processor() -> str:
-    """One whose kernels are of another kind than those for this machine, and run here."""
-    if platform.machine() != "x86_64":
-        return "native"
-    has = set(native._cpu().split())
-    return "skylake-avx512" if {"avx512_bf16", "avx512dq", "avx512vl"} <= has else "x86-64-v2"
-
-
-@needs_kernels
-def test_kernels_for_another_processor_give_what_torch_does(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@x86
+@each_compiler
+@pytest.mark.parametrize("isa", ISAS.values(), ids=ISAS)
+def test_every_instruction_set_gives_what_torch_does(
+    isa: Isa, compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """AVX-512 without bfloat16 where this processor has both, else vectors without AVX."""
-    monkeypatch.setattr(native, "MARCH", _other_processor())
+    """Of those that this processor has; all other tests are of the newest of them, by the first compiler."""
+    _must_know(compiler, isa)
+    if missing := isa.features - set(native._cpu().split()):
+        pytest.skip(f"this processor has no {', '.join(sorted(missing))}")
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(native, "MARCH", isa.flags[0].removeprefix("-march="))
+    monkeypatch.setattr(
+        native, "FLAGS", (*(flag for flag in native.FLAGS if flag != "-O3"), "-O1", *isa.flags[1:])
+    )
     native.loaded.cache_clear()
     try:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype, macro in zip((torch.float32, torch.bfloat16), isa.macros, strict=True):
+            library = native.kernels(dtype)
+            assert library is not None
+            assert bool(library.has_products()) == bool(macro)
             test_attention(9, 3, 64, None, 33, 16, dtype)
             test_norm(dtype, True)
             test_gate(dtype)
-            if cpu_linear(_dense(4, 64, dtype, bias=False)) is not None:
+            test_top_k(48, 5, dtype)
+            test_argmax(300, dtype)
+            if macro:
                 test_product(33, 130, True, dtype)
+                test_an_int8_product_is_that_of_weights_in_255_steps(33, 64, dtype)
                 test_the_highest_outputs_are_found(33, 64, dtype, 3, True)
                 test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
                     "rows", Qwen2Config, dtype, tmp_path
                 )
+            if macro and library.compressed_rows():
+                test_compressed_weights_are_the_same_weights("of every size", 33, 130, True)
     finally:
         native.loaded.cache_clear()
 
@@ -511,9 +576,9 @@ def test_compressed_weights_are_the_same_weights(weights: str, out: int, width: 
     elif weights == "not finite":
         weight[3, 7], weight[5, 9], weight[6, width - 1] = torch.nan, torch.inf, -torch.inf
     product = cpu_linear(dense)
-    if product is None or not product.library.packed_rows():
+    if product is None or not product.library.compressed_rows():
         pytest.skip("no compressed products here")
-    few = product.library.packed_rows()
+    few = product.library.compressed_rows()
     x = torch.randn(few + 1, width, generator=generator).bfloat16()
     expected = product(x)
     product.compress()
@@ -531,7 +596,7 @@ def test_layers_are_compressed_if_they_are_not_large(tmp_path: Path, monkeypatch
         monkeypatch.setattr(cpu, "MOST_COMPRESSED", most)
         decoder = Decoder(*load(tmp_path, torch.bfloat16, CPU))
         of_layers = [linear for linear in decoder.layers.linears if isinstance(linear, CpuLinear)]
-        if not of_layers or not of_layers[0].library.packed_rows():
+        if not of_layers or not of_layers[0].library.compressed_rows():
             pytest.skip("no compressed products here")
         assert {product.struct.lows is not None for product in of_layers} == {compressed}
 

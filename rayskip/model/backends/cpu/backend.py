@@ -107,14 +107,14 @@ class CpuBackend(TorchBackend):
         logits = logits.contiguous()
         places = logits.new_zeros(len(logits), count, dtype=torch.long)
         chances = logits.new_empty(len(logits), count, dtype=torch.float32)
-        self.library.likeliest(logits.data_ptr(), *logits.shape, count, places.data_ptr(), chances.data_ptr())
+        self.library.top_k(logits.data_ptr(), *logits.shape, count, places.data_ptr(), chances.data_ptr())
         return places, chances
 
     def argmax(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits.contiguous()
         places = torch.empty(len(logits), dtype=torch.long)
         values = torch.empty(len(logits))
-        self.library.highest(logits.data_ptr(), *logits.shape, places.data_ptr(), values.data_ptr())
+        self.library.argmax(logits.data_ptr(), *logits.shape, places.data_ptr(), values.data_ptr())
         return values, places
 
     def attention(
@@ -146,7 +146,7 @@ class CpuBackend(TorchBackend):
 
 class CpuHead(TorchHead):
     """A row that takes the likeliest token needs no other: no other logit is stored (kernels/outputs.h), and for a
-    few rows most are not computed (kernels/screen.h)."""
+    few rows most are not computed (kernels/bounded_argmax.h)."""
 
     def __init__(
         self, backend: CpuBackend, linear: Linear, dense: Dense, norm: Norm | None, softcap: float | None

@@ -1,4 +1,4 @@
-"""Weights of bfloat16 in twelve bits, without loss: what packed.h reads."""
+"""Weights of bfloat16 in twelve bits, without loss: what compressed.h reads."""
 
 from __future__ import annotations
 

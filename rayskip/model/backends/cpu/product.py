@@ -10,11 +10,11 @@ from torch import Tensor
 
 from rayskip.model.backends.base import Linear
 from rayskip.model.backends.cpu.compression import CompressedWeights, compress
-from rayskip.model.backends.cpu.library import DEFINES, Library, Product, Rough, kernels, threads
+from rayskip.model.backends.cpu.library import DEFINES, Int8Weights, Library, Product, kernels, threads
 from rayskip.model.spec import Dense
 
 HUGE = 1e15
-"""Sums of products of less are finite; rough.h takes it for inputs."""
+"""Sums of products of less are finite; int8_product.h takes it for inputs."""
 
 
 class CpuLinear(Linear):
@@ -26,7 +26,7 @@ class CpuLinear(Linear):
         weight = dense.weight.contiguous()
         filling = -self.out_features % library.panel_columns()
         self._panels = weight.new_empty((self.out_features + filling) * self.in_features)
-        library.pack(weight.data_ptr(), self._panels.data_ptr(), *weight.shape)
+        library.to_panels(weight.data_ptr(), self._panels.data_ptr(), *weight.shape)
         self._bias = None if dense.bias is None else F.pad(dense.bias, (0, filling))
         bias = None if self._bias is None else self._bias.data_ptr()
         self.struct = Product(self._panels.data_ptr(), bias, *weight.shape)
@@ -35,7 +35,7 @@ class CpuLinear(Linear):
     def compress(self) -> None:
         """Store the weights a second time, in three quarters of the memory, for products of a few rows, which take
         as long as reading them. Results are the same bits. Where the kernels read none such, nothing is done."""
-        if self._compressed is None and self.library.packed_rows():
+        if self._compressed is None and self.library.compressed_rows():
             columns, depth = self.library.panel_columns(), self.library.panel_depth()
             lines = self._panels.view(-1, self.in_features // depth, 2, columns * depth // 2)
             self._compressed = compress(lines, depth)
@@ -67,17 +67,17 @@ class Int8Linear(Linear):
         self._dtype = dense.weight.dtype
         weight = dense.weight.contiguous()
         filled = self.out_features + -self.out_features % library.panel_columns()
-        self._panels = torch.empty(filled * library.rough_width(self.in_features), dtype=torch.int8)
+        self._panels = torch.empty(filled * library.int8_width(self.in_features), dtype=torch.int8)
         self._columns = torch.empty(3, filled)
         places = (self._panels.data_ptr(), *(own.data_ptr() for own in self._columns))
-        library.pack_rough(weight.data_ptr(), *places, *weight.shape)
-        self.struct = Rough(*places, *weight.shape)
+        library.to_int8_panels(weight.data_ptr(), *places, *weight.shape)
+        self.struct = Int8Weights(*places, *weight.shape)
 
     def __call__(self, x: Tensor) -> Tensor:
         _check_input(x, self._dtype, self.in_features)
         x = x.contiguous()
         out = x.new_empty(len(x), self.out_features)
-        if self.library.rough_product(
+        if self.library.int8_product(
             ctypes.byref(self.struct), x.data_ptr(), out.data_ptr(), len(x), threads()
         ):
             raise MemoryError("no memory for a matrix product's inputs")
@@ -86,16 +86,16 @@ class Int8Linear(Linear):
 
 class ArgmaxLinear:
     """The highest output of a product for each row of x [N, in]: outputs are not stored and, for a few rows, most
-    are not even computed (see screen.h).
+    are not even computed (see bounded_argmax.h).
 
     The values are those of `product`, bit by bit.
     """
 
     def __init__(self, product: CpuLinear, rounded: Int8Linear) -> None:
         self._product, self._rounded = product, rounded
-        self.bounded_rows: int = product.library.screened_rows(False)
+        self.bounded_rows: int = product.library.bounded_rows(False)
         """Of more, all outputs are computed."""
-        self.bounded_beside: int = product.library.screened_rows(True)
+        self.bounded_beside: int = product.library.bounded_rows(True)
         """As many beside rows that need all outputs are worth a call of their own."""
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,9 +108,9 @@ class ArgmaxLinear:
         weights = ctypes.byref(product.struct)
         task = weights, x.data_ptr(), len(x), threads(), values.data_ptr(), places.data_ptr()
         if len(x) <= self.bounded_rows:
-            failed = library.screen(ctypes.byref(self._rounded.struct), *task)
+            failed = library.bounded_argmax(ctypes.byref(self._rounded.struct), *task)
         else:
-            failed = library.best_outputs(*task)
+            failed = library.product_argmax(*task)
         if failed:
             raise MemoryError("no memory to look for the highest outputs")
         return values, places
