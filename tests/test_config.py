@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rayskip.config import JobConfig
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

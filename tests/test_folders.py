@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from rayskip.cluster.local_pool import LocalPool
 from rayskip.cluster.replica import Replica
 from rayskip.config import JobConfig
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.data.sources import Source
 from rayskip.driver.loop import run_job
 from rayskip.driver.progress import Progress

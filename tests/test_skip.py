@@ -16,7 +16,7 @@ from reference import reference_logits
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams, SkipConfig
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError
 from rayskip.model.checkpoint import load

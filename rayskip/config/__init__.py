@@ -30,8 +30,8 @@ from rayskip.config.job import (
     OutputConfig,
     QualityConfig,
     RetryConfig,
-    SamplingParams,
 )
+from rayskip.config.sampling import SamplingParams
 from rayskip.config.section import Dtype, ModelConfig, Section
 
 __all__ = [
