@@ -227,7 +227,7 @@ def test_tokens_under_a_policy_do_not_depend_on_the_batch(smollm2: Path) -> None
 
 
 def test_a_row_can_run_at_full_depth_beside_others(model_folder: Path) -> None:
-    """Quality receipts decode the same row both ways in one batch."""
+    """Quality audits decode the same row both ways in one batch."""
     from rayskip.data.records import Prompt
 
     decode = DecodeConfig(skip=_config(POLICIES["skipdecode"]))

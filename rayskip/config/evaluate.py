@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -10,10 +11,11 @@ from rayskip.config.decode import DecodeConfig, NoSkip, SkipConfig
 from rayskip.config.job import EngineConfig, InputConfig
 from rayskip.config.sampling import SamplingParams
 from rayskip.config.section import Dtype, ModelConfig, Section
+from rayskip.errors import shown
 
 
 class QualityRun(Section):
-    """One way of decoding, to be compared with the others."""
+    """One way of decoding, compared with the others."""
 
     name: str = Field(min_length=1)
     model: ModelConfig
@@ -33,9 +35,14 @@ class EvalQualityConfig(Section):
     runs: tuple[QualityRun, ...] = Field(min_length=1)
     output: str = Field(description="local folder for quality.json, quality.png and each run's texts")
 
+    @model_validator(mode="after")
+    def _check_names(self) -> EvalQualityConfig:
+        _require_unique_names("runs", self.runs)
+        return self
+
 
 class BenchMode(Section):
-    """One way of generating, to be timed against the others; what is left out is as in the bench's own sections."""
+    """One way of generating, timed against the others. What is left out is as in the bench's own sections."""
 
     name: str = Field(min_length=1)
     model: ModelConfig | None = None
@@ -44,7 +51,7 @@ class BenchMode(Section):
 
 
 class BenchPeer(Section):
-    """Another library, to be timed in turns with the modes on bench's `model`, in a process of its own."""
+    """Another library, timed in turns with the modes: on the bench's `model`, in a process of its own."""
 
     name: str = Field(min_length=1)
     kind: Literal["transformers", "transformers_batch", "vllm"] = Field(
@@ -87,20 +94,17 @@ class BenchConfig(Section):
     output: str = Field(description="local folder for bench.json and bench.png")
 
     @model_validator(mode="after")
-    def _runs_are_told_apart(self) -> BenchConfig:
-        names = [mode.name for mode in self.modes] + [peer.name for peer in self.peers]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"modes, peers: two are named {twice[0]!r}; names tell them apart")
+    def _check_names(self) -> BenchConfig:
+        _require_unique_names("modes, peers", (*self.modes, *self.peers))
         return self
 
     @model_validator(mode="after")
-    def _peers_do_the_same(self) -> BenchConfig:
+    def _check_peers(self) -> BenchConfig:
         for peer in self.peers:
-            if unknown := [rows for rows in peer.batch_rows or () if rows not in self.batch_rows]:
-                raise ValueError(f"peers: {peer.name} runs at {unknown[0]} rows, batch_rows lacks that")
-        by_row = self.input.sampling_params or self.input.format == "openai"
-        sample = all(peer.kind == "vllm" for peer in self.peers)
-        if self.peers and (by_row or _asks_for_more(self.sampling, sample)):
+            _require_known_sizes("peers", peer, self.batch_rows)
+        per_row = self.input.sampling_params or self.input.format == "openai"
+        may_sample = all(peer.kind == "vllm" for peer in self.peers)
+        if self.peers and (per_row or not _peers_support(self.sampling, may_sample)):
             raise ValueError(
                 "peers: they end at EOS (unless ignore_eos) or max_tokens, and all but vllm are greedy; sampling "
                 "must have temperature 0 and n 1 (vllm alone: any), no stop strings and nothing else that changes "
@@ -111,18 +115,21 @@ class BenchConfig(Section):
         return self
 
 
-def _asks_for_more(sampling: SamplingParams, sample: bool) -> bool:
-    """Whether more than tokens up to max_tokens is asked for: the likeliest or, if they may `sample`, of the whole
-    distribution. Some keys do nothing to greedy ones."""
-    kept = {"max_tokens", "ignore_eos", "seed"}
-    kept |= {"temperature", "n"} if sample else set()
+def _peers_support(sampling: SamplingParams, may_sample: bool) -> bool:
+    """Whether peers generate by these parameters: greedily or, where they may sample, from the whole distribution.
+
+    Greedy decoding ignores top_p, top_k and min_p, so they may have any value there.
+    """
+    supported = {"max_tokens", "ignore_eos", "seed"}
+    if may_sample:
+        supported |= {"temperature", "n"}
     if sampling.temperature == 0:
-        kept |= {"top_p", "top_k", "min_p"}
-    return sampling != SamplingParams(**sampling.model_dump(include=kept))
+        supported |= {"top_p", "top_k", "min_p"}
+    return sampling == SamplingParams(**sampling.model_dump(include=supported))
 
 
 class SpecBenchDrafter(Section):
-    """A drafter to be compared, by its name in the tables."""
+    """A drafter to compare, under its name in the tables."""
 
     name: str = Field(min_length=1)
     decode: DecodeConfig = DecodeConfig()
@@ -149,16 +156,31 @@ class SpecBenchConfig(Section):
     output: str = Field(description="local folder for spec_bench.json, plots and spec_bench.html")
 
     @model_validator(mode="after")
-    def _drafters_run(self) -> SpecBenchConfig:
-        names = [drafter.name for drafter in self.drafters]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise ValueError(f"drafters: two are named {twice[0]!r}; names tell them apart")
+    def _check_drafters(self) -> SpecBenchConfig:
+        _require_unique_names("drafters", self.drafters)
         for drafter in self.drafters:
-            if unknown := sorted(set(drafter.batch_rows or ()) - set(self.batch_rows)):
-                raise ValueError(f"drafters: {drafter.name} runs at {unknown[0]} rows, batch_rows lacks that")
+            _require_known_sizes("drafters", drafter, self.batch_rows)
         sizes = self.drafters[0].batch_rows
         if sizes is not None and self.batch_rows[0] not in sizes:
             raise ValueError(
                 f"drafters[0] must run at batch_rows[0] ({self.batch_rows[0]}): the others are compared with it"
             )
         return self
+
+
+def _require_unique_names(
+    key: str, runs: Sequence[QualityRun | BenchMode | BenchPeer | SpecBenchDrafter]
+) -> None:
+    """Results are stored and shown by name."""
+    names = [run.name for run in runs]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{key}: two are named {repeated[0]!r}; each needs a name of its own")
+
+
+def _require_known_sizes(
+    key: str, run: BenchPeer | SpecBenchDrafter, batch_rows: Sequence[int | None]
+) -> None:
+    """A run may leave out some of the common batch sizes; it may not add one."""
+    for rows in run.batch_rows or ():
+        if rows not in batch_rows:
+            raise ValueError(f"{key}: {run.name} runs at {shown(rows)} rows, batch_rows lacks that")

@@ -47,7 +47,7 @@ class InputConfig(Section):
 
     @field_validator("date", mode="before")
     @classmethod
-    def _a_day(cls, value: object) -> object:
+    def _check_date(cls, value: object) -> object:
         if value is None or type(value) is datetime.date:
             return value
         try:
@@ -57,7 +57,7 @@ class InputConfig(Section):
 
     @field_validator("path")
     @classmethod
-    def _names_something(cls, value: str) -> str:
+    def _check_path(cls, value: str) -> str:
         if not value.strip():
             raise ValueError("must name a file, glob, folder, url or hub dataset")
         if "\0" in value:
@@ -70,7 +70,7 @@ class InputConfig(Section):
 
     @field_validator("split")
     @classmethod
-    def _plain_split(cls, value: str | None) -> str | None:
+    def _check_split(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"\w+(\.\w+)*", value):
             raise ValueError(
                 f"must be the name of one split, or all; got {value!r}"
@@ -79,7 +79,7 @@ class InputConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _one_source(self) -> InputConfig:
+    def _check_prompt_source(self) -> InputConfig:
         named = [
             k for k in ("prompt", "messages", "prompt_token_ids", "template") if getattr(self, k) is not None
         ]
@@ -91,7 +91,7 @@ class InputConfig(Section):
 
 
 class EngineConfig(Section):
-    """Sizes of a replica's engine; what is left out is chosen from memory and measured steps."""
+    """Sizes of a replica's engine. What is left out is chosen by the free memory and by timed steps."""
 
     max_batch_rows: int | None = Field(None, ge=1, description="most rows that generate at once")
     max_batch_tokens: int | None = Field(None, ge=16, description="most tokens in one forward")
@@ -127,7 +127,7 @@ class ClusterConfig(Section):
 
     @field_validator("replicas")
     @classmethod
-    def _ordered(cls, replicas: int | tuple[int, int]) -> int | tuple[int, int]:
+    def _check_replicas(cls, replicas: int | tuple[int, int]) -> int | tuple[int, int]:
         low, high = _range(replicas)
         if not 1 <= low <= high:
             given = list(replicas) if isinstance(replicas, tuple) else replicas
@@ -169,13 +169,13 @@ class RetryConfig(Section):
 
 
 class QualityConfig(Section):
-    """Receipts for lossy decoding: a share of the rows is decoded again at full depth and compared."""
+    """Quality audits of lossy decoding: a share of the rows is decoded again at full depth and compared."""
 
     sample: float = Field(0.02, ge=0, le=1, description="share of the rows, chosen by their identity")
     floor: float = Field(
-        0.0, ge=0, le=1, description="least mean edit similarity of token ids between both decodings"
+        0.0, ge=0, le=1, description="least mean edit similarity of token ids, over the audited rows"
     )
-    min_receipts: int = Field(20, ge=1, description="comparisons before the floor is held against the job")
+    min_audits: int = Field(20, ge=1, description="rows audited before the floor is applied")
     below_floor: Literal["stop", "full_depth"] = Field(
         "stop", description="stop the job, or decode the remaining shards at full depth"
     )

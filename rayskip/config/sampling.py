@@ -10,8 +10,8 @@ from pydantic_core import PydanticKnownError
 from rayskip.config.section import Section
 
 
-def _not_read_as(error: str) -> BeforeValidator:
-    """Refuse, as pydantic's `error`, what it alone would read as a number: true as 1, "7" as 7."""
+def _only_numbers(error: str) -> BeforeValidator:
+    """Refuse true and "7", which pydantic would convert to numbers. error: pydantic's name of the refusal."""
 
     def check(value: object) -> object:
         if isinstance(value, bool | str | bytes):
@@ -21,16 +21,16 @@ def _not_read_as(error: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-Int = Annotated[int, _not_read_as("int_type")]
-Float = Annotated[float, _not_read_as("float_type")]
+Int = Annotated[int, _only_numbers("int_type")]
+Float = Annotated[float, _only_numbers("float_type")]
 TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
 StopText = Annotated[str, Field(max_length=1024)]
 
 
 class SamplingParams(Section):
-    """How tokens are chosen; the names are vLLM's and OpenAI's.
+    """How tokens are sampled; the names are vLLM's and OpenAI's.
 
-    A row may have its own, so each is bounded by what one row can cost a replica.
+    A row may have its own parameters, so bounds keep what one row can cost a replica small.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -56,12 +56,12 @@ class SamplingParams(Section):
 
     @field_validator("stop", mode="before")
     @classmethod
-    def _one_or_many(cls, value: object) -> object:
+    def _as_tuple(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
     @field_validator("stop")
     @classmethod
-    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         if any(not text for text in value):
             raise ValueError("a stop string may not be empty")
         return value
