@@ -32,7 +32,7 @@ from rayskip.cluster.ray_cluster import usable_cores
 from rayskip.cluster.ray_pool import RayPool
 from rayskip.cluster.replica import device_for, use_threads
 from rayskip.config import JobConfig
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.data.sources import Source, discover, every_row
 from rayskip.driver.loop import run_job
 from rayskip.evaluate.turns import run_in_turns

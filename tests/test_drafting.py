@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
 from rayskip.config import AutoDraft, DecodeConfig, EngineConfig, KangarooDraft, ModelConfig, SamplingParams
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.data.records import Generation, Prompt
 from rayskip.decode.batch import Chunk
 from rayskip.decode.draft import NEWEST, Draft

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.data.prompts import PromptBuilder, row_key
 from rayskip.data.records import Generation, Prompt
 from rayskip.data.sources import discover, plan_shards, read_shard

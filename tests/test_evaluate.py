@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from rayskip.config import EngineConfig, SamplingParams
+from rayskip.config.evaluate import BenchConfig, BenchPeer, SpecBenchConfig
 from rayskip.data.records import Prompt
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, InputError
@@ -28,7 +29,6 @@ from rayskip.evaluate.turns import EngineRun, run_in_turns
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load
 from rayskip.model.decoder import Decoder
-from rayskip.tool_config import BenchConfig, BenchPeer, SpecBenchConfig
 
 MODEL = {"path": "smollm2-135m-instruct"}
 SKIP = {"kind": "skipdecode", "speedup": 2, "horizon": 8}

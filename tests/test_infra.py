@@ -21,7 +21,7 @@ import pytest
 import ray
 import yaml
 
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.pool import LOOK_AHEAD
 
 ROOT = Path(__file__).parent.parent

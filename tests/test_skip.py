@@ -16,7 +16,7 @@ from reference import reference_logits
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams, SkipConfig
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError
 from rayskip.model.backends.torch import TorchBackend
@@ -231,7 +231,7 @@ def test_tokens_under_a_policy_do_not_depend_on_the_batch(smollm2: Path) -> None
 
 
 def test_a_row_can_run_at_full_depth_beside_others(model_folder: Path) -> None:
-    """Quality receipts decode the same row both ways in one batch."""
+    """Quality audits decode the same row both ways in one batch."""
     from rayskip.data.records import Prompt
 
     decode = DecodeConfig(skip=_config(POLICIES["skipdecode"]))

@@ -105,7 +105,7 @@ class Replica:
         return prompts, failed
 
     def _to_decode_again(self, prompts: list[Prompt]) -> list[Prompt]:
-        """The rows that get a quality receipt: a share, chosen by their random keys."""
+        """The rows for a quality audit: a share, chosen by their random keys."""
         if self._job.decode.skip.kind == "none":
             return []
         return [prompt for prompt in prompts if prompt.key < self._job.quality.sample * 2**64]

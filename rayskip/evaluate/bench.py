@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from rayskip.config import ModelConfig
+from rayskip.config.evaluate import BenchConfig, BenchMode
 from rayskip.data.prompts import PromptBuilder, check_input, prompt_columns
 from rayskip.data.records import Prompt
 from rayskip.data.sources import discover, every_row
@@ -30,7 +31,6 @@ from rayskip.evaluate.timing import Timing, plot
 from rayskip.evaluate.turns import EngineRun, PeerRun, run_in_turns
 from rayskip.model.checkpoint import resolve
 from rayskip.stats import Stats
-from rayskip.tool_config import BenchConfig, BenchMode
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from rayskip.config import DecodeConfig
+from rayskip.config.evaluate import EvalQualityConfig, QualityRun
 from rayskip.data.prompts import PromptBuilder, check_input, prompt_columns
 from rayskip.data.sources import discover, every_row
 from rayskip.engine import Engine
 from rayskip.evaluate.figure import figure
-from rayskip.tool_config import EvalQualityConfig, QualityRun
 
 
 @dataclass(frozen=True)

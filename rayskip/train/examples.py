@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayskip.config.train import DataConfig
 from rayskip.data.prompts import PromptBuilder, check_input, prompt_columns
 from rayskip.data.sources import discover, every_row
 from rayskip.data.tokenizer import Encoder
 from rayskip.errors import RowError
-from rayskip.tool_config import DataConfig
 
 WINDOW = 16
 """Batches whose examples are sorted by length together."""
