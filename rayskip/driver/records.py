@@ -25,9 +25,10 @@ import rayskip
 from rayskip.data.records import Shard, ShardResult
 from rayskip.stats import Stats
 
-VERSION = 2
+VERSION = 1
 """Of the folder's format. It grows only when an older rayskip would misread a folder: a field that is added has a
-default, so that documents without it load, and an unknown field is passed over. 2: see _RENAMED."""
+default, so that documents without it load, an unknown field is passed over, and a field with a new name is found
+under its old one too (_RENAMED)."""
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
@@ -41,7 +42,7 @@ _RENAMED = {
     "receipt_edit_similarity": "audit_edit_similarity",
     "receipt_rouge_l": "audit_rouge_l",
 }
-"""Names in folders of format 1, and today's."""
+"""Names in folders of before there was another word, and today's."""
 
 # The only file names a record may hold, so that no record can point outside its folder.
 DataFile = Field(pattern=r"^data/shard-[0-9]+-[0-9a-f]+\.[a-z]+$")

@@ -69,7 +69,7 @@ class Report(Signed):
     mean_accepted: float | None
     drafted_by: dict[str, int]
     accepted_by: dict[str, int]
-    audits: int = Field(validation_alias=AliasChoices("audits", "receipts"))  # the latter in format 1
+    audits: int = Field(validation_alias=AliasChoices("audits", "receipts"))  # the latter in older folders
     agreement: dict[str, float]
     fell_back_to_full_depth: bool
     seconds: dict[str, float]

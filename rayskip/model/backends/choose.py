@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 
 from rayskip.model.backends.base import Backend
+from rayskip.model.backends.cpu.allocator import keep_freed_memory
 from rayskip.model.backends.cpu.backend import cpu_backend
 from rayskip.model.backends.cuda.backend import cuda_backend
-from rayskip.model.backends.memory import keep_freed_memory
 from rayskip.model.spec import Spec
 
 BACKENDS: dict[str, Callable[[Spec, torch.dtype, torch.device], Backend]] = {

@@ -1,18 +1,14 @@
-"""Memory, on the host and on a device: taking it, what is left of it, and keeping what was freed."""
+"""Memory, on the host and on a device: taking it, and what is left of it."""
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_ONE_GB = 1 << 30
 LINE = 64
 """Bytes of a cache line."""
 
@@ -28,17 +24,6 @@ def release(device: torch.device) -> None:
     """Give back what is free in pieces, after memory ran out. The host's memory needs no such call."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed blocks instead of returning them to the system.
-
-    A step's temporaries are a few hundred kilobytes each: by default every one is mapped, faulted in page by page
-    and unmapped again (measured: 4 to 14% of a decode step on 2 cores). Elsewhere than on glibc, nothing happens.
-    """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, _ONE_GB)
-        libc.mallopt(_M_TRIM_THRESHOLD, _ONE_GB)
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
