@@ -26,7 +26,7 @@ from measure_job import Side, generate
 
 from rayskip.cluster.ray_cluster import usable_cores
 from rayskip.config import JobConfig
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.evaluate.turns import run_in_turns
 
 if TYPE_CHECKING:
