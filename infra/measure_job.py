@@ -164,7 +164,7 @@ def run_round(job: JobConfig, turn_s: float) -> dict[str, float]:
         output = job.output.model_copy(update={"path": folder})
         driver = Side(run_driver, job.model_copy(update={"output": output}))
         running.callback(driver.close)
-        rows = driver.info["batch_rows"] * driver.info["lanes"]
+        rows = driver.info["batch_rows"] * driver.info["workers"]
         sizes = job.engine.model_copy(update={"max_batch_rows": rows})
         engine = Side(run_engine, job.model_copy(update={"engine": sizes}))
         running.callback(engine.close)

@@ -146,14 +146,14 @@ def test_what_ran_of_a_row_after_its_end_harms_no_other(make: Callable[..., Engi
 def test_rows_begin_anew_where_memory_does_not_suffice(make: Callable[..., Engine]) -> None:
     engine = make(True, most_rows=4)
     params = SamplingParams(max_tokens=9, temperature=0.8)
-    halve = engine._lanes[0].halve
+    halve = engine._workers[0].halve
 
     def halved() -> Any:
         assert engine.decoder.after_failure == 0  # what was sent off already has not run
         engine.decoder.failed = False
         return halve()
 
-    engine._lanes[0].halve = halved  # type: ignore[method-assign]
+    engine._workers[0].halve = halved  # type: ignore[method-assign]
     found = engine.generate(PROMPTS, params)
     assert _outcomes(found) == _outcomes(make(False).generate(PROMPTS, params))
     assert engine.take_stats().completion_tokens == sum(samples[0].completion_tokens for samples in found)

@@ -107,7 +107,7 @@ def test_steps_that_do_not_count_go_on_as_before_and_begin_without_drafts() -> N
     assert trial.choose(counts=False)
 
 
-def test_a_lane_that_no_longer_counts_does_not_stay_in_the_slower_way() -> None:
+def test_a_worker_that_no_longer_counts_does_not_stay_in_the_slower_way() -> None:
     trial = Trial(8)
     assert trial.choose(0)
     for _ in range(500):
@@ -116,20 +116,20 @@ def test_a_lane_that_no_longer_counts_does_not_stay_in_the_slower_way() -> None:
     assert not trial.choose(0, counts=False)
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 16])
-def test_what_a_change_costs_at_first_does_not_count_against_a_way(lanes: int) -> None:
-    """Drafting gains 1.25 times as fast once a lane has caught up, on which its first step spends as much again."""
+@pytest.mark.parametrize("workers", [1, 2, 16])
+def test_what_a_change_costs_at_first_does_not_count_against_a_way(workers: int) -> None:
+    """Drafting gains 1.25 times as fast once a worker has caught up, and its first step takes as long again."""
     trials = Trials()
-    own = [trials.join() for _ in range(lanes)]
+    own = [trials.join() for _ in range(workers)]
     before = dict.fromkeys(own, False)
     drafted = steps = 0
     for _ in range(1500):
-        for lane in own:
-            drafting = trials.choose(4, lane, True)
-            catching_up = drafting and not before[lane]
+        for worker in own:
+            drafting = trials.choose(4, worker, True)
+            catching_up = drafting and not before[worker]
             seconds = (1.2 if drafting else 1.0) + catching_up
-            trials.count(4, drafting, 3 if drafting else 2, seconds, lane)
-            before[lane] = drafting
+            trials.count(4, drafting, 3 if drafting else 2, seconds, worker)
+            before[worker] = drafting
             drafted, steps = drafted + drafting, steps + 1
     assert drafted > 0.9 * steps
 
@@ -138,31 +138,31 @@ def test_what_a_change_costs_at_first_does_not_count_against_a_way(lanes: int) -
 def test_few_rows_whose_copies_come_in_bursts_are_drafted_for(rows: int) -> None:
     """A draft costs a tenth; for 50 steps on end none holds, then for 50 each row gains three tokens a step."""
     trials = Trials()
-    lane = trials.join()
+    worker = trials.join()
     drafted = 0
     for step in range(4000):
-        drafting = trials.choose(rows, lane, True)
+        drafting = trials.choose(rows, worker, True)
         gained = 3 if drafting and step // 50 % 2 else 1
-        trials.count(rows, drafting, gained * rows, 1.1 if drafting else 1.0, lane)
+        trials.count(rows, drafting, gained * rows, 1.1 if drafting else 1.0, worker)
         drafted += drafting
     assert drafted > 0.85 * 4000
 
 
-def _drafted_in_vain(steps: int, rows: int, lanes: int = 1) -> int:
-    """Steps of one of the lanes that draft, where that takes a tenth longer and gains nothing."""
+def _drafted_in_vain(steps: int, rows: int, workers: int = 1) -> int:
+    """Steps of one of the workers that draft, where that takes a tenth longer and gains nothing."""
     trials = Trials()
-    lane = [trials.join() for _ in range(lanes)][-1]
+    worker = [trials.join() for _ in range(workers)][-1]
     drafted = 0
     for _ in range(steps):
-        drafting = trials.choose(rows, lane, True)
-        trials.count(rows, drafting, rows, 1.1 if drafting else 1.0, lane)
+        drafting = trials.choose(rows, worker, True)
+        trials.count(rows, drafting, rows, 1.1 if drafting else 1.0, worker)
         drafted += drafting
     return drafted
 
 
-@pytest.mark.parametrize("lanes", [1, 2, 16])
-def test_lanes_that_have_no_rows_are_not_waited_for(lanes: int) -> None:
-    assert _drafted_in_vain(6000, 1, lanes) < 0.2 * 6000
+@pytest.mark.parametrize("workers", [1, 2, 16])
+def test_workers_that_have_no_rows_are_not_waited_for(workers: int) -> None:
+    assert _drafted_in_vain(6000, 1, workers) < 0.2 * 6000
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4])

@@ -235,8 +235,8 @@ def test_a_draft_that_is_not_finite_harms_no_row(folder: Path, native: bool) -> 
                     row.draft.add_chain([never], "poison")
 
     engine = Engine(poisoned, None, EngineConfig(max_batch_rows=5))
-    for lane in engine._lanes:
-        lane._drafter = Poison()
+    for worker in engine._workers:
+        worker._drafter = Poison()
     assert _outcomes(engine.generate(prompts, params)) == _outcomes(expected)
     assert engine.take_stats().completion_tokens == 20 * len(prompts)
 
@@ -253,7 +253,7 @@ def test_good_drafts_save_steps(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", DRAFTERS)
-def test_rows_at_full_depth_and_at_the_contexts_end_and_on_two_lanes(folder: Path, kind: str) -> None:
+def test_rows_at_full_depth_and_at_the_contexts_end_and_on_two_workers(folder: Path, kind: str) -> None:
     def outcome(draft: dict[str, Any]) -> dict[int, list[tuple[Any, ...]]]:
         decode = DecodeConfig.model_validate({"draft": draft, "skip": POLICIES["skip"]})
         engine = Engine.load(
@@ -296,7 +296,7 @@ def test_branches_hold_where_the_chain_does_not(folder: Path, kind: str) -> None
 def test_a_tree_is_drafted_on_from_several_nodes(folder: Path) -> None:
     """And of those that are not the first after their parent some hold, with what follows."""
     engine = _engine(folder, _draft("kangaroo tree of 3", folder), rows=1)
-    (drafter,) = (lane._drafter for lane in engine._lanes)
+    (drafter,) = (worker._drafter for worker in engine._workers)
     observe, most, held = drafter.observe, 0, 0
 
     def look(verdicts: Mapping[Sequence, Verdict], hidden: torch.Tensor) -> None:
@@ -325,7 +325,7 @@ def test_drafts_are_the_same_whether_their_ends_run_first_or_when_verified(
     for most in (0, 10_000):
         monkeypatch.setattr(base, "HOST", replace(base.HOST, rerun_tokens=most))
         engine = _engine(folder, _draft(kind, folder), rows=rows)
-        (drafter,) = (lane._drafter for lane in engine._lanes)
+        (drafter,) = (worker._drafter for worker in engine._workers)
         returned = _noting(drafter)
         outcomes = _outcomes(engine.generate(_prompts(), SamplingParams(max_tokens=40, ignore_eos=True)))
         stats = engine.take_stats()
@@ -379,8 +379,8 @@ def test_a_row_ends_inside_a_draft(way: str) -> None:
         "max_tokens": SamplingParams(max_tokens=at + 1),
     }[way]
     drafting = Engine(plain.decoder, plain.tokenizer, sizes)
-    for lane in drafting._lanes:
-        lane._drafter = _Foresight(ids)
+    for worker in drafting._workers:
+        worker._drafter = _Foresight(ids)
     found = [engine.generate([chat], params)[0][0] for engine in (plain, drafting)]
     assert (found[0].text, found[0].finish_reason) == (found[1].text, found[1].finish_reason)
     assert found[0].token_ids == found[1].token_ids == ids[: at + 1]
@@ -409,7 +409,7 @@ def test_auto_goes_from_copies_to_kangaroo_to_nothing_and_back(folder: Path) -> 
     expected = _outcomes(_engine(folder, {"kind": "none"}).generate(prompts, params))
     engine = _engine(folder, _draft("auto", folder))
     free, dear = StepCosts((1, 64), (1.0, 1.01)), StepCosts((1, 64), (1.0, 640.0))
-    drafters = [lane._drafter for lane in engine._lanes]
+    drafters = [worker._drafter for worker in engine._workers]
     for drafter in drafters:
         assert isinstance(drafter, AutoDrafter)
         drafter._trials = _AlwaysDraft()  # else it may stop for good, by the clock
@@ -624,10 +624,10 @@ def test_lookup_goes_on_in_circles() -> None:
 
 
 class _AlwaysDraft(Trials):
-    def choose(self, rows: int, lane: int, counts: bool) -> bool:
+    def choose(self, rows: int, worker: int, counts: bool) -> bool:
         return True
 
-    def count(self, rows: int, drafting: bool, tokens: int, seconds: float, lane: int) -> None:
+    def count(self, rows: int, drafting: bool, tokens: int, seconds: float, worker: int) -> None:
         pass
 
 
@@ -640,10 +640,10 @@ def test_long_texts_are_caught_up_on_piece_by_piece(
     prompts, params = [list(range(3, 53)), list(range(5, 59))], SamplingParams(max_tokens=40, ignore_eos=True)
     plain = _engine(folder, {"kind": "none"}, rows=2).generate(prompts, params)
     engine = _engine(folder, _draft(kind, folder), rows=2)
-    for lane in engine._lanes:
-        if isinstance(lane._drafter, AutoDrafter):
-            lane._drafter._costs = StepCosts((1, 64), (1.0, 1.01))
-            lane._drafter._trials = _AlwaysDraft()
+    for worker in engine._workers:
+        if isinstance(worker._drafter, AutoDrafter):
+            worker._drafter._costs = StepCosts((1, 64), (1.0, 1.01))
+            worker._drafter._trials = _AlwaysDraft()
     assert _outcomes(engine.generate(prompts, params)) == _outcomes(plain)
     assert engine.take_stats().drafted_by[kind if kind == "draft_model" else "kangaroo"] > 0
 
@@ -653,17 +653,17 @@ def test_auto_asks_kangaroo_only_where_its_tokens_may_pay(
     folder: Path, seconds_of_64: float, asked: bool
 ) -> None:
     engine = _engine(folder, _draft("auto", folder), rows=2)
-    for lane in engine._lanes:
-        assert isinstance(lane._drafter, AutoDrafter)
-        lane._drafter._costs = StepCosts((1, 64), (1.0, seconds_of_64))
-        lane._drafter._trials = _AlwaysDraft()
+    for worker in engine._workers:
+        assert isinstance(worker._drafter, AutoDrafter)
+        worker._drafter._costs = StepCosts((1, 64), (1.0, seconds_of_64))
+        worker._drafter._trials = _AlwaysDraft()
     engine.generate([list(range(3, 12)), list(range(20, 30))], SamplingParams(max_tokens=20, ignore_eos=True))
     assert ("kangaroo" in engine.take_stats().drafted_by) is asked
 
 
 def test_auto_learns_prices_from_steps_without_prompts(folder: Path) -> None:
     engine = _engine(folder, _draft("auto", folder), rows=1)
-    drafter = engine._lanes[0]._drafter
+    drafter = engine._workers[0]._drafter
     assert isinstance(drafter, AutoDrafter)
     before = drafter._costs
     engine.generate([list(range(3, 50))], SamplingParams(max_tokens=1))

@@ -74,7 +74,7 @@ class Scheduler:
 
     max_rows: rows in flight. max_tokens: tokens in one forward. cohort: places that must be free before rows join;
     those that join together share their positions, and so their layer sets. waiting: rows that have not started,
-    taken from the left; lanes share it. drafts: tokens of a row's draft for which it gets places where there are
+    taken from the left; workers share it. drafts: tokens of a row's draft for which it gets places where there are
     some.
     """
 

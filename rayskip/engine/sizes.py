@@ -1,4 +1,4 @@
-"""How many lanes, rows and tokens a replica runs at once, from its threads, memory and measured steps."""
+"""How many workers, rows and tokens a replica runs at once, from its threads, memory and measured steps."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ CANDIDATES = (32, 64, 128, 256)
 WORTH = 1.1
 """A batch twice as large must make this many times the tokens per second: past that it only adds memory and a
 longer tail."""
-LANE_ROWS = 32
-"""Fewest rows worth a lane of their own. With fewer, lanes that each read all weights take longer than threads that
-share them (two cores: 16 rows are 4% and 32 rows 8% faster on one lane, 64 rows 4% slower)."""
+WORKER_ROWS = 32
+"""Fewest rows worth a worker of their own. With fewer, workers that each read all weights take longer than threads
+that share them (two cores: 16 rows are 4% and 32 rows 8% faster on one worker, 64 rows 4% slower)."""
 COHORT = 0.25
 """Share of the batch that joins together where depth depends on the position. On a GPU, or in a library's tiles, a
 layer that few rows run costs nearly what it costs for all, so rows of one position are cheaper; larger cohorts
@@ -28,13 +28,13 @@ leave more places empty. With the C kernels' products it makes no difference (BE
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the engine: lanes. Of each lane: threads, batch_rows (rows in flight), batch_tokens (tokens in one
+    """Of the engine: workers. Of each worker: threads, batch_rows (rows in flight), batch_tokens (tokens in one
     forward), pages (of the KV cache, each of one layer), least_pages (that the longest row takes), cohort (rows
     that join together), plans_ahead (whether the next step is planned, and sent to the device, while one
     runs)."""
 
-    lanes: int
-    threads_per_lane: int
+    workers: int
+    threads_per_worker: int
     batch_rows: int
     batch_tokens: int
     pages: int
@@ -51,7 +51,7 @@ def choose_sizes(
     cache_layers: int = 0,
     own_layers: int = 0,
 ) -> Sizes:
-    """The configured sizes, shared out among the lanes; what is left out is chosen here.
+    """The configured sizes, shared out among the workers; what is left out is chosen here.
 
     max_model_len: positions of the longest row. cache_layers: of the KV cache, beside the model's own. own_layers:
     memory of other caches that grow with it, in layers.
@@ -61,35 +61,37 @@ def choose_sizes(
         cohort = COHORT if policy.depends_on_position else 0.0
     threads = torch.get_num_threads()
     backend, traits = decoder.backend, decoder.backend.traits
-    lanes = _lanes(traits.worker_threads, threads, config.max_batch_rows)
+    workers = _workers(traits.worker_threads, threads, config.max_batch_rows)
     layout, layers = backend.layout, decoder.depth + cache_layers
     page_bytes = layout.page * KVCache.bytes_per_position(decoder.spec, 1, backend.dtype)
     room = config.kv_cache_gb * 1e9 if config.kv_cache_gb else config.memory_fraction * backend.free_bytes()
     rows = (
-        -(-config.max_batch_rows // lanes) if config.max_batch_rows else best_rows(decoder, threads // lanes)
+        -(-config.max_batch_rows // workers)
+        if config.max_batch_rows
+        else best_rows(decoder, threads // workers)
     )
     tokens = config.max_batch_tokens or traits.step_tokens
     least = (layout.blocks(max_model_len) + 1) * layers  # and a block that it copies from
     return Sizes(
-        lanes=lanes,
-        threads_per_lane=threads // lanes,
+        workers=workers,
+        threads_per_worker=threads // workers,
         batch_rows=rows,
-        batch_tokens=max(tokens // lanes, rows),
-        pages=max(int(room / page_bytes / lanes * layers / (layers + own_layers)), least),
+        batch_tokens=max(tokens // workers, rows),
+        pages=max(int(room / page_bytes / workers * layers / (layers + own_layers)), least),
         least_pages=least,
         cohort=max(1, round(cohort * rows)),
         plans_ahead=traits.plans_ahead,
     )
 
 
-def _lanes(worker_threads: bool, threads: int, max_batch_rows: int | None) -> int:
+def _workers(worker_threads: bool, threads: int, max_batch_rows: int | None) -> int:
     if not worker_threads:
         return 1
-    return threads if max_batch_rows is None else max(1, min(threads, max_batch_rows // LANE_ROWS))
+    return threads if max_batch_rows is None else max(1, min(threads, max_batch_rows // WORKER_ROWS))
 
 
 def best_rows(decoder: Decoder, threads: int) -> int:
-    """The smallest candidate that the next one does not beat by enough, by timed decode steps of one lane."""
+    """The smallest candidate that the next one does not beat by enough, by timed decode steps of one worker."""
     with decoder.backend.threads(threads):
         chosen, rate = 0, 0.0
         for rows in CANDIDATES:

@@ -63,9 +63,9 @@ class _ModeRun(_Run):
 
     @property
     def decode_tok_s(self) -> float | None:
-        """A lane's rate times the lanes: what they would make while all are busy."""
+        """A worker's rate times the workers: what they would make while all are busy."""
         seconds = self.stats.steady_seconds
-        return self.stats.steady_tokens * self.sizes.lanes / seconds if self.stats.steady_tokens else None
+        return self.stats.steady_tokens * self.sizes.workers / seconds if self.stats.steady_tokens else None
 
 
 @dataclass
@@ -92,7 +92,7 @@ def run_bench(config: BenchConfig, say: Callable[[str], None] = lambda line: Non
     expected: dict[tuple[ModelConfig, str], list[list[int]]] = {}
     for batch_rows in config.batch_rows:
         sized = _engine(config, config.modes[0], batch_rows, loaded, say)
-        places = sized.sizes.batch_rows * sized.sizes.lanes
+        places = sized.sizes.batch_rows * sized.sizes.workers
         prompts = _prompts(config, sized, places)
         rounds = _run_rounds(config, batch_rows, places, prompts, sized.max_model_len, loaded, say)
         first = rounds.modes[config.modes[0].name]
@@ -233,7 +233,7 @@ def _mode_run(run: EngineRun, prompts: Sequence[Prompt]) -> _ModeRun:
     roofline, limit = None, None
     if engine.decode.draft.kind == "none":
         greedy = not any(needs_logits(prompt.params) for prompt in prompts)
-        roofline = measure_roofline(engine.decoder, engine.sizes.batch_rows * engine.sizes.lanes, greedy)
+        roofline = measure_roofline(engine.decoder, engine.sizes.batch_rows * engine.sizes.workers, greedy)
         limit = roofline.tok_s(engine.decoder, _mean_length(prompts, done), mean_layers)
     return _ModeRun(
         seconds=run.seconds,
@@ -291,7 +291,7 @@ def _mode_timing(
     expected: Sequence[list[int]],
 ) -> Timing:
     run, stats = runs[0], runs[0].stats
-    places = run.sizes.batch_rows * run.sizes.lanes
+    places = run.sizes.batch_rows * run.sizes.workers
     total = sum((run.stats for run in runs), Stats()).seconds
     every_phase = sum(total.values())
     pairs = [(run.decode_tok_s, other.decode_tok_s) for run, other in zip(runs, first, strict=True)]

@@ -1,4 +1,4 @@
-"""Drafters by kind: a config's `decode.draft` becomes one drafter per lane."""
+"""Drafters by kind: a config's `decode.draft` becomes one drafter per worker."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ KANGAROO_LAYERS = 1
 
 @dataclass(frozen=True)
 class Drafters:
-    """make(threads, rows): a drafter for a lane with so many threads and places. cache_layers: layers that it keeps
-    in the KV cache, after the model's. own_layers: memory of caches of its own, in layers of the model's."""
+    """make(threads, rows): a drafter for a worker with so many threads and places. cache_layers: layers that it
+    keeps in the KV cache, after the model's. own_layers: memory of caches of its own, in layers of the model's."""
 
     make: Callable[[int, int], Drafter]
     cache_layers: int = 0
@@ -62,7 +62,7 @@ class Drafters:
 
 
 def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> Drafters:
-    """Load what the drafter needs, once for all lanes.
+    """Load what the drafter needs, once for all workers.
 
     Raises ConfigError or ModelError where something does not fit.
     """

@@ -145,7 +145,7 @@ class AutoDrafter(Drafter):
     def __init__(
         self, config: AutoDraft, costs: StepCosts, kangaroo: KangarooDrafter | None, trials: Trials
     ) -> None:
-        """trials: shared by the engine's lanes."""
+        """trials: shared by the engine's workers."""
         self._config = config
         self.most_tokens = config.tokens + (0 if kangaroo is None else kangaroo.most_tokens)
         self._costs = costs
@@ -157,7 +157,7 @@ class AutoDrafter(Drafter):
         self._proposed: WeakKeyDictionary[Sequence, _Proposed] = WeakKeyDictionary()
         self._rounds: dict[int, Rounds] = {}
         self._round = Rounds()
-        self._trials, self._lane = trials, trials.join()
+        self._trials, self._worker = trials, trials.join()
         self._drafting = self._decodes_only = False
         self._tokens, self._layers_left = 0, 1.0
         self._began = self._drafted = 0.0
@@ -165,7 +165,7 @@ class AutoDrafter(Drafter):
     def draft(self, chunks: Seq[Chunk], rows: Seq[Sequence], cache: KVCache) -> States | None:
         self._began = time.perf_counter()
         self._decodes_only = all(chunk.generated for chunk in chunks)
-        self._drafting = self._trials.choose(len(rows), self._lane, self._decodes_only)
+        self._drafting = self._trials.choose(len(rows), self._worker, self._decodes_only)
         states = self._draft(chunks, rows, cache) if self._drafting else None
         self._tokens = sum(chunk.stop - chunk.start for chunk in chunks) + sum(len(row.draft) for row in rows)
         self._layers_left = 1.0 if states is None or self._kangaroo is None else 1 - self._kangaroo.share
@@ -234,7 +234,7 @@ class AutoDrafter(Drafter):
         if self._decodes_only:  # a prompt's tokens cost otherwise: they share their row's keys
             self._costs = self._costs.learn(self._tokens, (now - self._drafted) / self._layers_left)
             gained = sum(len(verdict.choices) for verdict in verdicts.values())
-            self._trials.count(len(verdicts), self._drafting, gained, now - self._began, self._lane)
+            self._trials.count(len(verdicts), self._drafting, gained, now - self._began, self._worker)
         self._round.accepted += sum(
             row.draft.drafters[node] == KANGAROO for row, verdict in verdicts.items() for node in verdict.path
         )

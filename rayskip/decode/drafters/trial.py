@@ -7,7 +7,7 @@ from math import hypot, sqrt
 from threading import Lock
 
 FADE = 0.05
-"""Share of what earlier steps of a lane count that is forgotten at each new one, at most."""
+"""Share of what earlier steps of a worker count that is forgotten at each new one, at most."""
 CLEARLY = 1.05
 """How many times faster drafting must be: a clock is noisy, and not drafting is what a user expects at worst."""
 DOUBT = 2.0
@@ -19,11 +19,11 @@ MANY = 32
 """From so many rows on drafting is first tried after SELDOM steps: it seldom pays there, and what rows have missed
 is much to catch up on."""
 SETTLE = 2
-"""Steps of a lane after a change that tell nothing, since they catch up on what the other way left undone."""
+"""Steps of a worker after a change that tell nothing, since they catch up on what the other way left undone."""
 PROBE = 8
-"""Steps of each lane that the slower way gets at a time, at least."""
+"""Steps of each worker that the slower way gets at a time, at least."""
 AGAIN, SELDOM = 256, 1024
-"""Steps of each lane from one time to the next: twice as many each time that it was slower again, up to SELDOM.
+"""Steps of each worker from one time to the next: twice as many each time that it was slower again, up to SELDOM.
 Longer where a probe of drafting is, which may be the slower way, and with MANY rows."""
 PATIENCE = 4
 """Probes of drafting that would fit into the shortest pause."""
@@ -31,7 +31,7 @@ PATIENCE = 4
 
 @dataclass
 class Way:
-    """Fading sums over the steps taken so. steps: of each lane, on average. squares: of tokens, of tokens times
+    """Fading sums over the steps taken so. steps: of each worker, on average. squares: of tokens, of tokens times
     seconds, of seconds, which fade twice as fast."""
 
     steps: float = 0.0
@@ -76,17 +76,17 @@ class Trial:
         self._taken: dict[int, bool] = {}
         self._settling: dict[int, int] = {}
 
-    def choose(self, lane: int = 0, counts: bool = True) -> bool:
-        """Whether the next step of the lane with this number drafts.
+    def choose(self, worker: int = 0, counts: bool = True) -> bool:
+        """Whether the next step of the worker with this number drafts.
 
-        counts: whether `count` will hear of it; if not, the lane drafts only if it did before and that is not known
-        to be the slower way.
+        counts: whether `count` will hear of it; if not, the worker drafts only if it did before and that is not
+        known to be the slower way.
         """
         if not counts:
-            return self._taken.get(lane, False) and self._faster is not False
+            return self._taken.get(worker, False) and self._faster is not False
         drafting = self._choose()
-        if drafting is not self._taken.get(lane):
-            self._taken[lane], self._settling[lane] = drafting, SETTLE
+        if drafting is not self._taken.get(worker):
+            self._taken[worker], self._settling[worker] = drafting, SETTLE
         return drafting
 
     def _choose(self) -> bool:
@@ -106,12 +106,12 @@ class Trial:
         self._due = self._counted + self._pause
         return self._choose()
 
-    def count(self, drafting: bool, tokens: int, seconds: float, lane: int = 0) -> None:
-        """A lane's step gained so many tokens in so long."""
-        if self._settling[lane]:
-            self._settling[lane] -= 1
+    def count(self, drafting: bool, tokens: int, seconds: float, worker: int = 0) -> None:
+        """A worker's step gained so many tokens in so long."""
+        if self._settling[worker]:
+            self._settling[worker] -= 1
             return
-        share = 1 / len(self._taken)  # lanes that have no such step are not waited for
+        share = 1 / len(self._taken)  # workers that have no such step are not waited for
         way, fade = self._ways[drafting], 1 - self._fade[drafting] * share
         way.steps += share
         way.count(tokens, seconds, fade)
@@ -119,28 +119,28 @@ class Trial:
 
 
 class Trials:
-    """One trial for each number of rows, to a power of two. Lanes share them and so go the same way at a time: a
-    lane's clock then also sees what drafting costs the other lanes, with which it shares the interpreter."""
+    """One trial for each number of rows, to a power of two. Workers share them and so go the same way at a time: a
+    worker's clock then also sees what drafting costs the other workers, with which it shares the interpreter."""
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._lanes = 0
+        self._workers = 0
         self._by_rows: dict[int, Trial] = {}
 
     def join(self) -> int:
-        """A lane's number. All have joined before the first asks."""
+        """A worker's number. All have joined before the first asks."""
         with self._lock:
-            self._lanes += 1
-            return self._lanes - 1
+            self._workers += 1
+            return self._workers - 1
 
-    def choose(self, rows: int, lane: int, counts: bool) -> bool:
-        """See Trial.choose; rows: that the lane's step runs."""
+    def choose(self, rows: int, worker: int, counts: bool) -> bool:
+        """See Trial.choose; rows: that the worker's step runs."""
         with self._lock:
             power = rows.bit_length()
             trial = self._by_rows.setdefault(power, Trial(max(2**power // 2, 1)))
-            return trial.choose(lane, counts)
+            return trial.choose(worker, counts)
 
-    def count(self, rows: int, drafting: bool, tokens: int, seconds: float, lane: int) -> None:
+    def count(self, rows: int, drafting: bool, tokens: int, seconds: float, worker: int) -> None:
         """See Trial.count; rows: as in the call of `choose` before the step."""
         with self._lock:
-            self._by_rows[rows.bit_length()].count(drafting, tokens, seconds, lane)
+            self._by_rows[rows.bit_length()].count(drafting, tokens, seconds, worker)

@@ -1,7 +1,7 @@
-"""A lane: one thread's share of the engine. Its own rows and cache; the decoder is shared.
+"""A worker: one thread's share of the engine. Its own rows and cache; the decoder is shared.
 
-On CPU a replica runs one lane per core, each on one thread: the many small operations of a step then need no
-barrier between threads, which costs more than they do. On a GPU there is one lane.
+On CPU a replica runs one worker per core, each on one thread: the many small operations of a step then need no
+barrier between threads, which costs more than they do. On a GPU there is one worker.
 
 On a GPU, without a drafter, a step is planned and sent off while the one before still runs: which rows go on is
 known, but for those that end early, and the token that each goes on from is where the device puts it.
@@ -54,7 +54,7 @@ class Packed:
 
     chunks: of the batch, in its order. places: (row, node of its draft, or NEWEST) of each of R outputs. draws [R]:
     what their tokens depend on besides logits. unknown: tokens of the batch that are PENDING -> which output of the
-    lane's step before gives them.
+    worker's step before gives them.
     """
 
     chunks: list[Chunk]
@@ -66,7 +66,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Step:
-    """What a lane is to run. packed: None where drafts come first. follows: whether the next one may be planned
+    """What a worker is to run. packed: None where drafts come first. follows: whether the next one may be planned
     before this one's tokens are known."""
 
     plan: StepPlan
@@ -85,9 +85,9 @@ class StepResult:
     seconds: Callable[[], list[float]]
 
 
-class Lane:
+class Worker:
     """Schedules and runs steps. `next` and what `scheduler` has are bookkeeping, for the engine's thread; `run` is
-    the tensor work, for the lane's own."""
+    the tensor work, for the worker's own."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Lane:
         """What the newest step that ran chose, on the device."""
         self._failed = False
         self._thread = ThreadPoolExecutor(
-            1, "lane", initializer=decoder.backend.use_threads, initargs=(sizes.threads_per_lane,)
+            1, "worker", initializer=decoder.backend.use_threads, initargs=(sizes.threads_per_worker,)
         )
         self._position_bytes = KVCache.bytes_per_position(decoder.spec, 1, decoder.backend.dtype)
         self._page_bytes = cache.layout.page * self._position_bytes
@@ -142,7 +142,7 @@ class Lane:
         return Step(plan, packed, follows)
 
     def start(self, step: Step) -> Future[StepResult]:
-        """Run a step, on the lane's own thread, after those before it, if none of those failed."""
+        """Run a step, on the worker's own thread, after those before it, if none of those failed."""
         return self._thread.submit(self._run_unless_failed, step)
 
     def _run_unless_failed(self, step: Step) -> StepResult:
