@@ -79,7 +79,7 @@ def run_plan(
     with StopSignal() as stop:
         lease = open_job(storage, plan.record, fresh)
         plan = replace(plan, record=adopt(storage, plan.record))
-        run = Run(job.dated(plan.record.date), plan, storage, lease, stop, on_progress)
+        run = JobRun(job.dated(plan.record.date), plan, storage, lease, stop, on_progress)
         run.check_limits()  # what an earlier run committed may be past them already
         if not run.dispatch.finished:
             run.generate(pool_factory)
@@ -110,7 +110,7 @@ def still_there(storage: Storage, commits: dict[int, CommitRecord]) -> dict[int,
     return {shard: record for shard, record in commits.items() if shard not in gone}
 
 
-class Run:
+class JobRun:
     """One driver's run of a job: what is committed, who works on what."""
 
     def __init__(

@@ -404,7 +404,7 @@ def test_structures_are_as_large_in_c_and_no_symbol_can_meet_anothers(
     assert library is not None
     native.check_sizes(library)
 
-    class Longer(native.Step):
+    class Longer(native.StepTokens):
         _fields_ = (("more", ctypes.c_int64),)
 
     monkeypatch.setattr(native, "STRUCTURES", (native.Shape, Longer, *native.STRUCTURES[2:]))

@@ -18,7 +18,7 @@ from rayskip.model.backends.cpu import library as native
 from rayskip.model.backends.cpu.draft import CpuDraftStep
 from rayskip.model.backends.cpu.library import DEFINES, LANES, Library, loaded
 from rayskip.model.backends.cpu.product import CpuLinear, argmax_linear, cpu_linear, int8_linear
-from rayskip.model.backends.cpu.stack import CpuStack, fits, native_shape, native_step
+from rayskip.model.backends.cpu.stack import CpuStack, attention_shape, fits, step_tokens
 from rayskip.model.backends.torch import TorchBackend, TorchHead, TorchStack
 from rayskip.model.cache.kv_cache import KVCache, Layout, Panels
 from rayskip.model.spec import Activation, Attention, Dense, Layer, Norm, Spec
@@ -127,7 +127,7 @@ class CpuBackend(TorchBackend):
         batch: TokenBatch,
         cache: KVCache,
     ) -> Tensor:
-        shape, step = native_shape(self.spec, own.window), native_step(batch, cache)
+        shape, step = attention_shape(self.spec, own.window), step_tokens(batch, cache)
         at, around = ctypes.byref(step), ctypes.byref(shape)
         stored = cache.keys.data_ptr(), cache.values.data_ptr(), cache.table[layer].data_ptr()
         strides = (c_int64 * 3)(q.stride(0), k.stride(0), v.stride(0))

@@ -81,7 +81,7 @@ class Shape(ctypes.Structure):
     )
 
 
-class Step(ctypes.Structure):
+class StepTokens(ctypes.Structure):
     """A step's tokens: as in kernels.c."""
 
     _fields_ = (
@@ -136,7 +136,7 @@ class LayersTask(ctypes.Structure):
         ("first", c_int64),
         ("last", c_int64),
         ("shape", Shape),
-        ("step", Step),
+        ("step", StepTokens),
         ("keys", c_void_p),
         ("values", c_void_p),
         ("table", c_void_p),
@@ -222,7 +222,7 @@ def loaded(dtype: torch.dtype) -> tuple[Library | None, str | None]:
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     Shape,
-    Step,
+    StepTokens,
     Product,
     Int8Weights,
     NativeLayer,

@@ -18,7 +18,7 @@ from rayskip.model.backends.cpu.library import (
     NativeLayer,
     Product,
     Shape,
-    Step,
+    StepTokens,
     threads,
 )
 from rayskip.model.backends.cpu.product import CpuLinear
@@ -72,8 +72,8 @@ class CpuStack(Stack):
             self._layers,
             first,
             last,
-            native_shape(self._spec, None),
-            native_step(batch, cache),
+            attention_shape(self._spec, None),
+            step_tokens(batch, cache),
             cache.keys.data_ptr(),
             cache.values.data_ptr(),
             cache.table[self._stored_at].data_ptr(),
@@ -114,12 +114,12 @@ def _fits(layer: Layer) -> bool:
     )
 
 
-def native_shape(spec: Spec, window: int | None) -> Shape:
+def attention_shape(spec: Spec, window: int | None) -> Shape:
     """What kernels.c knows of a layer's attention."""
     return Shape(spec.heads, spec.kv_heads, spec.head_dim, window or 0, spec.scale, spec.attn_softcap or 0.0)
 
 
-def native_step(batch: TokenBatch, cache: KVCache) -> Step:
+def step_tokens(batch: TokenBatch, cache: KVCache) -> StepTokens:
     """What kernels.c knows of a step's tokens; valid while `batch` lives."""
     paths = batch.paths
     branches = (
@@ -127,7 +127,7 @@ def native_step(batch: TokenBatch, cache: KVCache) -> Step:
         if paths is None
         else (paths.starts.data_ptr(), paths.after.data_ptr(), paths.after.shape[1])
     )
-    return Step(
+    return StepTokens(
         batch.table_rows.data_ptr(),
         batch.positions.data_ptr(),
         batch.places.data_ptr(),
