@@ -53,10 +53,10 @@ def gflop(engine: Engine, prompt: int, output: int) -> float:
     """Arithmetic of a row: products of every token that runs, the head of every one that follows, and attention's
     two products over all positions before."""
     spec, decoder = engine.decoder.spec, engine.decoder
-    products = sum(linear.weights for layer in decoder.layers for linear in layer.linears)
+    products = sum(layer.size for layer in decoder.weights.layers)
     ran = prompt + output - 1  # the last token does not run
-    attended = ran * (ran + 1) / 2 * len(decoder.layers) * spec.heads * spec.head_dim * 2
-    return 2 * (ran * products + output * decoder.head.weights + attended) / 1e9
+    attended = ran * (ran + 1) / 2 * decoder.depth * spec.heads * spec.head_dim * 2
+    return 2 * (ran * products + output * decoder.weights.head.weight.numel() + attended) / 1e9
 
 
 def of_engine(grows: str, engine: Engine, rows: int, prompt: int, output: int) -> Measured:

@@ -24,7 +24,7 @@ from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -32,11 +32,14 @@ from rayskip.cluster.ray_cluster import usable_cores
 from rayskip.cluster.ray_pool import RayPool
 from rayskip.cluster.replica import device_for, use_threads
 from rayskip.config import JobConfig
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.data.sources import Source, discover, every_row
 from rayskip.driver.loop import run_job
 from rayskip.evaluate.turns import run_in_turns
 from rayskip.pool import Event, Ready
+
+if TYPE_CHECKING:
+    from rayskip.engine import Completion
 
 
 class WatchedPool(RayPool):
@@ -67,7 +70,7 @@ def run_driver(told: Connection, job: JobConfig) -> None:
     told.send(report.completion_tokens)
 
 
-def run_engine(told: Connection, job: JobConfig) -> None:
+def generate(told: Connection, job: JobConfig) -> list[Completion]:
     """The engine over the job's rows."""
     use_threads(job.cluster.cpus_per_replica or 1)
     from rayskip.data.prompts import PromptBuilder, prompt_columns
@@ -82,18 +85,24 @@ def run_engine(told: Connection, job: JobConfig) -> None:
         engine.add(prompt)
     done = list(engine.run())
     told.send("over")
+    return done
+
+
+def run_engine(told: Connection, job: JobConfig) -> None:
+    done = generate(told, job)
     told.send(sum(row.completion_tokens for completion in done for row in completion.generations))
 
 
 class Side:
     """A process that has loaded and waits for its turns; see `Run` in rayskip/evaluate/turns.py.
 
-    info: the facts of its engine. turns: that it has had. completion_tokens: once it is over.
+    info: the facts of its engine. turns: that it has had. result: what it told last, once it is over.
     """
 
     def __init__(self, run: Callable[[Connection, JobConfig], None], job: JobConfig) -> None:
         self.seconds = 0.0
-        self.turns = self.completion_tokens = 0
+        self.turns = 0
+        self.result: Any = None
         spawn = multiprocessing.get_context("spawn")
         self._told, theirs = spawn.Pipe(duplex=False)
         self._process = spawn.Process(target=run, args=(theirs, job))
@@ -116,7 +125,7 @@ class Side:
         self.seconds += time.perf_counter() - began
         if over:  # what it still does is not timed, and over before the other's turn
             self._hear()
-            self.completion_tokens = self._hear()
+            self.result = self._hear()
             self._process.join()
         return over
 
@@ -155,7 +164,7 @@ def run_round(job: JobConfig, turn_s: float) -> dict[str, float]:
         output = job.output.model_copy(update={"path": folder})
         driver = Side(run_driver, job.model_copy(update={"output": output}))
         running.callback(driver.close)
-        rows = driver.info["batch_rows"] * driver.info["lanes"]
+        rows = driver.info["batch_rows"] * driver.info["workers"]
         sizes = job.engine.model_copy(update={"max_batch_rows": rows})
         engine = Side(run_engine, job.model_copy(update={"engine": sizes}))
         running.callback(engine.close)
@@ -163,11 +172,9 @@ def run_round(job: JobConfig, turn_s: float) -> dict[str, float]:
             if driver.info[key] != engine.info[key]:
                 sys.exit(f"error: {key} is {driver.info[key]} in the job, {engine.info[key]} in the engine")
         run_in_turns([driver, engine], turn_s)
-    if driver.completion_tokens != engine.completion_tokens:
-        sys.exit(
-            f"error: the job generated {driver.completion_tokens} tokens, {engine.completion_tokens} the engine"
-        )
-    rates = [side.completion_tokens / side.seconds for side in (driver, engine)]
+    if driver.result != engine.result:
+        sys.exit(f"error: the job generated {driver.result} tokens, {engine.result} the engine")
+    rates = [side.result / side.seconds for side in (driver, engine)]
     return {"job": rates[0], "engine": rates[1], "ratio": rates[0] / rates[1], "turns": driver.turns}
 
 

@@ -79,7 +79,7 @@ def run(
 
     for number in heeded():
         signal.signal(number, _stop)
-    from rayskip.config_file import load_config
+    from rayskip.config.file import load_config
 
     job = load_config(config, overrides or ())
     from rayskip.driver.report import format_report
@@ -95,7 +95,7 @@ def run(
 @app.command()
 def plan(config: Config, overrides: Overrides = None) -> None:
     """Check everything and show what a run would do; loads no weights, needs no GPU."""
-    from rayskip.config_file import load_config
+    from rayskip.config.file import load_config
 
     job = load_config(config, overrides or ())
     from rayskip.preview import format_preview, preview
@@ -159,7 +159,7 @@ def schema(
     """Print the JSON Schema of a command's config, for editors."""
     import json
 
-    from rayskip.tool_config import CONFIGS
+    from rayskip.config.commands import CONFIGS
 
     if command not in CONFIGS:
         raise ConfigError(f"schema: no command {command!r} reads a config; these do: {', '.join(CONFIGS)}")
@@ -169,8 +169,8 @@ def schema(
 @train_app.command("skip")
 def train_skip(config: Config, overrides: Overrides = None) -> None:
     """Fine-tune a model under a skip schedule; goes on where it stopped."""
-    from rayskip.config_file import load_section
-    from rayskip.tool_config import TrainSkipConfig
+    from rayskip.config.file import load_section
+    from rayskip.config.train import TrainSkipConfig
 
     job = load_section(TrainSkipConfig, config, overrides or ())
     from rayskip.train.run_skip import train_skip as run_training
@@ -183,8 +183,8 @@ def train_skip(config: Config, overrides: Overrides = None) -> None:
 @train_app.command("kangaroo")
 def train_kangaroo(config: Config, overrides: Overrides = None) -> None:
     """Train adapters that draft from the model's first layers; goes on where it stopped."""
-    from rayskip.config_file import load_section
-    from rayskip.tool_config import TrainKangarooConfig
+    from rayskip.config.file import load_section
+    from rayskip.config.train import TrainKangarooConfig
 
     job = load_section(TrainKangarooConfig, config, overrides or ())
     from rayskip.train.run_drafts import format_draft_quality
@@ -198,8 +198,8 @@ def train_kangaroo(config: Config, overrides: Overrides = None) -> None:
 @train_app.command("medusa")
 def train_medusa(config: Config, overrides: Overrides = None) -> None:
     """Train heads that draft from the model's last state; goes on where it stopped."""
-    from rayskip.config_file import load_section
-    from rayskip.tool_config import TrainMedusaConfig
+    from rayskip.config.file import load_section
+    from rayskip.config.train import TrainMedusaConfig
 
     job = load_section(TrainMedusaConfig, config, overrides or ())
     from rayskip.train.run_drafts import format_draft_quality
@@ -213,8 +213,8 @@ def train_medusa(config: Config, overrides: Overrides = None) -> None:
 @eval_app.command("quality")
 def eval_quality(config: Config, overrides: Overrides = None) -> None:
     """Compare models and skip policies by their texts and their speed."""
-    from rayskip.config_file import load_section
-    from rayskip.tool_config import EvalQualityConfig
+    from rayskip.config.evaluate import EvalQualityConfig
+    from rayskip.config.file import load_section
 
     job = load_section(EvalQualityConfig, config, overrides or ())
     from rayskip.evaluate.quality import evaluate_quality, format_quality
@@ -226,8 +226,8 @@ def eval_quality(config: Config, overrides: Overrides = None) -> None:
 @eval_app.command("spec-bench")
 def eval_spec_bench(config: Config, overrides: Overrides = None) -> None:
     """Compare drafters by Spec-Bench's protocol."""
-    from rayskip.config_file import load_section
-    from rayskip.tool_config import SpecBenchConfig
+    from rayskip.config.evaluate import SpecBenchConfig
+    from rayskip.config.file import load_section
 
     job = load_section(SpecBenchConfig, config, overrides or ())
     from rayskip.evaluate.spec_bench import format_scores, run_spec_bench
@@ -238,8 +238,8 @@ def eval_spec_bench(config: Config, overrides: Overrides = None) -> None:
 @app.command()
 def bench(config: Config, overrides: Overrides = None) -> None:
     """Time several modes over the same rows, in turns."""
-    from rayskip.config_file import load_section
-    from rayskip.tool_config import BenchConfig
+    from rayskip.config.evaluate import BenchConfig
+    from rayskip.config.file import load_section
 
     job = load_section(BenchConfig, config, overrides or ())
     from rayskip.evaluate.bench import run_bench

@@ -77,7 +77,7 @@ class Lost:
 Event = Ready | Alive | Done | Failed | Lost
 
 
-class Worker(Protocol):
+class Replica(Protocol):
     """A replica as a pool sees it; `cluster.replica.Replica` is the real one."""
 
     def ready(self) -> ReplicaInfo:

@@ -36,7 +36,7 @@ class Stats:
     generated ones, as the skip policy wants them; draft_layer_tokens: of drafts that did not hold, and of
     rows that had ended while a step with them was on its way;
     padding_layer_tokens: those only there to fill a row tile.
-    receipts: generations also decoded at full depth; receipt_*: sums over them of exact matches and of two
+    audits: generations also decoded at full depth, to compare; audit_*: sums over them of exact matches and of two
     similarities from 0 to 1 (see data/agreement.py).
     kv_bytes_saved: of pages that rows did without, because no token in them runs the layer. kv_bytes_held: of pages
     that rows held, summed over steps; kv_bytes_filled of them had a token's keys and values.
@@ -64,10 +64,10 @@ class Stats:
     kv_bytes_saved: int = 0
     kv_bytes_held: int = 0
     kv_bytes_filled: int = 0
-    receipts: int = 0
-    receipt_exact: int = 0
-    receipt_edit_similarity: float = 0.0
-    receipt_rouge_l: float = 0.0
+    audits: int = 0
+    audit_exact: int = 0
+    audit_edit_similarity: float = 0.0
+    audit_rouge_l: float = 0.0
     drafted_by: dict[str, int] = field(default_factory=dict)
     accepted_by: dict[str, int] = field(default_factory=dict)
     accepted_lengths: dict[str, int] = field(default_factory=dict)
@@ -132,13 +132,13 @@ class Stats:
 
     @property
     def agreement(self) -> dict[str, float]:
-        """Means over the receipts; empty where there are none."""
-        if not self.receipts:
+        """Means over the audits; empty where there are none."""
+        if not self.audits:
             return {}
         return {
-            "exact_match": self.receipt_exact / self.receipts,
-            "edit_similarity": self.receipt_edit_similarity / self.receipts,
-            "rouge_l": self.receipt_rouge_l / self.receipts,
+            "exact_match": self.audit_exact / self.audits,
+            "edit_similarity": self.audit_edit_similarity / self.audits,
+            "rouge_l": self.audit_rouge_l / self.audits,
         }
 
     @contextmanager

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rayskip.model.spec import Dense, Layer, Norm, Rope, Spec, Weights
+from rayskip.model.spec import MLP, Attention, Dense, Norm, Rope, Spec, Weights
 
 
 @torch.no_grad()
@@ -28,17 +28,17 @@ def reference_logits(
         x = x + weights.positions[: len(token_ids)]
     for index, layer in enumerate(weights.layers):
         skipped = torch.tensor([not runs(index, position) for position in range(len(x))])
-        rope = weights.ropes[layer.rope] if layer.rope is not None else None
+        rope = weights.ropes[layer.attention.rope] if layer.attention.rope is not None else None
         attended = _norm(
-            _attention(spec, layer, rope, _norm(x, layer.attn_norm), skipped), layer.post_attn_norm
+            _attention(spec, layer.attention, rope, _norm(x, layer.attn_norm), skipped), layer.post_attn_norm
         )
-        between = x if spec.parallel else x + attended
-        fed = _norm(_mlp(spec, layer, _norm(between, layer.mlp_norm)), layer.post_mlp_norm)
+        between = x if layer.parallel else x + attended
+        fed = _norm(_mlp(layer.mlp, _norm(between, layer.mlp_norm)), layer.post_mlp_norm)
         x = torch.where(skipped[:, None], x, x + attended + fed)
     return _softcap(_dense(_norm(x, weights.final_norm), weights.head), spec.logit_softcap)
 
 
-def _attention(spec: Spec, layer: Layer, rope: Rope | None, x: Tensor, skipped: Tensor) -> Tensor:
+def _attention(spec: Spec, layer: Attention, rope: Rope | None, x: Tensor, skipped: Tensor) -> Tensor:
     sizes = [spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim]
     queries, keys, values = (
         part.unflatten(-1, (-1, spec.head_dim)) for part in _dense(x, layer.qkv).split(sizes, dim=-1)
@@ -58,20 +58,21 @@ def _attention(spec: Spec, layer: Layer, rope: Rope | None, x: Tensor, skipped: 
     return _dense(torch.cat(outputs, dim=-1), layer.out)
 
 
-def _mlp(spec: Spec, layer: Layer, x: Tensor) -> Tensor:
-    up = _dense(x, layer.up)
-    if not spec.gated:
-        return _dense(_activate(spec, up), layer.down)
+def _mlp(mlp: MLP | None, x: Tensor) -> Tensor:
+    assert mlp is not None
+    up = _dense(x, mlp.up)
+    if not mlp.gated:
+        return _dense(_activate(mlp.activation, up), mlp.down)
     gate, up = up.chunk(2, dim=-1)
-    return _dense(_activate(spec, gate) * up, layer.down)
+    return _dense(_activate(mlp.activation, gate) * up, mlp.down)
 
 
-def _activate(spec: Spec, x: Tensor) -> Tensor:
-    if spec.activation == "silu":
+def _activate(activation: str, x: Tensor) -> Tensor:
+    if activation == "silu":
         return x * x.sigmoid()
-    if spec.activation == "relu":
+    if activation == "relu":
         return x.clamp(min=0)
-    if spec.activation == "gelu":
+    if activation == "gelu":
         return x * (1 + torch.erf(x / 2**0.5)) / 2
     return x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
 

@@ -82,7 +82,7 @@ def test_an_adapter_of_a_model_that_sees_images_loads(tmp_path: Path) -> None:
     save_file({once + name.removeprefix(now): tensor for name, tensor in tensors.items()}, file)
 
     _, weights = load(base, torch.float32, CPU, adapter)
-    assert torch.equal(weights.layers[3].qkv.weight, expected.layers[3].qkv.weight)
+    assert torch.equal(weights.layers[3].attention.qkv.weight, expected.layers[3].attention.qkv.weight)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Receipts: how two decodings of a row are compared."""
+"""Quality audits: how two decodings of a row are compared."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def test_edit_similarity_by_hand() -> None:
     assert edit_similarity([], []) == 1
 
 
-def test_receipts_pair_rows_by_identity_and_add() -> None:
+def test_audits_pair_rows_by_identity_and_add() -> None:
     def row(index: int, tokens: list[int], text: str) -> Generation:
         return Generation(index, 0, "stop", text=text, token_ids=tokens)
 
     rows = [row(0, [1, 2], "a b"), row(1, [5], "c"), row(2, [7, 8], "x y")]
     stats = agreement(rows, [row(2, [7, 9], "x z"), row(0, [1, 2], "a b")])
-    assert stats.receipts == 2
+    assert stats.audits == 2
     assert stats.agreement == {"exact_match": 0.5, "edit_similarity": 0.75, "rouge_l": 0.75}

@@ -14,10 +14,11 @@ import rayskip.engine.engine as module
 from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
 from rayskip.data.records import Generation
 from rayskip.engine import Engine
+from rayskip.model.backends.torch import TorchBackend
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load
 from rayskip.model.decoder import Decoder
-from rayskip.model.ops import Ops, TokenBatch
+from rayskip.model.token_batch import TokenBatch
 
 CPU = torch.device("cpu")
 ENDS = tuple(range(150, 165))
@@ -35,19 +36,19 @@ class _Watched(Decoder):
     ) -> torch.Tensor:
         self.forwards += 1
         self.after_failure += self.failed
-        if len(batch.slots.unique()) > self.most_rows and self.forwards > 6:
+        if len(batch.table_rows.unique()) > self.most_rows and self.forwards > 6:
             self.failed = True
             raise torch.OutOfMemoryError("no memory for so many rows")
         x = super().run_layers(x, batch, cache, first, last)
         if self.forwards == self.poisoned:
             x[0] = torch.nan
-            cache.keys[cache.table[:, batch.slots[0], batch.positions[0] // cache.layout.page].long()] = (
-                torch.nan
-            )
+            cache.keys[
+                cache.table[:, batch.table_rows[0], batch.positions[0] // cache.layout.page].long()
+            ] = torch.nan
         if self.ends_badly:
             ends = torch.isin(batch.token_ids, torch.tensor(ENDS))
             size = cache.layout.page
-            pages = cache.table[:, batch.slots[ends], batch.positions[ends] // size].long()
+            pages = cache.table[:, batch.table_rows[ends], batch.positions[ends] // size].long()
             cache.keys[pages, :, batch.positions[ends] % size] = torch.nan
         return x
 
@@ -64,7 +65,9 @@ def make(tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Ca
         monkeypatch.setattr(module, "choose_sizes", sizes)
         folder = tiny_llama("ahead", 0, vocab_size=200, initializer_range=0.3)
         spec, weights = load(folder, torch.float32, CPU)
-        decoder = _Watched(spec, weights, Ops(spec))  # which reads masked keys, as a GPU's attention may
+        decoder = _Watched(
+            spec, weights, TorchBackend(spec, weights.embed.dtype, weights.embed.device)
+        )  # which reads masked keys, as a GPU's attention may
         decoder.spec = dataclasses.replace(decoder.spec, eos_token_ids=ENDS)
         decode_config = DecodeConfig.model_validate(decode or {})
         engine = Engine(decoder, None, EngineConfig(max_batch_rows=6, max_batch_tokens=40), decode_config)
@@ -143,14 +146,14 @@ def test_what_ran_of_a_row_after_its_end_harms_no_other(make: Callable[..., Engi
 def test_rows_begin_anew_where_memory_does_not_suffice(make: Callable[..., Engine]) -> None:
     engine = make(True, most_rows=4)
     params = SamplingParams(max_tokens=9, temperature=0.8)
-    halve = engine._lanes[0].halve
+    halve = engine._workers[0].halve
 
     def halved() -> Any:
         assert engine.decoder.after_failure == 0  # what was sent off already has not run
         engine.decoder.failed = False
         return halve()
 
-    engine._lanes[0].halve = halved  # type: ignore[method-assign]
+    engine._workers[0].halve = halved  # type: ignore[method-assign]
     found = engine.generate(PROMPTS, params)
     assert _outcomes(found) == _outcomes(make(False).generate(PROMPTS, params))
     assert engine.take_stats().completion_tokens == sum(samples[0].completion_tokens for samples in found)

@@ -176,8 +176,8 @@ class _Scripted(Drafter):
 
 
 class _Machine:
-    """Runs rows along texts that are given, as a lane does; its clock goes on by what a forward truly costs, and a
-    look-up."""
+    """Runs rows along texts that are given, as a worker does; its clock goes on by what a forward truly costs, and
+    a look-up."""
 
     def __init__(
         self,

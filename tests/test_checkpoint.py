@@ -377,7 +377,7 @@ def test_sharded_and_unprefixed_checkpoints_load_alike(folder: Path) -> None:
 
     assert sharded.embed.dtype == torch.bfloat16
     assert torch.equal(sharded.embed, whole.embed)
-    assert torch.equal(sharded.layers[1].qkv.weight, whole.layers[1].qkv.weight)
+    assert torch.equal(sharded.layers[1].attention.qkv.weight, whole.layers[1].attention.qkv.weight)
 
 
 @pytest.mark.parametrize(("eos", "expected"), [(5, (5,)), ([5, 6], (5, 6)), (None, (2,))])

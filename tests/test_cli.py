@@ -16,9 +16,9 @@ from rich.console import Console
 
 import rayskip
 from rayskip.config import JobConfig
+from rayskip.config.train import TrainSkipConfig
 from rayskip.driver.progress import Progress
 from rayskip.preview import histogram
-from rayskip.tool_config import TrainSkipConfig
 from rayskip.view import live_view
 
 ROOT = Path(__file__).parent.parent

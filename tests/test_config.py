@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rayskip.config import JobConfig
-from rayskip.config_file import load_config
+from rayskip.config import JobConfig, Section
+from rayskip.config.evaluate import BenchConfig, EvalQualityConfig, SpecBenchConfig
+from rayskip.config.file import load_config, load_section
+from rayskip.config.train import TrainSkipConfig
 from rayskip.errors import ConfigError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -100,6 +102,12 @@ def test_overrides_are_yaml_and_the_last_one_wins(config: Path) -> None:
         ("decode.draft.kind=zzz", '"decode.draft.kind" is "zzz"; known: none, lookup, '),
         ("input.date=2026-02-30", '"input.date": must be a day such as 2026-11-28, got 2026-02-30'),
         ("input.date=20", '"input.date": must be a day such as 2026-11-28, got 20'),
+        ("input.rename={a: 3}", '"input.rename.a" should be text, got 3'),
+        ("input.rename={3: a}", '"input.rename.3" should be text, got 3'),
+        (
+            "decode.skip={kind: layers, layers: [[1, x]]}",
+            "\"decode.skip.layers.0.1\" should be an integer, got 'x'",
+        ),
         ("name=''", '"name" should be a text that is not empty'),
         ("model={}", 'missing key "model.path" (smollm2-135m-instruct, a local folder'),
     ],
@@ -108,6 +116,65 @@ def test_a_wrong_key_or_value_is_said_in_one_line(config: Path, override: str, s
     with pytest.raises(ConfigError) as error:
         load_config(config, [override])
     assert str(error.value).startswith(f"{config}: {said}")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "override", "said"),
+    [
+        (EvalQualityConfig, "runs=[{nmae: a}]", 'unknown key "runs.0.nmae"; did you mean "name"?'),
+        (EvalQualityConfig, "runs=[{name: a}]", 'missing key "runs.0.model"'),
+        (
+            EvalQualityConfig,
+            "runs=[3]",
+            '"runs.0" is a section with keys such as name, model, skip, got 3',
+        ),
+        (EvalQualityConfig, "runs=[]", '"runs" should be a list that is not empty, got []'),
+        (
+            EvalQualityConfig,
+            "runs=[{name: a, model: {path: x}}, {name: a, model: {path: y}}]",
+            "runs: two are named 'a'; each needs a name of its own",
+        ),
+        (
+            SpecBenchConfig,
+            "drafters=[{name: a}, {name: b, decode: {draft: {kind: kangaro}}}]",
+            '"drafters.1.decode.draft.kind" is "kangaro"; did you mean "kangaroo"?',
+        ),
+        (
+            SpecBenchConfig,
+            "drafters=[{name: a, decode: {draft: {kind: medusa, tokens: 3}}}]",
+            'unknown key "drafters.0.decode.draft.tokens"; kinds that have it: lookup, retrieval, lookahead, ',
+        ),
+        (
+            BenchConfig,
+            "peers=[{name: a, kind: vlm}]",
+            "\"peers.0.kind\" should be 'transformers', 'transformers_batch' or 'vllm', got 'vlm' (",
+        ),
+        (
+            BenchConfig,
+            "modes=[{name: a, model: {paht: x}}]",
+            'unknown key "modes.0.model.paht"; did you mean "path"?',
+        ),
+        (BenchConfig, "batch_rows=[x]", "\"batch_rows.0\" should be an integer or null, got 'x'"),
+        (TrainSkipConfig, "lora={rnk: 3}", 'unknown key "lora.rnk"; did you mean "rank"?'),
+        (TrainSkipConfig, "lora=3", '"lora" is a section with keys such as rank, alpha, got 3'),
+    ],
+)
+def test_a_wrong_key_in_a_list_or_an_optional_section_is_named(
+    tmp_path: Path, kind: type[Section], override: str, said: str
+) -> None:
+    """All other keys are right."""
+    keys = {
+        EvalQualityConfig: "input: {path: x}\nreferences: r\ngroup: g\n",
+        SpecBenchConfig: "model: {path: x}\nquestions: q\n",
+        BenchConfig: "model: {path: x}\ninput: {path: x}\nmodes: [{name: a}]\n",
+        TrainSkipConfig: "model: {path: x}\ndata: {input: {path: x}, answer: a}\nsteps: 1\n",
+    }
+    path = tmp_path / "tool.yaml"
+    path.write_text(f"name: tool\noutput: out\n{keys[kind]}")
+    with pytest.raises(ConfigError) as error:
+        load_section(kind, path, [override])
+    assert str(error.value).startswith(f"{path}: {said}")
     assert "\n" not in str(error.value)
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rayskip.config_file import load_config, load_section
+from rayskip.config.evaluate import BenchConfig, EvalQualityConfig, SpecBenchConfig
+from rayskip.config.file import load_config, load_section
+from rayskip.config.train import TrainKangarooConfig, TrainMedusaConfig, TrainSkipConfig
 from rayskip.data.output import check_output
 from rayskip.data.prompts import PromptBuilder, check_input
 from rayskip.data.tokenizer import load_tokenizer
@@ -19,14 +21,6 @@ from rayskip.errors import ModelError
 from rayskip.model.checkpoint import load, trained_policy
 from rayskip.model.decoder import Decoder
 from rayskip.skip import full_depth, skip_policy
-from rayskip.tool_config import (
-    BenchConfig,
-    EvalQualityConfig,
-    SpecBenchConfig,
-    TrainKangarooConfig,
-    TrainMedusaConfig,
-    TrainSkipConfig,
-)
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from rayskip.config import InputConfig, SamplingParams
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.templates import Templates
 from rayskip.data.tokenizer import Encoder, load_tokenizer

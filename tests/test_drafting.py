@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedTokenizerFast
 
 from rayskip.config import AutoDraft, DecodeConfig, EngineConfig, KangarooDraft, ModelConfig, SamplingParams
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.data.records import Generation, Prompt
 from rayskip.decode.batch import Chunk
 from rayskip.decode.draft import NEWEST, Draft
@@ -38,12 +38,16 @@ from rayskip.driver.plan import make_plan
 from rayskip.driver.records import JobRecord
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, ModelError
+from rayskip.model.backends import base
+from rayskip.model.backends.base import DraftStep
+from rayskip.model.backends.cpu.draft import CpuDraftStep
+from rayskip.model.backends.torch import TorchBackend
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load, resolve, tensors_fingerprint
 from rayskip.model.decoder import Decoder
 from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
 from rayskip.model.medusa import MedusaLabel
-from rayskip.model.ops import Group, Ops, TokenBatch
+from rayskip.model.token_batch import Span, TokenBatch
 from rayskip.model.trained import save_trained
 from rayskip.skip import full_depth, skip_policy
 
@@ -98,8 +102,8 @@ def _save_adapter(model: Path, target: Path, fingerprint: str) -> None:
     tensors = {
         "attn_norm": layer.attn_norm.weight,
         "final_norm": weights.final_norm.weight,
-        "qkv": layer.qkv.weight,
-        "out": layer.out.weight,
+        "qkv": layer.attention.qkv.weight,
+        "out": layer.attention.out.weight,
         "token_ids": torch.arange(LISTED),
     }
     save_trained(target, KangarooLabel("tiny", fingerprint, LISTED, 0, 0.5, exit_layer=EXIT), tensors)
@@ -174,7 +178,9 @@ def test_torchs_operations_follow_branches_too(folder: Path, kind: str) -> None:
     found = []
     for draft in ({"kind": "none"}, _draft(kind, folder)):
         spec, weights = load(folder, torch.bfloat16, torch.device("cpu"))
-        decoder = Decoder(spec, weights, Ops(spec), folder)
+        decoder = Decoder(
+            spec, weights, TorchBackend(spec, weights.embed.dtype, weights.embed.device), folder
+        )
         decode = DecodeConfig.model_validate({"draft": draft})
         engine = Engine(decoder, None, EngineConfig(max_batch_rows=5), decode)
         found.append(_outcomes(engine.generate(_prompts(), params)))
@@ -195,7 +201,12 @@ def test_branches_inside_a_window(native: bool, tmp_path: Path) -> None:
     params, found = SamplingParams(max_tokens=40, ignore_eos=True), []
     for draft in ({"kind": "none"}, _draft("kangaroo tree of 3", tmp_path)):
         spec, weights = load(tmp_path, torch.bfloat16, torch.device("cpu"))
-        decoder = Decoder(spec, weights, None if native else Ops(spec), tmp_path)
+        decoder = Decoder(
+            spec,
+            weights,
+            None if native else TorchBackend(spec, weights.embed.dtype, weights.embed.device),
+            tmp_path,
+        )
         decode = DecodeConfig.model_validate({"draft": draft})
         engine = Engine(decoder, None, EngineConfig(max_batch_rows=5), decode)
         found.append(_outcomes(engine.generate(_prompts(), params)))
@@ -208,7 +219,7 @@ def test_a_draft_that_is_not_finite_harms_no_row(folder: Path, native: bool) -> 
     """A token that the model never chooses has no finite states; a drafter proposes it all the same."""
     prompts, params = _prompts(), SamplingParams(max_tokens=20, ignore_eos=True)
     spec, weights = load(folder, torch.bfloat16, torch.device("cpu"))
-    ops = None if native else Ops(spec)
+    ops = None if native else TorchBackend(spec, weights.embed.dtype, weights.embed.device)
     plain = Decoder(spec, weights, ops, folder)
     expected = Engine(plain, None, EngineConfig(max_batch_rows=5)).generate(prompts, params)
     used = {token for prompt in prompts for token in prompt}
@@ -225,8 +236,8 @@ def test_a_draft_that_is_not_finite_harms_no_row(folder: Path, native: bool) -> 
                     row.draft.add_chain([never], "poison")
 
     engine = Engine(poisoned, None, EngineConfig(max_batch_rows=5))
-    for lane in engine._lanes:
-        lane._drafter = Poison()
+    for worker in engine._workers:
+        worker._drafter = Poison()
     assert _outcomes(engine.generate(prompts, params)) == _outcomes(expected)
     assert engine.take_stats().completion_tokens == 20 * len(prompts)
 
@@ -243,7 +254,7 @@ def test_good_drafts_save_steps(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", DRAFTERS)
-def test_rows_at_full_depth_and_at_the_contexts_end_and_on_two_lanes(folder: Path, kind: str) -> None:
+def test_rows_at_full_depth_and_at_the_contexts_end_and_on_two_workers(folder: Path, kind: str) -> None:
     def outcome(draft: dict[str, Any]) -> dict[int, list[tuple[Any, ...]]]:
         decode = DecodeConfig.model_validate({"draft": draft, "skip": POLICIES["skip"]})
         engine = Engine.load(
@@ -286,7 +297,7 @@ def test_branches_hold_where_the_chain_does_not(folder: Path, kind: str) -> None
 def test_a_tree_is_drafted_on_from_several_nodes(folder: Path) -> None:
     """And of those that are not the first after their parent some hold, with what follows."""
     engine = _engine(folder, _draft("kangaroo tree of 3", folder), rows=1)
-    (drafter,) = (lane._drafter for lane in engine._lanes)
+    (drafter,) = (worker._drafter for worker in engine._workers)
     observe, most, held = drafter.observe, 0, 0
 
     def look(verdicts: Mapping[Sequence, Verdict], hidden: torch.Tensor) -> None:
@@ -313,9 +324,9 @@ def test_drafts_are_the_same_whether_their_ends_run_first_or_when_verified(
     """What a draft ends with enters the adapter's cache later then, and is as if it had always been there."""
     found, states = [], []
     for most in (0, 10_000):
-        monkeypatch.setattr(kangaroo, "AT_ONCE", most)
+        monkeypatch.setattr(base, "HOST", replace(base.HOST, rerun_tokens=most))
         engine = _engine(folder, _draft(kind, folder), rows=rows)
-        (drafter,) = (lane._drafter for lane in engine._lanes)
+        (drafter,) = (worker._drafter for worker in engine._workers)
         returned = _noting(drafter)
         outcomes = _outcomes(engine.generate(_prompts(), SamplingParams(max_tokens=40, ignore_eos=True)))
         stats = engine.take_stats()
@@ -369,8 +380,8 @@ def test_a_row_ends_inside_a_draft(way: str) -> None:
         "max_tokens": SamplingParams(max_tokens=at + 1),
     }[way]
     drafting = Engine(plain.decoder, plain.tokenizer, sizes)
-    for lane in drafting._lanes:
-        lane._drafter = _Foresight(ids)
+    for worker in drafting._workers:
+        worker._drafter = _Foresight(ids)
     found = [engine.generate([chat], params)[0][0] for engine in (plain, drafting)]
     assert (found[0].text, found[0].finish_reason) == (found[1].text, found[1].finish_reason)
     assert found[0].token_ids == found[1].token_ids == ids[: at + 1]
@@ -399,7 +410,7 @@ def test_auto_goes_from_copies_to_kangaroo_to_nothing_and_back(folder: Path) -> 
     expected = _outcomes(_engine(folder, {"kind": "none"}).generate(prompts, params))
     engine = _engine(folder, _draft("auto", folder))
     free, dear = StepCosts((1, 64), (1.0, 1.01)), StepCosts((1, 64), (1.0, 640.0))
-    drafters = [lane._drafter for lane in engine._lanes]
+    drafters = [worker._drafter for worker in engine._workers]
     for drafter in drafters:
         assert isinstance(drafter, AutoDrafter)
         assert drafter._rounds is not None
@@ -492,21 +503,23 @@ def test_a_damaged_adapter_and_the_folder_above_one_are_named(folder: Path, tmp_
 def test_a_drafts_step_as_one_call_does_what_its_operations_do(folder: Path) -> None:
     decoder = Decoder(*load(folder, torch.bfloat16, torch.device("cpu")), folder=folder)
     whole = load_kangaroo(decoder, folder / "adapter")
-    if whole._native is None:
+    if not isinstance(whole._draft, CpuDraftStep):
         pytest.skip("a library's products are used on this processor")
     apart = copy(whole)
-    apart._native = None
-    slots, index = torch.tensor([2, 0]), torch.arange(10)
+    apart._draft = DraftStep(
+        *(getattr(whole._draft, name) for name in ("layers", "exit_layer", "adapter", "head"))
+    )
+    table_rows, index = torch.tensor([2, 0]), torch.arange(10)
     ids = torch.randint(VOCAB, (10,), generator=torch.Generator().manual_seed(0))
-    groups = [Group(0, 5, slots, 64)]
-    batch = TokenBatch(ids, torch.arange(5).repeat(2), slots.repeat_interleave(5), groups, index)
+    spans = [Span(0, 5, table_rows, 64)]
+    batch = TokenBatch(ids, torch.arange(5).repeat(2), table_rows.repeat_interleave(5), spans, index)
     found = []
     for one, threads, after in ((apart, 1, [9, 3]), (whole, 1, [9, 3]), (whole, 2, [9, 3]), (whole, 2, [])):
         cache = decoder.new_cache(1)
         cache.fill(3, 64)
-        with decoder.threads(threads), torch.inference_mode():
+        with decoder.backend.threads(threads), torch.inference_mode():
             x, tokens, chances = one.step(batch, cache, after, 3)
-        used = range(len(decoder.layers))[whole.exit_layer :]
+        used = range(decoder.depth)[whole.exit_layer :]
         assert not any(cache.keys[cache.table[layer].long()].any() for layer in used)
         found.append((x, cache.keys, cache.values, torch.tensor(chances), tokens))
         assert len(tokens) == len(after)
@@ -621,9 +634,9 @@ def test_long_texts_are_caught_up_on_piece_by_piece(
     prompts, params = [list(range(3, 53)), list(range(5, 59))], SamplingParams(max_tokens=40, ignore_eos=True)
     plain = _engine(folder, {"kind": "none"}, rows=2).generate(prompts, params)
     engine = _engine(folder, _draft(kind, folder), rows=2)
-    for lane in engine._lanes:
-        if isinstance(lane._drafter, AutoDrafter):
-            lane._drafter._costs = StepCosts((1, 64), (1.0, 1.01))
+    for worker in engine._workers:
+        if isinstance(worker._drafter, AutoDrafter):
+            worker._drafter._costs = StepCosts((1, 64), (1.0, 1.01))
     assert _outcomes(engine.generate(prompts, params)) == _outcomes(plain)
     assert engine.take_stats().drafted_by[kind if kind == "draft_model" else "kangaroo"] > 0
 
@@ -633,16 +646,16 @@ def test_auto_asks_kangaroo_only_where_its_tokens_may_pay(
     folder: Path, seconds_of_64: float, asked: bool
 ) -> None:
     engine = _engine(folder, _draft("auto", folder), rows=2)
-    for lane in engine._lanes:
-        assert isinstance(lane._drafter, AutoDrafter)
-        lane._drafter._costs = StepCosts((1, 64), (1.0, seconds_of_64))
+    for worker in engine._workers:
+        assert isinstance(worker._drafter, AutoDrafter)
+        worker._drafter._costs = StepCosts((1, 64), (1.0, seconds_of_64))
     engine.generate([list(range(3, 12)), list(range(20, 30))], SamplingParams(max_tokens=20, ignore_eos=True))
     assert ("kangaroo" in engine.take_stats().drafted_by) is asked
 
 
 def test_auto_learns_prices_from_steps_without_prompts(folder: Path) -> None:
     engine = _engine(folder, _draft("auto", folder), rows=1)
-    drafter = engine._lanes[0]._drafter
+    drafter = engine._workers[0]._drafter
     assert isinstance(drafter, AutoDrafter)
     before = drafter._costs
     engine.generate([list(range(3, 50))], SamplingParams(max_tokens=1))

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.data.prompts import PromptBuilder, row_key
 from rayskip.data.records import Generation, Prompt
 from rayskip.data.sources import discover, plan_shards, read_shard
@@ -22,7 +22,7 @@ from rayskip.errors import RowError
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load
 from rayskip.model.decoder import Decoder
-from rayskip.model.ops import TokenBatch
+from rayskip.model.token_batch import TokenBatch
 
 ROOT = Path(__file__).parent.parent
 GREEDY = SamplingParams(max_tokens=24)
@@ -194,7 +194,7 @@ class _Cramped(Decoder):
         self, x: torch.Tensor, batch: TokenBatch, cache: KVCache, first: int, last: int
     ) -> torch.Tensor:
         self.steps += 1
-        if self.steps > self.after and len(batch.slots.unique()) > self.room:
+        if self.steps > self.after and len(batch.table_rows.unique()) > self.room:
             raise torch.OutOfMemoryError("no memory for so many rows")
         return super().run_layers(x, batch, cache, first, last)
 

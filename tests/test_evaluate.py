@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 from rayskip.config import EngineConfig, SamplingParams
+from rayskip.config.evaluate import BenchConfig, BenchPeer, SpecBenchConfig
 from rayskip.data.records import Prompt
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, InputError
@@ -28,7 +29,6 @@ from rayskip.evaluate.turns import EngineRun, run_in_turns
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load
 from rayskip.model.decoder import Decoder
-from rayskip.tool_config import BenchConfig, BenchPeer, SpecBenchConfig
 
 MODEL = {"path": "smollm2-135m-instruct"}
 SKIP = {"kind": "skipdecode", "speedup": 2, "horizon": 8}
@@ -91,7 +91,7 @@ def test_the_limit_is_what_products_and_cached_bytes_take(tiny_llama: Callable[.
         measured = measure_roofline(decoder, rows=3, greedy=greedy)
         assert min(measured.layers_s, measured.head_s, measured.read_bytes_s) > 0
     roofline = Roofline(rows=10, layers_s=2.0, head_s=1.0, read_bytes_s=100.0)
-    cached = 10 * 7 * KVCache.bytes_per_position(spec, len(decoder.layers), torch.bfloat16) / 100
+    cached = 10 * 7 * KVCache.bytes_per_position(spec, decoder.depth, torch.bfloat16) / 100
     assert roofline.tok_s(decoder, 7, 4) == pytest.approx(10 / (2 + cached + 1))
     assert roofline.tok_s(decoder, 7, 1) == pytest.approx(10 / ((2 + cached) / 4 + 1))
 

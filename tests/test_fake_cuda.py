@@ -50,7 +50,7 @@ for folder in map(Path, sys.argv[1:]):
     for dtype in (torch.bfloat16, *([] if found else [torch.float32])):
         counts.graphs = counts.flash = 0
         decoder = Decoder(*load(folder, dtype, torch.device("cuda")), folder=folder)
-        facts = {"ops": decoder.ops.name, "warnings": decoder.warnings}
+        facts = {"ops": decoder.backend.name, "warnings": decoder.backend.warnings}
         for decode, params in (({}, sampled), ({"draft": {"kind": "lookup"}, "skip": skip}, greedy), ({}, greedy)):
             sizes = EngineConfig(max_batch_rows=4, max_batch_tokens=64, kv_cache_gb=0.1)
             engine = Engine(decoder, None, sizes, DecodeConfig.model_validate(decode))

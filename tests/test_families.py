@@ -25,10 +25,10 @@ from transformers import (
 from rayskip.config import EngineConfig, SamplingParams
 from rayskip.engine import Engine
 from rayskip.errors import ModelError
+from rayskip.model.backends.torch import TorchBackend
 from rayskip.model.checkpoint import load
 from rayskip.model.decoder import Decoder
 from rayskip.model.families import FAMILIES
-from rayskip.model.ops import Ops
 
 SIZES: dict[str, Any] = {
     "vocab_size": 199,
@@ -164,8 +164,12 @@ def test_greedy_tokens_equal_transformers(name: str, ops: str, tmp_path: Path) -
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 190, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
     spec, weights = load(tmp_path, torch.float32, torch.device("cpu"))
-    decoder = Decoder(spec, weights, Ops(spec) if ops == "torch" else None)
-    if decoder.ops.name != ops:
+    decoder = Decoder(
+        spec,
+        weights,
+        TorchBackend(spec, weights.embed.dtype, weights.embed.device) if ops == "torch" else None,
+    )
+    if decoder.backend.name != ops:
         pytest.skip("no C compiler here")
     engine = Engine(decoder, engine=EngineConfig(max_batch_rows=4))
     params = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True, logprobs=3)

@@ -20,10 +20,11 @@ from transformers import AutoTokenizer
 from rayskip.cluster.local_pool import LocalPool
 from rayskip.cluster.replica import Replica
 from rayskip.config import JobConfig
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.data.sources import Source
 from rayskip.driver.loop import run_job
 from rayskip.driver.progress import Progress
+from rayskip.driver.records import VERSION, CommitRecord
 from rayskip.driver.report import Report
 from rayskip.driver.status import status
 from rayskip.driver.verify import verify
@@ -88,6 +89,24 @@ def test_a_folder_of_an_earlier_version_is_resumed_with_its_tokens(old: Path) ->
     assert _rows(old / "unfinished") == _rows(old / "finished")
 
 
+def test_the_quality_audits_of_an_earlier_version_count(old: Path) -> None:
+    """It called them receipts: in the config, in commit records and in the report."""
+    fallback = {"quality.below_floor": "full_depth", "quality.min_audits": 7, "quality.floor": 0.25}
+    _edit_config(old / "unfinished", "quality", below_floor="full_depth", min_receipts=7, floor=0.25)
+    commit = old / "unfinished/_commits/shard-00001.json"
+    found = {"receipts": 8, "receipt_exact": 4, "receipt_edit_similarity": 6.0, "receipt_rouge_l": 2.0}
+    _edit(commit, stats=json.loads(commit.read_text())["stats"] | found)
+    agreement = {"exact_match": 0.5, "edit_similarity": 0.75, "rouge_l": 0.25}
+    assert CommitRecord.model_validate_json(commit.read_text()).counters.agreement == agreement
+    overrides = ["output.path=unfinished", *(f"{key}={value}" for key, value in fallback.items())]
+    with pytest.raises(OutputError, match=r"different: quality\.min_audits \(7 there, 20 here\)\. Choose"):
+        _run("job.yaml", *overrides, "quality.min_audits=20")
+    report = _run("job.yaml", *overrides)
+    assert (report.shards_resumed, report.audits >= 8) == (1, True)
+    _edit(old / "finished/report.json", receipts=5)
+    assert _run("job.yaml").audits == 5
+
+
 def test_a_job_under_another_name_is_the_same_job(old: Path) -> None:
     assert _run("job.yaml", "output.path=unfinished", "name=later").shards_resumed == 1
     assert verify("unfinished").rows == 12
@@ -139,7 +158,9 @@ def test_a_folder_of_a_later_version_is_read_where_its_format_is_the_same(old: P
 
 
 def test_a_folder_of_a_newer_format_is_refused_as_such(old: Path) -> None:
-    (old / "finished/job.json").write_text(json.dumps({"version": 2, "rayskip": "9.1.0", "jobs": []}))
+    (old / "finished/job.json").write_text(
+        json.dumps({"version": VERSION + 1, "rayskip": "9.1.0", "jobs": []})
+    )
     for command in (lambda: status("finished"), lambda: verify("finished"), lambda: _run("job.yaml")):
         with pytest.raises(OutputError, match=r"job\.json was written by a newer rayskip, 9\.1\.0"):
             command()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ import pytest
 import ray
 import yaml
 
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.pool import LOOK_AHEAD
 
 ROOT = Path(__file__).parent.parent
@@ -134,9 +135,8 @@ def test_growth_is_measured_on_a_random_model_of_any_size(tmp_path: Path) -> Non
     assert all(one["tok_s"] > 0 and one["gflop_s"] > 0 for one in found)
 
 
-@pytest.mark.soak
-def test_a_job_and_the_bare_engine_take_turns(tmp_path: Path) -> None:
-    """The script itself refuses to compare what has other sizes or generated another number of tokens."""
+def small_job(tmp_path: Path) -> Path:
+    """The config of a job with a small random model, some thousand tokens long."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"Row number {row}:"}) + "\n" for row in range(24)))
     config = tmp_path / "job.yaml"
@@ -153,7 +153,14 @@ def test_a_job_and_the_bare_engine_take_turns(tmp_path: Path) -> None:
         [sys.executable, "infra/random_llama.py", str(tmp_path / "model"), *sizes], cwd=ROOT, check=True
     )
     config.write_text(json.dumps(job))  # JSON is YAML
-    command = [sys.executable, "infra/measure_job.py", str(config), "--rounds", "1", "--turn", "0.2"]
+    return config
+
+
+@pytest.mark.soak
+def test_a_job_and_the_bare_engine_take_turns(tmp_path: Path) -> None:
+    """The script itself refuses to compare what has other sizes or generated another number of tokens."""
+    config = str(small_job(tmp_path))
+    command = [sys.executable, "infra/measure_job.py", config, "--rounds", "1", "--turn", "0.2"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     stopped: set[int] = set()
     while process.poll() is None:
@@ -166,6 +173,21 @@ def test_a_job_and_the_bare_engine_take_turns(tmp_path: Path) -> None:
     assert found["turns"] > 1
     assert found["ratio"] == found["job"] / found["engine"] > 0
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.soak
+def test_two_source_trees_take_turns(tmp_path: Path) -> None:
+    config, other, imported = str(small_job(tmp_path)), tmp_path / "other", tmp_path / "imported"
+    shutil.copytree(ROOT / "rayskip", other / "rayskip")
+    with (other / "rayskip" / "__init__.py").open("a") as package:
+        package.write(f"\n__import__('pathlib').Path({str(imported)!r}).touch()\n")
+    command = [sys.executable, "infra/compare_trees.py", str(other), config, "--rounds", "1", "--turn", "0.2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    (found,) = json.loads(done.stdout.splitlines()[-1])
+    assert imported.exists()
+    assert found["turns"] > 1
+    assert found["same_tokens"]
+    assert found["ratio"] == found["this"] / found["other"] > 0
 
 
 def stopped_sides(pid: int) -> set[int]:

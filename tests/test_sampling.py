@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,14 +12,19 @@ from scipy.stats import chisquare
 
 from rayskip.config import SamplingParams
 from rayskip.decode.randomness import uniform
-from rayskip.decode.sampling import Choice, Draw, choose, needs_logits
-from rayskip.model.backends.scores import Scores, best_logits
+from rayskip.decode.sampling import Choice, Draw, needs_logits, sample
+from rayskip.model.backends.base import HeadOutput
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, -3.0])
 
 
+def _output(logits: torch.Tensor) -> HeadOutput:
+    best = logits.max(dim=-1)
+    return HeadOutput(best.values, best.indices, logits, range(len(logits)))
+
+
 def _choose(logits: torch.Tensor, draws: list[Draw]) -> list[Choice]:
-    return choose(Scores.of_all(logits), draws).choices()
+    return sample(_output(logits), draws).choices()
 
 
 def _draws(params: SamplingParams, rows: int) -> list[Draw]:
@@ -88,7 +94,7 @@ def test_a_row_is_chosen_alone() -> None:
     # and of the others the highest logit is enough
     full = [row for row, draw in enumerate(draws) if needs_logits(draw.params)]
     assert len(full) == 32
-    assert choose(Scores(*best_logits(logits), logits[full], full), draws).choices() == together
+    assert sample(replace(_output(logits), logits=logits[full], full=full), draws).choices() == together
 
 
 def test_uniforms_are_uniform_and_independent_of_order() -> None:

@@ -69,10 +69,10 @@ class _Cache:
                 block, within = divmod(position, SIZE)
                 so_far = tuple(row.tokens(0, position + 1))
                 for layer in policy.layers(row.skip_position(position)):
-                    page = self.pages.setdefault(self.table[layer, row.slot, block], {})
+                    page = self.pages.setdefault(self.table[layer, row.table_row, block], {})
                     page[within] = so_far
                     for earlier in range(position):
-                        at = self.pages[self.table[layer, row.slot, earlier // SIZE]]
+                        at = self.pages[self.table[layer, row.table_row, earlier // SIZE]]
                         assert at[earlier % SIZE] == so_far[: earlier + 1]
 
 
@@ -97,8 +97,8 @@ def test_every_token_runs_once_within_the_limits(
         if not plan.chunks:
             break
         assert sum(chunk.stop - chunk.start for chunk in plan.chunks) <= max(max_tokens, max_rows)
-        slots = [row.slot for row in scheduler.running]
-        assert len(set(slots)) == len(slots) <= max_rows
+        table_rows = [row.table_row for row in scheduler.running]
+        assert len(set(table_rows)) == len(table_rows) <= max_rows
         assert scheduler.pool.held <= blocks * LAYERS
         assert not any(chunk.sequence in plan.preempted for chunk in plan.chunks)
         cache.run(plan, policy)

@@ -16,12 +16,12 @@ from reference import reference_logits
 from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedConfig
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams, SkipConfig
-from rayskip.config_file import load_config
+from rayskip.config.file import load_config
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError
+from rayskip.model.backends.torch import TorchBackend
 from rayskip.model.checkpoint import load
 from rayskip.model.decoder import Decoder
-from rayskip.model.ops import Ops
 from rayskip.skip import SkipPolicy, skip_policy
 from rayskip.train.examples import Example, collate
 from rayskip.train.skip import answer_logits
@@ -157,8 +157,12 @@ def test_tokens_equal_a_slow_reference(policy: str, ops: str, model_folder: Path
     config = _config(POLICIES[policy])
     schedule = skip_policy(config, LAYERS)
     spec, weights = load(model_folder, torch.float32, torch.device("cpu"))
-    decoder = Decoder(spec, weights, Ops(spec) if ops == "torch" else None)
-    if decoder.ops.name != ops:
+    decoder = Decoder(
+        spec,
+        weights,
+        TorchBackend(spec, weights.embed.dtype, weights.embed.device) if ops == "torch" else None,
+    )
+    if decoder.backend.name != ops:
         pytest.skip("no C compiler here")
     engine = Engine(decoder, engine=EngineConfig(max_batch_rows=3), decode=DecodeConfig(skip=config))
     prompts = _prompts()
@@ -180,7 +184,7 @@ def test_a_layer_takes_no_pages_for_positions_that_skip_it(model_folder: Path) -
     schedule = skip_policy(config := _config(POLICIES["skipdecode"]), LAYERS)
     spec, weights = load(model_folder, torch.float32, torch.device("cpu"))
     engine = Engine(decoder := Decoder(spec, weights), decode=DecodeConfig(skip=config))
-    prompt, completion, page = 60, 90, decoder.ops.layout.page
+    prompt, completion, page = 60, 90, decoder.backend.layout.page
     engine.generate([[5] * prompt], SamplingParams(max_tokens=completion, ignore_eos=True))
     spared = sum(LAYERS - schedule.depth(first - prompt) for first in range(0, prompt + completion - 1, page))
     stats = engine.take_stats()
@@ -227,7 +231,7 @@ def test_tokens_under_a_policy_do_not_depend_on_the_batch(smollm2: Path) -> None
 
 
 def test_a_row_can_run_at_full_depth_beside_others(model_folder: Path) -> None:
-    """Quality receipts decode the same row both ways in one batch."""
+    """Quality audits decode the same row both ways in one batch."""
     from rayskip.data.records import Prompt
 
     decode = DecodeConfig(skip=_config(POLICIES["skipdecode"]))

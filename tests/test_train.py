@@ -13,10 +13,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
+from rayskip.config.train import TrainSkipConfig
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, InputError, ModelError
 from rayskip.model.checkpoint import trained_policy
-from rayskip.tool_config import TrainSkipConfig
 from rayskip.train.examples import Example, batches, collate, split
 from rayskip.train.loop import Point
 from rayskip.train.run_skip import train_skip

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rayskip.config import DecodeConfig, EngineConfig, JobConfig, ModelConfig, SamplingParams
+from rayskip.config.train import DataConfig, TrainingConfig, TrainKangarooConfig, TrainMedusaConfig
 from rayskip.data.output import output_table
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.records import Shard
@@ -31,7 +32,6 @@ from rayskip.model.checkpoint import tensors_fingerprint
 from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
 from rayskip.model.medusa import MedusaLabel
 from rayskip.model.trained import save_trained
-from rayskip.tool_config import DataConfig, TrainingConfig, TrainKangarooConfig, TrainMedusaConfig
 from rayskip.train import kangaroo, medusa
 from rayskip.train.drafts import (
     Targets,

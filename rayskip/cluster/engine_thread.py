@@ -31,7 +31,7 @@ class Generated:
 
 
 @dataclass
-class _Batch:
+class _Call:
     """One call's prompts, and those to decode again at full depth. left: how many the engine still holds."""
 
     prompts: list[Prompt]
@@ -52,8 +52,8 @@ class EngineThread:
         self.rows = 0
         self.tokens = 0
         self._engine = engine
-        self._inbox: queue.SimpleQueue[_Batch] = queue.SimpleQueue()
-        self._requests: dict[int, tuple[_Batch, list[Generation]]] = {}  # and where its rows go
+        self._inbox: queue.SimpleQueue[_Call] = queue.SimpleQueue()
+        self._requests: dict[int, tuple[_Call, list[Generation]]] = {}  # and where its rows go
         self._stats = Stats()
         threading.Thread(target=self._serve, name="engine", daemon=True).start()
 
@@ -63,7 +63,7 @@ class EngineThread:
         full_depth: skip no layer in the first place. Rows that cannot run come back with finish_reason "error".
         Raises ReplicaLost once the engine is dead.
         """
-        batch = _Batch(prompts, again, full_depth)
+        batch = _Call(prompts, again, full_depth)
         self._inbox.put(batch)
         return batch.result.result()
 
@@ -87,7 +87,7 @@ class EngineThread:
         while not self._inbox.empty():
             self._add(self._inbox.get())
 
-    def _add(self, batch: _Batch) -> None:
+    def _add(self, batch: _Call) -> None:
         """Queue a batch's rows, the longest first, so that like lengths meet."""
         for prompt in _longest_first(batch.prompts):
             try:
@@ -100,7 +100,7 @@ class EngineThread:
                 self._request(prompt, batch, True, batch.generated.again)
         self._finish_if_done(batch)
 
-    def _request(self, prompt: Prompt, batch: _Batch, full_depth: bool, rows: list[Generation]) -> None:
+    def _request(self, prompt: Prompt, batch: _Call, full_depth: bool, rows: list[Generation]) -> None:
         self._requests[self._engine.add(prompt, full_depth=full_depth)] = batch, rows
         batch.left += 1
 
@@ -111,7 +111,7 @@ class EngineThread:
         self.rows += rows is batch.generated.rows
         self._finish_if_done(batch)
 
-    def _finish_if_done(self, batch: _Batch) -> None:
+    def _finish_if_done(self, batch: _Call) -> None:
         if batch.left == 0:
             batch.generated.stats, self._stats = self._stats, Stats()
             batch.result.set_result(batch.generated)

@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 from rayskip.data.records import Shard
 from rayskip.errors import ReplicaLost
-from rayskip.pool import Done, Event, Failed, Lost, Ready, Worker
+from rayskip.pool import Done, Event, Failed, Lost, Ready, Replica
 
 
 class LocalPool:
     """A Pool whose replicas come from `make_replica` and whose calls run in daemon threads."""
 
-    def __init__(self, make_replica: Callable[[], Worker]) -> None:
+    def __init__(self, make_replica: Callable[[], Replica]) -> None:
         self._make = make_replica
-        self._replicas: dict[int, Worker] = {}
+        self._replicas: dict[int, Replica] = {}
         self._events: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
         self._started = 0
 

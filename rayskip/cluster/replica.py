@@ -105,7 +105,7 @@ class Replica:
         return prompts, failed
 
     def _to_decode_again(self, prompts: list[Prompt]) -> list[Prompt]:
-        """The rows that get a quality receipt: a share, chosen by their random keys."""
+        """The rows for a quality audit: a share, chosen by their random keys."""
         if self._job.decode.skip.kind == "none":
             return []
         return [prompt for prompt in prompts if prompt.key < self._job.quality.sample * 2**64]
@@ -165,11 +165,13 @@ def device_for(gpus: float) -> str:
     """
     if not gpus:
         return "cpu"
-    import torch
+    from rayskip.model.backends.choose import check_gpu
 
     try:
-        torch.ones(1, device="cuda").add(1)  # a GPU that torch sees it may still have no kernels for
+        check_gpu()
     except (RuntimeError, AssertionError) as error:
+        import torch
+
         raise ConfigError(
             f"cluster.gpus_per_replica: {gpus:g}, but torch {torch.__version__} on {platform.node()} cannot use a "
             f"GPU: {first_line(error)}; 0 runs on CPU"
@@ -182,10 +184,10 @@ def hardware(device: str) -> dict[str, Any]:
     import torch to read it, for seconds."""
     import torch
 
+    from rayskip.model.backends.choose import gpu_facts
+
     facts: dict[str, Any] = {"host": platform.node(), "cpu": _cpu_name(), "cpus": os.cpu_count()}
-    if device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-    return facts | {"torch": str(torch.__version__), "python": platform.python_version()}
+    return facts | gpu_facts(device) | {"torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def _cpu_name() -> str:

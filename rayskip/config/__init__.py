@@ -1,4 +1,7 @@
-"""The job's config: frozen pydantic sections, unknown keys refused.
+"""The config of a job and of every other command: frozen pydantic sections, unknown keys refused.
+
+The names below are a job's sections. train, evaluate: the other commands' configs; commands: all of them by
+command; file: reads a YAML file and `--set`.
 
 Knows neither torch nor ray: `rayskip schema`, `--help` and every validation answer before they load.
 Field descriptions are the reference documentation; `rayskip schema` prints them.
@@ -30,8 +33,8 @@ from rayskip.config.job import (
     OutputConfig,
     QualityConfig,
     RetryConfig,
-    SamplingParams,
 )
+from rayskip.config.sampling import SamplingParams
 from rayskip.config.section import Dtype, ModelConfig, Section
 
 __all__ = [

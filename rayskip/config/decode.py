@@ -1,4 +1,4 @@
-"""How tokens are decoded: the layer-skipping policies and the drafters, each a section told by its `kind`."""
+"""How tokens are decoded: the layer-skipping policies and the drafters. A section's `kind` says which it is."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SkipDecodeSkip(Section):
     )
 
     @model_validator(mode="after")
-    def _one_way(self) -> SkipDecodeSkip:
+    def _check_layers(self) -> SkipDecodeSkip:
         numbers = (self.max_layers, self.min_layers)
         if (self.speedup is None) == (numbers == (None, None)) or (self.speedup is None and None in numbers):
             raise ValueError("give either speedup, or both max_layers and min_layers")
@@ -98,7 +98,7 @@ class KangarooDraft(Section):
     branches: int = Field(
         1,
         ge=1,
-        description="likeliest tokens proposed after a token; the draft goes on from as many new ones",
+        description="top-k tokens proposed after a token; the draft continues from the top-k of its newest",
     )
 
 
@@ -107,7 +107,7 @@ class MedusaDraft(Section):
 
     kind: Literal["medusa"]
     path: str | None = Field(None, description="the heads' folder; by default those that ship for the model")
-    branches: int = Field(1, ge=1, description="likeliest tokens of each head that are verified")
+    branches: int = Field(1, ge=1, description="top-k tokens of each head that are verified")
 
 
 class DraftModelDraft(Section):
@@ -139,7 +139,7 @@ class LookaheadDraft(Section):
 
 
 class AutoDraft(Section):
-    """Copies, a tree of Kangaroo's, both or nothing: what pays at a step by measured costs and acceptance."""
+    """Lookups, a Kangaroo tree, both or nothing: at each step what pays by measured costs and acceptance rates."""
 
     kind: Literal["auto"]
     path: str | None = Field(None, description="Kangaroo adapter; by default the one that ships, if one does")
@@ -147,7 +147,7 @@ class AutoDraft(Section):
     tokens: int = Field(16, ge=1, description="tokens looked up at once, at most")
     copies: int = Field(3, ge=1, description="different continuations looked up, at most")
     gamma: int = Field(6, ge=1, description="tokens that Kangaroo drafts in a row, at most")
-    branches: int = Field(2, ge=1, description="likeliest tokens of Kangaroo's after a token, at most")
+    branches: int = Field(2, ge=1, description="Kangaroo's top-k tokens after a token, at most")
     eta: float = Field(
         0.4,
         ge=0,

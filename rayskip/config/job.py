@@ -1,4 +1,4 @@
-"""The job's config and its sections but for `decode`."""
+"""A job's config, and the sections that are only there to make it up."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import datetime
 import re
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
-from pydantic_core import PydanticKnownError
+from pydantic import Field, field_validator, model_validator
 
 from rayskip.config.decode import DecodeConfig
+from rayskip.config.sampling import SamplingParams
 from rayskip.config.section import ModelConfig, Section
 
 
@@ -47,7 +47,7 @@ class InputConfig(Section):
 
     @field_validator("date", mode="before")
     @classmethod
-    def _a_day(cls, value: object) -> object:
+    def _check_date(cls, value: object) -> object:
         if value is None or type(value) is datetime.date:
             return value
         try:
@@ -57,7 +57,7 @@ class InputConfig(Section):
 
     @field_validator("path")
     @classmethod
-    def _names_something(cls, value: str) -> str:
+    def _check_path(cls, value: str) -> str:
         if not value.strip():
             raise ValueError("must name a file, glob, folder, url or hub dataset")
         if "\0" in value:
@@ -70,7 +70,7 @@ class InputConfig(Section):
 
     @field_validator("split")
     @classmethod
-    def _plain_split(cls, value: str | None) -> str | None:
+    def _check_split(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"\w+(\.\w+)*", value):
             raise ValueError(
                 f"must be the name of one split, or all; got {value!r}"
@@ -79,7 +79,7 @@ class InputConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _one_source(self) -> InputConfig:
+    def _check_prompt_source(self) -> InputConfig:
         named = [
             k for k in ("prompt", "messages", "prompt_token_ids", "template") if getattr(self, k) is not None
         ]
@@ -90,65 +90,8 @@ class InputConfig(Section):
         return self
 
 
-def _not_read_as(error: str) -> BeforeValidator:
-    """Refuse, as pydantic's `error`, what it alone would read as a number: true as 1, "7" as 7."""
-
-    def check(value: object) -> object:
-        if isinstance(value, bool | str | bytes):
-            raise PydanticKnownError(error)  # type: ignore[arg-type]
-        return value
-
-    return BeforeValidator(check)
-
-
-Int = Annotated[int, _not_read_as("int_type")]
-Float = Annotated[float, _not_read_as("float_type")]
-TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
-StopText = Annotated[str, Field(max_length=1024)]
-
-
-class SamplingParams(Section):
-    """How tokens are chosen; the names are vLLM's and OpenAI's.
-
-    A row may have its own, so each is bounded by what one row can cost a replica.
-    """
-
-    model_config = ConfigDict(allow_inf_nan=False)
-
-    max_tokens: Int = Field(128, ge=1, lt=2**31, description="most tokens to generate")
-    temperature: Float = Field(0.0, ge=0, le=1000, description="0 is greedy")
-    top_p: Float = Field(1.0, gt=0, le=1)
-    top_k: Int = Field(0, ge=-1, lt=2**31, description="0 or -1: all tokens")
-    min_p: Float = Field(0.0, ge=0, le=1)
-    repetition_penalty: Float = Field(1.0, gt=0, le=1000)
-    stop: tuple[StopText, ...] = Field(
-        (), max_length=64, description="strings that end the text; not part of it"
-    )
-    stop_token_ids: tuple[TokenId, ...] = Field((), max_length=1024)
-    seed: Int = Field(
-        0, ge=-(2**63), lt=2**64, description="the job seed; a row's stream is hash(seed, row, sample)"
-    )
-    n: Int = Field(1, ge=1, le=1024, description="samples per row")
-    logprobs: Int | None = Field(
-        None, ge=0, le=20, description="log-probabilities of the token and this many others"
-    )
-    ignore_eos: bool = Field(False, strict=True)
-
-    @field_validator("stop", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("stop")
-    @classmethod
-    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if any(not text for text in value):
-            raise ValueError("a stop string may not be empty")
-        return value
-
-
 class EngineConfig(Section):
-    """Sizes of a replica's engine; what is left out is chosen from memory and measured steps."""
+    """Sizes of a replica's engine. What is left out is chosen by the free memory and by timed steps."""
 
     max_batch_rows: int | None = Field(None, ge=1, description="most rows that generate at once")
     max_batch_tokens: int | None = Field(None, ge=16, description="most tokens in one forward")
@@ -184,7 +127,7 @@ class ClusterConfig(Section):
 
     @field_validator("replicas")
     @classmethod
-    def _ordered(cls, replicas: int | tuple[int, int]) -> int | tuple[int, int]:
+    def _check_replicas(cls, replicas: int | tuple[int, int]) -> int | tuple[int, int]:
         low, high = _range(replicas)
         if not 1 <= low <= high:
             given = list(replicas) if isinstance(replicas, tuple) else replicas
@@ -226,13 +169,13 @@ class RetryConfig(Section):
 
 
 class QualityConfig(Section):
-    """Receipts for lossy decoding: a share of the rows is decoded again at full depth and compared."""
+    """Quality audits of lossy decoding: a share of the rows is decoded again at full depth and compared."""
 
     sample: float = Field(0.02, ge=0, le=1, description="share of the rows, chosen by their identity")
     floor: float = Field(
-        0.0, ge=0, le=1, description="least mean edit similarity of token ids between both decodings"
+        0.0, ge=0, le=1, description="least mean edit similarity of token ids, over the audited rows"
     )
-    min_receipts: int = Field(20, ge=1, description="comparisons before the floor is held against the job")
+    min_audits: int = Field(20, ge=1, description="rows audited before the floor is applied")
     below_floor: Literal["stop", "full_depth"] = Field(
         "stop", description="stop the job, or decode the remaining shards at full depth"
     )

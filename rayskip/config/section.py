@@ -1,4 +1,4 @@
-"""What every section of a config is, and the one that names a checkpoint, which others hold."""
+"""The base of every section, and the section that names a checkpoint."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ _WORD = re.compile(r"[a-z0-9]+")
 
 
 def agreement(rows: Iterable[Generation], full_depth: Iterable[Generation]) -> Stats:
-    """Receipts of the rows that were decoded both ways, as counters that add.
+    """Quality audits of the rows that were decoded both ways, as counters that add.
 
     rows: all of a shard's. full_depth: those decoded again, a subset by (row_index, sample_index).
     """
@@ -23,10 +23,10 @@ def agreement(rows: Iterable[Generation], full_depth: Iterable[Generation]) -> S
     for full in full_depth:
         row = ours[full.row_index, full.sample_index]
         ids, expected = row.token_ids or [], full.token_ids or []
-        stats.receipts += 1
-        stats.receipt_exact += ids == expected
-        stats.receipt_edit_similarity += edit_similarity(ids, expected)
-        stats.receipt_rouge_l += rouge_l(row.text or "", full.text or "")
+        stats.audits += 1
+        stats.audit_exact += ids == expected
+        stats.audit_edit_similarity += edit_similarity(ids, expected)
+        stats.audit_rouge_l += rouge_l(row.text or "", full.text or "")
     return stats
 
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-import torch
 
 from rayskip.decode.sequence import Sequence
-from rayskip.model.backends.transfer import to_device
+from rayskip.model.backends.base import Backend
 from rayskip.model.cache.kv_cache import key_blocks
-from rayskip.model.ops import Group, Paths, TokenBatch
+from rayskip.model.token_batch import Paths, Span, TokenBatch
 from rayskip.skip import SkipPolicy
 
 
@@ -45,8 +44,8 @@ class Chunk:
 class HostBatch:
     """A TokenBatch as lists, and so without a device.
 
-    tokens [3, N]: ids, positions and slots. spans: of the groups: start, width, keys. paths: places and starts, and
-    `after`, see `Paths`.
+    tokens [3, N]: ids, positions and rows of the block table. spans: start, width and keys of each.
+    paths: places and starts, and `after`, see `Paths`.
     """
 
     tokens: list[list[int]]
@@ -55,41 +54,42 @@ class HostBatch:
     active: list[int] | None
     paths: tuple[list[list[int]], list[list[int]]] | None
 
-    def to(self, device: torch.device) -> TokenBatch:
-        packed = to_device(self.tokens, torch.long, device)
+    def to(self, backend: Backend) -> TokenBatch:
+        """Where the backend has its model."""
+        packed = backend.tensor(self.tokens)
         stops = (*(start for start, *_ in self.spans[1:]), packed.shape[1])
-        groups = [
-            Group(start, width, packed[2, start:stop:width], keys)
+        spans = [
+            Span(start, width, packed[2, start:stop:width], keys)
             for (start, width, keys), stop in zip(self.spans, stops, strict=True)
         ]
         paths = None
         if self.paths is not None:
             places, after = self.paths
-            own = to_device(places, torch.long, device)
-            paths = Paths(own[0], own[1], to_device(after, torch.long, device))
-        outputs = to_device(self.outputs, torch.long, device)
-        return TokenBatch(packed[0], packed[1], packed[2], groups, outputs, self.active, paths)
+            own = backend.tensor(places)
+            paths = Paths(own[0], own[1], backend.tensor(after))
+        outputs = backend.tensor(self.outputs)
+        return TokenBatch(packed[0], packed[1], packed[2], spans, outputs, self.active, paths)
 
 
-def token_batch(chunks: Seq[Chunk], policy: SkipPolicy, device: torch.device) -> TokenBatch:
-    """`host_batch`, on a device."""
-    return host_batch(chunks, policy).to(device)
+def token_batch(chunks: Seq[Chunk], policy: SkipPolicy, backend: Backend) -> TokenBatch:
+    """`host_batch`, where the backend has its model."""
+    return host_batch(chunks, policy).to(backend)
 
 
 def host_batch(chunks: Seq[Chunk], policy: SkipPolicy) -> HostBatch:
     """Chunks as packed tokens. Those of one width, and of one position where depth depends on it, that read
     equally many key blocks attend as one group.
 
-    chunks: in the order of their groups, see `group_key`.
+    chunks: in the order of their spans, see `span_key`.
     """
     ids: list[int] = []
     positions: list[int] = []
-    slots: list[int] = []
+    table_rows: list[int] = []
     outputs: list[int] = []
     spans: list[tuple[int, int, int]] = []
     skip_positions: list[int] = []
     branches: dict[int, Chunk] = {}
-    for (skip_position, width, keys), members in groupby(chunks, group_key):
+    for (skip_position, width, keys), members in groupby(chunks, span_key):
         start = len(ids)
         for chunk in members:
             first = chunk.sequence.position(chunk.start)
@@ -97,14 +97,14 @@ def host_batch(chunks: Seq[Chunk], policy: SkipPolicy) -> HostBatch:
                 branches[len(ids)] = chunk
             ids += chunk.sequence.tokens(chunk.start, chunk.stop)
             positions += range(first, first + width)
-            slots += [chunk.sequence.slot] * width
+            table_rows += [chunk.sequence.table_row] * width
             skip_positions += [skip_position] * width
             if chunk.last:
                 outputs.append(len(ids) - 1)
         spans.append((start, width, keys))
     active = None if policy.is_full else np.searchsorted(skip_positions, policy.until).tolist()
     paths = _paths(positions, branches) if branches else None
-    return HostBatch([ids, positions, slots], outputs, spans, active, paths)
+    return HostBatch([ids, positions, table_rows], outputs, spans, active, paths)
 
 
 def _paths(positions: Seq[int], branches: Mapping[int, Chunk]) -> tuple[list[list[int]], list[list[int]]]:
@@ -121,7 +121,7 @@ def _paths(positions: Seq[int], branches: Mapping[int, Chunk]) -> tuple[list[lis
     return [places, starts], after
 
 
-def group_key(chunk: Chunk) -> tuple[int, int, int]:
+def span_key(chunk: Chunk) -> tuple[int, int, int]:
     """(generated position, -1 at full depth; tokens; key positions read): depends on nothing but the row itself.
 
     A chunk is either prompt or one generated token, so its tokens share a depth. Sorted, the deepest come first.

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rayskip.config import SamplingParams
 from rayskip.data.records import TokenLogprob
-from rayskip.model.backends.scores import Scores
+from rayskip.model.backends.base import HeadOutput
 from rayskip.model.backends.transfer import ToHost, to_device
 
 NUCLEUS = 1024
@@ -87,21 +87,21 @@ class _Logprobs:
 
 
 def needs_logits(params: SamplingParams) -> bool:
-    """Whether more than the highest logit decides what is chosen or said."""
+    """Whether more than the highest logit decides what is chosen or output."""
     return params.temperature != 0 or params.repetition_penalty != 1 or params.logprobs is not None
 
 
-def choose(said: Scores, draws: Sequence[Draw]) -> Chosen:
-    """The next token of each of R rows; draws R long, `said` of all rows that `needs_logits` holds for.
+def sample(output: HeadOutput, draws: Sequence[Draw]) -> Chosen:
+    """The next token of each of R rows; draws R long, `output` of all rows that `needs_logits` holds for.
 
     Waits for the device only where a nucleus (top_p) may be wider than NUCLEUS.
     """
-    tokens = said.at
-    for width, rows in _by_width(draws, said.logits.shape[-1]).items():
-        scores = _scores(said.of(rows), [draws[row] for row in rows])
+    tokens = output.argmax
+    for width, rows in _by_width(draws, output.logits.shape[-1]).items():
+        scores = _scores(output.of(rows), [draws[row] for row in rows])
         picked = _pick(scores, [draws[row] for row in rows], width)
         tokens = tokens.index_copy(0, to_device(rows, torch.long, tokens.device), picked)
-    return Chosen(tokens, said.best, _logprobs(said, draws, tokens))
+    return Chosen(tokens, output.best, _logprobs(output, draws, tokens))
 
 
 def _by_width(draws: Sequence[Draw], vocab: int) -> dict[int, list[int]]:
@@ -218,7 +218,7 @@ def _column(draws: Sequence[Draw], name: str | None, like: Tensor) -> Tensor:
     return to_device(values, like.dtype, like.device).unsqueeze(1)
 
 
-def _logprobs(said: Scores, draws: Sequence[Draw], tokens: Tensor) -> list[_Logprobs]:
+def _logprobs(output: HeadOutput, draws: Sequence[Draw], tokens: Tensor) -> list[_Logprobs]:
     """Log-probabilities of the model's own distribution, for the rows that ask for them."""
     rows_of = defaultdict(list)
     for row, draw in enumerate(draws):
@@ -226,7 +226,7 @@ def _logprobs(said: Scores, draws: Sequence[Draw], tokens: Tensor) -> list[_Logp
             rows_of[draw.params.logprobs].append(row)
     found = []
     for count, rows in rows_of.items():
-        logprobs = torch.log_softmax(said.of(rows).float(), dim=-1)
+        logprobs = torch.log_softmax(output.of(rows).float(), dim=-1)
         chosen = tokens[to_device(rows, torch.long, tokens.device)].unsqueeze(1)
         best = logprobs.topk(count)
         own = ToHost(logprobs.gather(1, chosen).squeeze(1))

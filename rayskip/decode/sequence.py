@@ -17,7 +17,7 @@ PENDING = -1
 class Sequence:
     """Sample `sample` of a prompt.
 
-    computed: tokens whose keys and values are in the cache, in row `slot` of its table, or will be after the
+    computed: tokens whose keys and values are in the cache, in row `table_row` of its table, or will be after the
     steps in flight. blocks: the cache's blocks that it holds, in order; places: positions that they have.
     pending: so many of the newest generated tokens are PENDING. ended: it got its last token, or was given up.
     limit: tokens it may come to have, prompt and completion together. full_depth: every layer runs, whatever its
@@ -30,7 +30,7 @@ class Sequence:
     sample: int
     limit: int
     full_depth: bool = False
-    slot: int = -1
+    table_row: int = -1
     blocks: list[Block] = field(default_factory=list)
     places: int = 0
     computed: int = 0

@@ -79,7 +79,7 @@ def run_plan(
     with StopSignal() as stop:
         lease = open_job(storage, plan.record, fresh)
         plan = replace(plan, record=adopt(storage, plan.record))
-        run = Run(job.dated(plan.record.date), plan, storage, lease, stop, on_progress)
+        run = JobRun(job.dated(plan.record.date), plan, storage, lease, stop, on_progress)
         run.check_limits()  # what an earlier run committed may be past them already
         if not run.dispatch.finished:
             run.generate(pool_factory)
@@ -110,7 +110,7 @@ def still_there(storage: Storage, commits: dict[int, CommitRecord]) -> dict[int,
     return {shard: record for shard, record in commits.items() if shard not in gone}
 
 
-class Run:
+class JobRun:
     """One driver's run of a job: what is committed, who works on what."""
 
     def __init__(
@@ -297,15 +297,15 @@ class Run:
 
     @property
     def below_floor(self) -> bool:
-        """Whether the receipts of what is committed say that skipping layers costs too much."""
+        """Whether the audits of what is committed say that skipping layers costs too much."""
         quality, stats = self.job.quality, self.whole
-        return stats.receipts >= quality.min_receipts and stats.agreement["edit_similarity"] < quality.floor
+        return stats.audits >= quality.min_audits and stats.agreement["edit_similarity"] < quality.floor
 
     def _check_quality(self) -> None:
         if self.job.quality.below_floor == "stop" and self.below_floor:
             stats = self.whole
             raise JobFailed(
-                f"decode.skip changes the output too much: over {stats.receipts} rows decoded both ways the "
+                f"decode.skip changes the output too much: over {stats.audits} rows decoded both ways the "
                 f"edit similarity is {stats.agreement['edit_similarity']:.2f}, "
                 f"quality.floor is {self.job.quality.floor:g}"
             )
@@ -384,7 +384,7 @@ class Run:
             mean_accepted=whole.mean_accepted,
             drafted_by=whole.drafted_by,
             accepted_by=whole.accepted_by,
-            receipts=whole.receipts,
+            audits=whole.audits,
             agreement=whole.agreement,
             fell_back_to_full_depth=self.below_floor,
             seconds=ours.seconds,

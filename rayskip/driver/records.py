@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 import rayskip
 from rayskip.data.records import Shard, ShardResult
@@ -27,12 +27,22 @@ from rayskip.stats import Stats
 
 VERSION = 1
 """Of the folder's format. It grows only when an older rayskip would misread a folder: a field that is added has a
-default, so that documents without it load, and an unknown field is passed over."""
+default, so that documents without it load, an unknown field is passed over, and a field with a new name is found
+under its old one too (_RENAMED)."""
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 COMMITS = "_commits"
 EPOCHS = "_epochs"
+
+_RENAMED = {
+    "min_receipts": "min_audits",
+    "receipts": "audits",
+    "receipt_exact": "audit_exact",
+    "receipt_edit_similarity": "audit_edit_similarity",
+    "receipt_rouge_l": "audit_rouge_l",
+}
+"""Names in folders of before there was another word, and today's."""
 
 # The only file names a record may hold, so that no record can point outside its folder.
 DataFile = Field(pattern=r"^data/shard-[0-9]+-[0-9a-f]+\.[a-z]+$")
@@ -82,6 +92,12 @@ class JobRecord(Signed):
     date: datetime.date | None = None
     nonce: str = Field("", pattern="^[0-9a-f]*$")
 
+    @field_validator("config")
+    @classmethod
+    def _rename(cls, config: dict[str, Any]) -> dict[str, Any]:
+        quality = config.get("quality")
+        return config | {"quality": _renamed(quality)} if isinstance(quality, dict) else config
+
 
 class EpochRecord(Document):
     """A driver's claim on the job. Wall-clock time is for people: no decision reads it."""
@@ -117,7 +133,7 @@ class CommitRecord(Signed):
     def counters(self) -> Stats:
         """`stats` as counters that add; those that this version does not know are left out."""
         known = {field.name for field in fields(Stats)}
-        return Stats(**{name: value for name, value in self.stats.items() if name in known})
+        return Stats(**{name: value for name, value in _renamed(self.stats).items() if name in known})
 
 
 class ManifestFile(Document):
@@ -145,6 +161,11 @@ class Manifest(Signed):
     rows: int
     rows_failed: int
     files: list[ManifestFile]
+
+
+def _renamed(values: dict[str, Any]) -> dict[str, Any]:
+    """The same values under today's names."""
+    return {_RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def commit_key(shard: int) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pydantic import AliasChoices, Field
+
 from rayskip.driver.records import CommitRecord, Signed
 from rayskip.stats import Stats
 
@@ -29,7 +31,7 @@ class Report(Signed):
     cache that rows did without; kv_fill: share of those in use that tokens filled, over all steps.
     drafted, accepted: tokens that drafters proposed, and of them those that held; drafted_by, accepted_by: the same
     by kind of drafter. mean_accepted: tokens gained per row and verification, 1 without a drafter.
-    receipts: generations also decoded at full depth; agreement: what both have in common, on average.
+    audits: generations also decoded at full depth; agreement: what both have in common, on average.
     """
 
     name: str
@@ -67,7 +69,7 @@ class Report(Signed):
     mean_accepted: float | None
     drafted_by: dict[str, int]
     accepted_by: dict[str, int]
-    receipts: int
+    audits: int = Field(validation_alias=AliasChoices("audits", "receipts"))  # the latter in older folders
     agreement: dict[str, float]
     fell_back_to_full_depth: bool
     seconds: dict[str, float]
@@ -86,7 +88,7 @@ def total(commits: Iterable[CommitRecord]) -> Stats:
 def _layers(report: Report) -> str:
     mean = "no token" if report.mean_layers is None else f"{report.mean_layers:.1f} a token"
     agreed = ", ".join(f"{name} {value:.2f}" for name, value in report.agreement.items())
-    return f"{mean}, skip {report.skip}; {report.receipts:,} receipts{': ' if agreed else ''}{agreed}"
+    return f"{mean}, skip {report.skip}; {report.audits:,} audits{': ' if agreed else ''}{agreed}"
 
 
 def _seconds(value: float | None) -> str:

@@ -1,6 +1,6 @@
-"""The engine: one replica's decoder and lanes behind add, step and run.
+"""The engine: one replica's decoder and workers behind add, step and run.
 
-Does not know files, shards or Ray. Not thread-safe: one thread adds and steps; lanes have their own.
+Does not know files, shards or Ray. Not thread-safe: one thread adds and steps; workers have their own.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from rayskip.data.tokenizer import Encoder, load_tokenizer
 from rayskip.decode.drafters import load_drafters
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
-from rayskip.engine.lane import Lane, Step, StepResult
-from rayskip.engine.memory import keep_freed_memory
 from rayskip.engine.prompts import PromptLike, Prompts
 from rayskip.engine.requests import Completion, Requests
 from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sizes import choose_sizes
+from rayskip.engine.worker import Step, StepResult, Worker
 from rayskip.errors import RowError
+from rayskip.model.backends.choose import open_device
 from rayskip.model.checkpoint import load, resolve, trained_policy
 from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
@@ -68,30 +68,30 @@ class Engine:
         encoder = Encoder(tokenizer, self.max_model_len) if tokenizer is not None else None
         self._prompts = Prompts(encoder, decoder.spec.vocab, self.max_model_len)
         self._waiting: deque[Sequence] = deque()
-        self.policy = skip_policy(self.decode.skip, len(decoder.layers))
+        self.policy = skip_policy(self.decode.skip, decoder.depth)
         drafters = load_drafters(self.decode.draft, decoder, self.policy)
         self.sizes = choose_sizes(
             decoder, engine, self.policy, self.max_model_len, drafters.cache_layers, drafters.own_layers
         )
-        self._lanes = [
-            Lane(
+        self._workers = [
+            Worker(
                 decoder,
                 self.sizes,
                 self.policy,
-                drafters.make(self.sizes.threads_per_lane, self.sizes.batch_rows),
+                drafters.make(self.sizes.threads_per_worker, self.sizes.batch_rows),
                 decoder.new_cache(drafters.cache_layers),
                 self._waiting,
             )
-            for _ in range(self.sizes.lanes)
+            for _ in range(self.sizes.workers)
         ]
-        self._steps: dict[Future[StepResult], tuple[Lane, Step]] = {}
-        """In flight, each lane's in the order in which they run."""
+        self._steps: dict[Future[StepResult], tuple[Worker, Step]] = {}
+        """In flight, each worker's in the order in which they run."""
         stopper = Stopper(tokenizer, decoder.spec.eos_token_ids)
-        self._requests = Requests(stopper, self.policy, len(decoder.layers), self.max_model_len)
+        self._requests = Requests(stopper, self.policy, decoder.depth, self.max_model_len)
         self._kept: list[Completion] = []
         """Of other callers' requests, that ended during a `generate`."""
         self._stats = Stats()
-        self._warnings = list(decoder.warnings)
+        self._warnings = list(decoder.backend.warnings)
 
     @classmethod
     def load(
@@ -107,8 +107,7 @@ class Engine:
         """
         model = ModelConfig(path=model) if isinstance(model, str) else model
         folder = resolve(model.path, model.revision)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        keep_freed_memory()
+        place = open_device(device)
         adapter = Path(model.adapter).expanduser() if model.adapter else None
         decoder = Decoder(*load(folder, getattr(torch, model.dtype), place, adapter), folder=folder)
         loaded = cls(decoder, load_tokenizer(folder), engine, decode)
@@ -125,14 +124,14 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """Facts of the running engine, for reports: device, dtype, sizes, what batch invariance rests on; warnings:
         what is slower or worse than it could be, and why."""
-        decoder = self.decoder
+        backend = self.decoder.backend
         return {
-            "device": str(decoder.device),
-            "dtype": str(decoder.dtype).removeprefix("torch."),
-            "ops": decoder.ops.name,
+            "device": str(backend.device),
+            "dtype": str(backend.dtype).removeprefix("torch."),
+            "ops": backend.name,
             "max_model_len": self.max_model_len,
             **dataclasses.asdict(self.sizes),
-            "row_rule": dataclasses.asdict(decoder.row_rule),
+            "row_rule": dataclasses.asdict(backend.row_rule),
             "batch_invariant": self._batch_invariant,
             "skip": self.policy.name,
             "draft": self.decode.draft.kind,
@@ -145,7 +144,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        running = any(lane.scheduler.running for lane in self._lanes)
+        running = any(worker.scheduler.running for worker in self._workers)
         return bool(self._kept or self._waiting or self._steps or running)
 
     def take_stats(self) -> Stats:
@@ -180,9 +179,9 @@ class Engine:
         self._waiting.extend(kept)
 
     def step(self) -> list[Completion]:
-        """Keep every lane stepping and wait for one to finish its forward; returns the requests that ended.
+        """Keep every worker stepping and wait for one to finish its forward; returns the requests that ended.
 
-        Where memory does not suffice, the lane goes on with half its rows.
+        Where memory does not suffice, the worker goes on with half its rows.
         """
         if self._kept:
             done, self._kept = self._kept, []
@@ -205,16 +204,16 @@ class Engine:
         for future in [future for future in self._steps if future.done()]:
             if future not in self._steps:
                 continue  # it came after one that failed
-            lane, step = self._steps.pop(future)
+            worker, step = self._steps.pop(future)
             try:
                 result = future.result()
-                done += self._collect(lane, step.plan, result)
+                done += self._collect(worker, step.plan, result)
             except (torch.OutOfMemoryError, MemoryError) as error:
-                self._drop_steps(lane)
-                if (given_up := lane.halve()) is None:
+                self._drop_steps(worker)
+                if (given_up := worker.halve()) is None:
                     raise
                 self._take_back(given_up)
-                _log.warning("no memory for so many rows; on with %d (%s)", lane.scheduler.max_rows, error)
+                _log.warning("no memory for so many rows; on with %d (%s)", worker.scheduler.max_rows, error)
         return done
 
     def run(self) -> Iterator[Completion]:
@@ -266,30 +265,30 @@ class Engine:
         return [results[index] for index in range(len(prompts))]
 
     def _start_steps(self) -> None:
-        """Give every idle lane its next step, and those that run one another, where it need not wait for tokens.
-        Rows are shared out evenly, so that no lane sits out the tail."""
-        running = sum(len(lane.scheduler.running) for lane in self._lanes)
-        share = -(-(running + len(self._waiting)) // len(self._lanes))
-        for lane in self._lanes:
-            in_flight = [step for owner, step in self._steps.values() if owner is lane]
+        """Give every idle worker its next step, and those that run one another, where it need not wait for tokens.
+        Rows are shared out evenly, so that no worker sits out the tail."""
+        running = sum(len(worker.scheduler.running) for worker in self._workers)
+        share = -(-(running + len(self._waiting)) // len(self._workers))
+        for worker in self._workers:
+            in_flight = [step for owner, step in self._steps.values() if owner is worker]
             while not in_flight or (len(in_flight) == 1 and in_flight[0].follows):
-                if (step := lane.next(share)) is None:
+                if (step := worker.next(share)) is None:
                     break
                 self._take_back(step.plan.preempted)
-                self._steps[lane.start(step)] = lane, step
+                self._steps[worker.start(step)] = worker, step
                 in_flight.append(step)
 
     def _take_back(self, rows: Seq[Sequence]) -> None:
         """Tokens of rows that begin anew do not count."""
         self._stats.completion_tokens -= sum(len(row.generated) - row.pending for row in rows)
 
-    def _drop_steps(self, lane: Lane) -> None:
-        """Have a lane run nothing any more: what is in flight came after a step that failed."""
-        for future in [future for future, (owner, _) in self._steps.items() if owner is lane]:
+    def _drop_steps(self, worker: Worker) -> None:
+        """Have a worker run nothing any more: what is in flight came after a step that failed."""
+        for future in [future for future, (owner, _) in self._steps.items() if owner is worker]:
             future.exception()  # waits
             del self._steps[future]
 
-    def _collect(self, lane: Lane, plan: StepPlan, result: StepResult) -> list[Completion]:
+    def _collect(self, worker: Worker, plan: StepPlan, result: StepResult) -> list[Completion]:
         """Append what a step chose, and take out the rows that ended."""
         found = result.choices()
         began = time.perf_counter()
@@ -302,12 +301,12 @@ class Engine:
             gained[row] = self._requests.advance(row, choices)
             if row.ended:
                 ended.append(row)
-        self._stats += lane.count(plan, result, gained)
+        self._stats += worker.count(plan, result, gained)
         self._stats.completion_tokens += sum(gained.values())
         # a step on its way may run their last tokens, for nothing, and find what is not finite
-        followed = any(owner is lane for owner, _ in self._steps.values())
+        followed = any(owner is worker for owner, _ in self._steps.values())
         unclean = [row for row in ended if followed or found[row][-1].token_id is None]
-        lane.scheduler.retire(ended, unclean)
+        worker.scheduler.retire(ended, unclean)
         completions = self._requests.complete(ended)
         self._stats.seconds["sample"] += time.perf_counter() - began
         return completions

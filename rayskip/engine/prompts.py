@@ -1,6 +1,6 @@
 """What callers give the engine, as rows it can run: prompts in three forms, and why one cannot run.
 
-Knows neither the queue nor lanes.
+Knows neither the queue nor workers.
 """
 
 from __future__ import annotations

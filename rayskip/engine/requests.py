@@ -1,6 +1,6 @@
 """What callers asked for and have not got yet: rows gain tokens until they end, requests until all their rows did.
 
-Knows neither lanes nor the queue.
+Knows neither workers nor the queue.
 """
 
 from __future__ import annotations

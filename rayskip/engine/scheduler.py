@@ -74,7 +74,7 @@ class Scheduler:
 
     max_rows: rows in flight. max_tokens: tokens in one forward. cohort: places that must be free before rows join;
     those that join together share their positions, and so their layer sets. waiting: rows that have not started,
-    taken from the left; lanes share it. drafts: tokens of a row's draft for which it gets places where there are
+    taken from the left; workers share it. drafts: tokens of a row's draft for which it gets places where there are
     some.
     """
 
@@ -206,7 +206,7 @@ class Scheduler:
     def _enter(self, plan: StepPlan, row: Sequence, block: Block) -> None:
         """As a row's next block."""
         layers = self._shape.layers[: len(block.pages)]
-        plan.assignments.append(Assignment(row.slot, len(row.blocks), layers, block.pages))
+        plan.assignments.append(Assignment(row.table_row, len(row.blocks), layers, block.pages))
         row.blocks.append(block)
         row.places += self.pool.size
 
@@ -229,7 +229,7 @@ class Scheduler:
     def _give_back(self, row: Sequence, unclean: bool = False) -> None:
         self.pool.give_back(row, row.blocks, unclean)
         row.blocks, row.places = [], 0
-        self._free_rows.append(row.slot)
+        self._free_rows.append(row.table_row)
 
     def _may_join(self, share: int) -> bool:
         """Once begun, a cohort joins over as many steps as its prefill takes."""
@@ -258,7 +258,7 @@ class Scheduler:
             self.pool.release(held)
             return False
         self.waiting.popleft()
-        row.slot = self._free_rows.pop()
+        row.table_row = self._free_rows.pop()
         self.running.append(row)
         plan.admitted += 1
         for block in match.blocks:

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import mean, median
 
 from rayskip.config import ModelConfig
+from rayskip.config.evaluate import BenchConfig, BenchMode
 from rayskip.data.prompts import PromptBuilder, check_input, prompt_columns
 from rayskip.data.records import Prompt
 from rayskip.data.sources import discover, every_row
@@ -30,7 +31,6 @@ from rayskip.evaluate.timing import Timing, plot
 from rayskip.evaluate.turns import EngineRun, PeerRun, run_in_turns
 from rayskip.model.checkpoint import resolve
 from rayskip.stats import Stats
-from rayskip.tool_config import BenchConfig, BenchMode
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ class _ModeRun(_Run):
 
     @property
     def decode_tok_s(self) -> float | None:
-        """A lane's rate times the lanes: what they would make while all are busy."""
+        """A worker's rate times the workers: what they would make while all are busy."""
         seconds = self.stats.steady_seconds
-        return self.stats.steady_tokens * self.sizes.lanes / seconds if self.stats.steady_tokens else None
+        return self.stats.steady_tokens * self.sizes.workers / seconds if self.stats.steady_tokens else None
 
 
 @dataclass
@@ -92,7 +92,7 @@ def run_bench(config: BenchConfig, say: Callable[[str], None] = lambda line: Non
     expected: dict[tuple[ModelConfig, str], list[list[int]]] = {}
     for batch_rows in config.batch_rows:
         sized = _engine(config, config.modes[0], batch_rows, loaded, say)
-        places = sized.sizes.batch_rows * sized.sizes.lanes
+        places = sized.sizes.batch_rows * sized.sizes.workers
         prompts = _prompts(config, sized, places)
         rounds = _run_rounds(config, batch_rows, places, prompts, sized.max_model_len, loaded, say)
         first = rounds.modes[config.modes[0].name]
@@ -191,9 +191,9 @@ def _run_group(starts: _Starts, turn_s: float, prompts: Sequence[Prompt]) -> dic
 def allowed_speedup(engine: Engine, mean_layers: float) -> float:
     """How much faster a generated token's products are when `mean_layers` of the layers run and the head always
     does: their work is proportional to their parameters."""
-    layers = sum(linear.weights for layer in engine.decoder.layers for linear in layer.linears)
-    head = engine.decoder.head.weights
-    return (layers + head) / (layers * mean_layers / len(engine.decoder.layers) + head)
+    weights = engine.decoder.weights
+    layers, head = sum(layer.size for layer in weights.layers), weights.head.weight.numel()
+    return (layers + head) / (layers * mean_layers / len(weights.layers) + head)
 
 
 def _engine(
@@ -229,11 +229,11 @@ def _prompts(config: BenchConfig, engine: Engine, places: int) -> list[Prompt]:
 
 def _mode_run(run: EngineRun, prompts: Sequence[Prompt]) -> _ModeRun:
     engine, done, stats = run.engine, run.completions, run.engine.take_stats()
-    mean_layers = stats.mean_layers or float(len(engine.decoder.layers))
+    mean_layers = stats.mean_layers or float(engine.decoder.depth)
     roofline, limit = None, None
     if engine.decode.draft.kind == "none":
         greedy = not any(needs_logits(prompt.params) for prompt in prompts)
-        roofline = measure_roofline(engine.decoder, engine.sizes.batch_rows * engine.sizes.lanes, greedy)
+        roofline = measure_roofline(engine.decoder, engine.sizes.batch_rows * engine.sizes.workers, greedy)
         limit = roofline.tok_s(engine.decoder, _mean_length(prompts, done), mean_layers)
     return _ModeRun(
         seconds=run.seconds,
@@ -291,7 +291,7 @@ def _mode_timing(
     expected: Sequence[list[int]],
 ) -> Timing:
     run, stats = runs[0], runs[0].stats
-    places = run.sizes.batch_rows * run.sizes.lanes
+    places = run.sizes.batch_rows * run.sizes.workers
     total = sum((run.stats for run in runs), Stats()).seconds
     every_phase = sum(total.values())
     pairs = [(run.decode_tok_s, other.decode_tok_s) for run, other in zip(runs, first, strict=True)]

@@ -20,8 +20,8 @@ from math import isinf
 from pathlib import Path
 from typing import IO, Any
 
+from rayskip.config.evaluate import BenchPeer
 from rayskip.errors import ConfigError
-from rayskip.tool_config import BenchPeer
 
 SCRIPTS = {
     "transformers": "transformers_generate.py",

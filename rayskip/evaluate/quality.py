@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from rayskip.config import DecodeConfig
+from rayskip.config.evaluate import EvalQualityConfig, QualityRun
 from rayskip.data.prompts import PromptBuilder, check_input, prompt_columns
 from rayskip.data.sources import discover, every_row
 from rayskip.engine import Engine
 from rayskip.evaluate.figure import figure
-from rayskip.tool_config import EvalQualityConfig, QualityRun
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def _generate(
     stats = engine.take_stats()
     facts = {
         "skip": engine.policy.name,
-        "mean_layers": stats.mean_layers or float(len(engine.decoder.layers)),
+        "mean_layers": stats.mean_layers or float(engine.decoder.depth),
         "tok_s": stats.completion_tokens / seconds,
         "completion_tokens": stats.completion_tokens,
     }

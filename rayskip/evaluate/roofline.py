@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rayskip.model.cache.kv_cache import KVCache, key_blocks
 from rayskip.model.decoder import Decoder
-from rayskip.model.ops import Group, TokenBatch
+from rayskip.model.token_batch import Span, TokenBatch
 
 REPEATS = 3
 READ_BYTES = 1 << 29
@@ -36,26 +36,26 @@ class Roofline:
 
     def tok_s(self, decoder: Decoder, length: float, mean_layers: float) -> float:
         """Most tokens a second for rows of `length` positions, of which a token runs `mean_layers` layers."""
-        per_layer = KVCache.bytes_per_position(decoder.spec, 1, decoder.dtype)
-        positions = sum(min(length, layer.own.window or length) for layer in decoder.layers)
+        per_layer = KVCache.bytes_per_position(decoder.spec, 1, decoder.backend.dtype)
+        positions = sum(min(length, layer.attention.window or length) for layer in decoder.weights.layers)
         layers_s = self.layers_s + self.rows * positions * per_layer / self.read_bytes_s
-        return self.rows / (layers_s * mean_layers / len(decoder.layers) + self.head_s)
+        return self.rows / (layers_s * mean_layers / decoder.depth + self.head_s)
 
 
 def measure_roofline(decoder: Decoder, rows: int, greedy: bool) -> Roofline:
     """Medians of several measurements, on as many threads as torch has here.
 
     greedy: the highest logits are enough, which takes less than all of them (see Decoder.scores).
-    The layers' products are timed one by one, and on CPU, where the layers may be one call, in a run of the layers
-    over tokens that attend to themselves alone: with few rows it takes less, although norms and gates are in it.
+    The layers' products are timed one by one, and in a run of the layers over tokens that attend to themselves
+    alone: where that is one call and rows are few it takes less, although norms and gates are in it.
     """
-    layers = [linear for layer in decoder.layers for linear in layer.linears]
+    backend, layers = decoder.backend, decoder.layers.linears
     inputs = {
-        width: torch.randn(rows, width, device=decoder.device).to(decoder.dtype)  # [rows, width]
+        width: torch.randn(rows, width, device=backend.device).to(backend.dtype)  # [rows, width]
         for width in {linear.in_features for linear in layers}
     }
-    first = torch.zeros(rows, dtype=torch.long, device=decoder.device)
-    batch = TokenBatch(first, first, first, [Group(0, 1, first, key_blocks(1))], first)
+    first = torch.zeros(rows, dtype=torch.long, device=backend.device)
+    batch = TokenBatch(first, first, first, [Span(0, 1, first, key_blocks(1))], first)
     cache = decoder.new_cache()
     cache.fill(1, 1)
     states = inputs[decoder.spec.hidden]
@@ -67,18 +67,18 @@ def measure_roofline(decoder: Decoder, rows: int, greedy: bool) -> Roofline:
         return y
 
     def layers_together() -> Tensor:
-        return decoder.run_layers(states.clone(), batch, cache, 0, len(decoder.layers))
+        return decoder.run_layers(states.clone(), batch, cache, 0, decoder.depth)
 
     parts = (
-        lambda: decoder.scores(states, full).best,
+        lambda: decoder.head_output(states, full).best,
         products,
-        *((layers_together,) if decoder.device.type == "cpu" else ()),
+        layers_together,
     )
-    with torch.inference_mode(), decoder.threads(torch.get_num_threads()):
+    with torch.inference_mode(), backend.threads(torch.get_num_threads()):
         # in turns, so that a product finds its weights where a step does: not in a cache
         rounds = [[_seconds(part) for part in parts] for _ in range(REPEATS)]
     head_s, *layers_s = (median(own) for own in zip(*rounds, strict=True))
-    return Roofline(rows, min(layers_s), head_s, read_bandwidth(decoder.device))
+    return Roofline(rows, min(layers_s), head_s, read_bandwidth(backend.device))
 
 
 def _seconds(run: Callable[[], Tensor]) -> float:

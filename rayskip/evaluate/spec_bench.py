@@ -21,12 +21,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from rayskip.config import EngineConfig
+from rayskip.config.evaluate import SpecBenchConfig, SpecBenchDrafter
 from rayskip.engine import Engine
 from rayskip.errors import InputError
 from rayskip.evaluate.figure import figure
 from rayskip.evaluate.table import or_dash
 from rayskip.stats import Stats
-from rayskip.tool_config import SpecBenchConfig, SpecBenchDrafter
 
 MT_BENCH = "mt_bench"
 TASKS = (MT_BENCH, "translation", "summarization", "qa", "math_reasoning", "rag")

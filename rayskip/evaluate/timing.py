@@ -25,7 +25,7 @@ class Timing:
     limit_tok_s: what the machine allows full steps of batch_rows rows (see `Roofline`) at the mean length that a
     generated token finds before it; limit_share: decode_tok_s over it in the same round, so empty places count
     against it. Both None with a drafter: a verification gives several tokens.
-    seconds: [seconds, share of all phases' seconds] by phase, mean of the rounds, summed over the engine's lanes.
+    seconds: [seconds, share of all phases' seconds] by phase, mean of the rounds, summed over the engine's workers.
     load_s: of a peer, until it was ready; None for modes.
     """
 

@@ -301,20 +301,22 @@ def _shapes(spec: Spec, weights: Weights) -> Iterator[tuple[str, torch.Tensor | 
     yield "position table", weights.positions, (spec.max_positions, d)
     yield "last norm", weights.final_norm.weight, (d,)
     for index, layer in enumerate(weights.layers):
-        inner = layer.down.weight.shape[-1]
+        attention, mlp = layer.attention, layer.mlp
         products = {
-            "qkv": (layer.qkv, (queries + 2 * keys, d)),
-            "output": (layer.out, (d, queries)),
-            "MLP up": (layer.up, (inner * (2 if spec.gated else 1), d)),
-            "MLP down": (layer.down, (d, inner)),
+            "qkv": (attention.qkv, (queries + 2 * keys, d)),
+            "output": (attention.out, (d, queries)),
         }
+        if mlp is not None:
+            inner = mlp.down.weight.shape[-1]
+            products["MLP up"] = mlp.up, (inner * (2 if mlp.gated else 1), d)
+            products["MLP down"] = mlp.down, (d, inner)
         for name, (product, shape) in products.items():
             yield f"layer {index} {name}", product.weight, shape
             yield f"layer {index} {name} bias", product.bias, shape[:1]
         norms = [
             (norm, d) for norm in (layer.attn_norm, layer.post_attn_norm, layer.mlp_norm, layer.post_mlp_norm)
         ]
-        for norm, size in [*norms, (layer.q_norm, spec.head_dim), (layer.k_norm, spec.head_dim)]:
+        for norm, size in [*norms, (attention.q_norm, spec.head_dim), (attention.k_norm, spec.head_dim)]:
             if norm is not None:
                 yield f"layer {index} norm", norm.weight, (size,)
                 yield f"layer {index} norm bias", norm.bias, (size,)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rayskip.model.cache.kv_cache import key_blocks
 from rayskip.model.decoder import Decoder
-from rayskip.model.ops import Group, TokenBatch
+from rayskip.model.token_batch import Span, TokenBatch
 
 LENGTH = 131
 POSITIONS = (0, 5, 31, 32, 77, 130)
@@ -20,7 +20,7 @@ POSITIONS = (0, 5, 31, 32, 77, 130)
 VARIANTS = ((1, 33, 0), (3, 1, 1), (3, LENGTH, LENGTH), (8, 7, 7), (4, 1, 60))
 """(rows, tokens of the row in one forward, tokens of each other row), each against one row, token by token."""
 ASKING = 36
-"""Times that states ask for their likeliest token where others run beside: of more rows than `screened_rows` the
+"""Times that states ask for their likeliest token where others run beside: of more rows than `bounded_rows` the
 kernels find it another way."""
 
 
@@ -31,42 +31,44 @@ def is_batch_invariant(decoder: Decoder) -> bool:
     length = min(LENGTH, decoder.spec.max_positions)
     generator = torch.Generator().manual_seed(0)
     rows = max(rows for rows, *_ in VARIANTS)
-    tokens = torch.randint(decoder.spec.vocab, (rows, length), generator=generator).to(decoder.device)
-    alone = _scores(shallow, tokens[:1], 1, 0)
+    tokens = torch.randint(decoder.spec.vocab, (rows, length), generator=generator).to(decoder.backend.device)
+    alone = _head_outputs(shallow, tokens[:1], 1, 0)
     return all(
         torch.equal(found, own)
         for rows, width, others in VARIANTS
-        for found, own in zip(_scores(shallow, tokens[:rows], width, others), alone, strict=True)
+        for found, own in zip(_head_outputs(shallow, tokens[:rows], width, others), alone, strict=True)
     )
 
 
-def _scores(decoder: Decoder, tokens: Tensor, width: int, others: int) -> tuple[Tensor, Tensor, Tensor]:
+def _head_outputs(decoder: Decoder, tokens: Tensor, width: int, others: int) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of row 0 at POSITIONS, the highest of them and their places, when it runs in chunks of `width` tokens,
-    beside the first `others` tokens of each other row, again and again; tokens [R, T]. A slot has room for `others`
-    positions more."""
+    beside the first `others` tokens of each other row, again and again; tokens [R, T]. A row has pages for
+    `others` positions more."""
     rows, length = tokens.shape
     device = tokens.device
     cache = decoder.new_cache()
     cache.fill(rows, length + others)
-    slots = torch.arange(rows, device=device)
+    table_rows = torch.arange(rows, device=device)
     beside = torch.arange(min(others, length), device=device)
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, length, width):
         positions = torch.arange(start, min(start + width, length), device=device)
         size, mates = len(positions), rows - 1
-        groups = [Group(0, size, slots[:1], key_blocks(start + size))]
+        spans = [Span(0, size, table_rows[:1], key_blocks(start + size))]
         if mates:
-            groups.append(Group(size, len(beside), slots[1:], key_blocks(len(beside))))
+            spans.append(Span(size, len(beside), table_rows[1:], key_blocks(len(beside))))
         wanted = [position - start for position in POSITIONS if start <= position < start + size]
         batch = TokenBatch(
             token_ids=torch.cat([tokens[0, positions], tokens[1:, : len(beside)].flatten()]),
             positions=torch.cat([positions, beside.repeat(mates)]),
-            slots=torch.cat([slots[:1].repeat(size), slots[1:].repeat_interleave(len(beside))]),
-            groups=groups,
+            table_rows=torch.cat(
+                [table_rows[:1].repeat(size), table_rows[1:].repeat_interleave(len(beside))]
+            ),
+            spans=spans,
             outputs=torch.tensor(wanted, dtype=torch.long, device=device),
         )
         hidden = decoder.hidden(batch, cache)
-        greedy = decoder.scores(hidden.repeat(ASKING if mates else 1, 1), [])
-        found.append((decoder.logits(hidden), greedy.best[: len(hidden)], greedy.at[: len(hidden)]))
+        greedy = decoder.head_output(hidden.repeat(ASKING if mates else 1, 1), [])
+        found.append((decoder.logits(hidden), greedy.best[: len(hidden)], greedy.argmax[: len(hidden)]))
     logits, best, at = (torch.cat(parts) for parts in zip(*found, strict=True))
     return logits, best, at

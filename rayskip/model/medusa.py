@@ -15,9 +15,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayskip.model.backends.linear import Linear, rough_linear
 from rayskip.model.decoder import Decoder
-from rayskip.model.ops import normalise
 from rayskip.model.spec import Dense
 from rayskip.model.trained import Label, check_shapes, load_trained
 
@@ -32,25 +30,26 @@ class MedusaLabel(Label):
 
 
 class Medusa:
-    """The heads on a decoder. Shared by lanes: it holds no state between calls. heads: tokens drafted."""
+    """The heads on a decoder. Shared by workers: it holds no state between calls. heads: tokens drafted."""
 
     def __init__(self, decoder: Decoder, tensors: dict[str, Tensor]) -> None:
-        own = {name: tensor.to(decoder.device) for name, tensor in tensors.items()}
-        weights, biases = own["weights"].to(decoder.dtype), own["biases"].to(decoder.dtype)
+        self._backend = backend = decoder.backend
+        own = {name: tensor.to(backend.device) for name, tensor in tensors.items()}
+        weights, biases = own["weights"].to(backend.dtype), own["biases"].to(backend.dtype)
         self.heads = len(weights)
         self.token_ids = own["token_ids"].long()
         self._norm = decoder.weights.final_norm
-        self._blocks = Linear(Dense(weights.flatten(0, 1), biases.flatten()))
-        self._head = rough_linear(Dense(decoder.weights.head.weight[self.token_ids]))
+        self._blocks = backend.linear(Dense(weights.flatten(0, 1), biases.flatten()))
+        self._head = backend.head(Dense(decoder.weights.head.weight[self.token_ids]), None, exact=False)
 
     def propose(self, hidden: Tensor, count: int) -> list[list[list[int]]]:
         """Each head's `count` likeliest tokens after each of N rows, [N, H, count].
 
         hidden [N, d]: states after the last layer, where the rows' newest tokens were chosen.
         """
-        x = normalise(hidden, self._norm)
+        x = self._backend.normalise(hidden, self._norm)
         blocks = F.silu(self._blocks(x)).view(len(x), -1, x.shape[1])
-        best = self._head((x.unsqueeze(1) + blocks).flatten(0, 1)).topk(count).indices
+        best = self._head.logits((x.unsqueeze(1) + blocks).flatten(0, 1)).topk(count).indices
         tokens: list[list[list[int]]] = self.token_ids[best].view(len(x), -1, count).tolist()
         return tokens
 

@@ -46,25 +46,16 @@ class Rope:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One decoder layer. `qkv` is query, key and value stacked on the out axis (Hq*D + 2*Hkv*D).
+class Attention:
+    """Causal attention of one layer.
 
-    up: gate and up stacked when `Spec.gated` (2f), else up alone (f).
-    attn_norm, mlp_norm: before attention and before the MLP.
-    post_attn_norm, post_mlp_norm: on the branch's output before it is added (Gemma).
-    q_norm, k_norm: per head, over D (Qwen3, Gemma 3).
-    window: this layer sees the last so many positions, itself included; None sees all.
-    rope: key into Spec.ropes; None where positions are learned (OPT).
+    qkv: query, key and value stacked on the out axis (Hq*D + 2*Hkv*D). q_norm, k_norm: per head, over D (Qwen3,
+    Gemma 3). window: it sees the last so many positions, the token's own included; None: all. rope: key into
+    Weights.ropes; None where positions are learned (OPT).
     """
 
     qkv: Dense
     out: Dense
-    up: Dense
-    down: Dense
-    attn_norm: Norm
-    mlp_norm: Norm
-    post_attn_norm: Norm | None = None
-    post_mlp_norm: Norm | None = None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     window: int | None = None
@@ -72,11 +63,51 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class MLP:
+    """A dense feed-forward: down(act(gate) * up), or down(act(up)) where it is not `gated`.
+
+    up: gate and up stacked on the out axis (2f) where it is gated, else up alone (f).
+    """
+
+    up: Dense
+    down: Dense
+    activation: Activation
+    gated: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer, by its parts. mlp, mlp_norm: None in a layer of attention alone (Kangaroo's adapter).
+
+    attn_norm, mlp_norm: on the input of attention and of the MLP. post_attn_norm, post_mlp_norm: on their output,
+    before it is added (Gemma). parallel: attention and MLP both read the layer's input (GPT-NeoX).
+    """
+
+    attention: Attention
+    attn_norm: Norm
+    mlp: MLP | None = None
+    mlp_norm: Norm | None = None
+    post_attn_norm: Norm | None = None
+    post_mlp_norm: Norm | None = None
+    parallel: bool = False
+
+    @property
+    def products(self) -> list[Dense]:
+        """In the order in which they run."""
+        mlp = [] if self.mlp is None else [self.mlp.up, self.mlp.down]
+        return [self.attention.qkv, self.attention.out, *mlp]
+
+    @property
+    def size(self) -> int:
+        """Weights of its products."""
+        return sum(dense.weight.numel() for dense in self.products)
+
+
+@dataclass(frozen=True)
 class Spec:
     """A decoder's sizes and switches.
 
     scale: multiplies q.k. embed_scale: multiplies token embeddings (Gemma: sqrt d).
-    parallel: attention and MLP both read the layer's input (GPT-NeoX).
     attn_softcap, logit_softcap: x -> c * tanh(x / c) (Gemma 2).
     eos_token_ids: generation ends at any of them.
     """
@@ -88,11 +119,8 @@ class Spec:
     head_dim: int
     vocab: int
     max_positions: int
-    activation: Activation
-    gated: bool
     scale: float
     embed_scale: float = 1.0
-    parallel: bool = False
     attn_softcap: float | None = None
     logit_softcap: float | None = None
     eos_token_ids: tuple[int, ...] = ()

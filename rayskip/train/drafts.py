@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayskip.train.examples import IGNORED, Batch, Example
+from rayskip.train.examples import IGNORED, Example, TrainBatch
 from rayskip.train.skip import decoder_layers
 
 SHARES = 16
@@ -69,7 +69,7 @@ def listed_head(target: Any, token_ids: Tensor) -> Tensor:
     return head
 
 
-def run_target(target: Any, batch: Batch, exit_layers: Sequence[int], token_ids: Tensor) -> Targets:
+def run_target(target: Any, batch: TrainBatch, exit_layers: Sequence[int], token_ids: Tensor) -> Targets:
     """One forward of the frozen model over prompts and answers."""
     positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
     states: dict[int, Tensor] = {}
@@ -108,7 +108,7 @@ def run_target(target: Any, batch: Batch, exit_layers: Sequence[int], token_ids:
     return Targets(states, final, where, offsets, mask, cos, sin, wanted, shares, chosen)
 
 
-def _distribution(target: Any, batch: Batch, final: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+def _distribution(target: Any, batch: TrainBatch, final: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
     """(places in the token list, their probabilities) [A, K] of the tokens that follow."""
     if batch.top_ids is None or batch.top_logprobs is None:
         best = (
@@ -193,7 +193,7 @@ class Guesses:
 
 
 def guess(
-    predict: Any, target: Any, batches: Iterable[Batch], exit_layers: Sequence[int], token_ids: Tensor
+    predict: Any, target: Any, batches: Iterable[TrainBatch], exit_layers: Sequence[int], token_ids: Tensor
 ) -> tuple[dict[str, Guesses], float]:
     """What `predict` (targets -> predictions by name) says of every answer, and the share of tokens listed.
 

@@ -16,11 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from rayskip.config.train import DataConfig
 from rayskip.data.prompts import PromptBuilder, check_input, prompt_columns
 from rayskip.data.sources import discover, every_row
 from rayskip.data.tokenizer import Encoder
 from rayskip.errors import RowError
-from rayskip.tool_config import DataConfig
 
 WINDOW = 16
 """Batches whose examples are sorted by length together."""
@@ -47,7 +47,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainBatch:
     """Examples side by side: prompts padded on the left to `prompt_width`, answers on the right.
 
     input_ids, attention_mask [B, T]; labels [B, T - prompt_width]: the answers, IGNORED where padded.
@@ -61,7 +61,7 @@ class Batch:
     top_ids: Tensor | None = None
     top_logprobs: Tensor | None = None
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> TrainBatch:
         tensors = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         return replace(self, **tensors)  # type: ignore[arg-type]
 
@@ -158,7 +158,7 @@ def batches(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[
             yield from order.sample(parts, len(parts))
 
 
-def collate(examples: Sequence[Example], pad: int) -> Batch:
+def collate(examples: Sequence[Example], pad: int) -> TrainBatch:
     prompt_width = max(len(example.prompt) for example in examples)
     answer_width = max(len(example.answer) for example in examples)
     ids, mask, labels = [], [], []
@@ -167,7 +167,7 @@ def collate(examples: Sequence[Example], pad: int) -> Batch:
         ids.append([pad] * left + example.prompt + example.answer + [pad] * right)
         mask.append([0] * left + [1] * (len(example.prompt) + len(example.answer)) + [0] * right)
         labels.append(example.answer + [IGNORED] * right)
-    return Batch(
+    return TrainBatch(
         torch.tensor(ids),
         torch.tensor(mask),
         torch.tensor(labels),

@@ -23,8 +23,8 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from transformers import get_cosine_schedule_with_warmup
 
+from rayskip.config.train import TrainingConfig
 from rayskip.errors import ConfigError
-from rayskip.tool_config import TrainingConfig
 from rayskip.train.examples import Example, batches
 from rayskip.train.precision import fast_dtype
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayskip.config import ModelConfig, SamplingParams
+from rayskip.config.train import DataConfig
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.tokenizer import Encoder, load_tokenizer
 from rayskip.errors import InputError, ModelError
 from rayskip.model.checkpoint import read_spec, resolve
-from rayskip.tool_config import DataConfig
 from rayskip.train.examples import Example, read_examples, split
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rayskip.config.train import DraftTrainingConfig, TrainKangarooConfig, TrainMedusaConfig
 from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import tensors_fingerprint
 from rayskip.model.kangaroo import KangarooLabel
 from rayskip.model.medusa import MedusaLabel
 from rayskip.model.trained import Label, check_shapes, load_trained, save_trained
-from rayskip.tool_config import DraftTrainingConfig, TrainKangarooConfig, TrainMedusaConfig
 from rayskip.train import kangaroo, medusa
 from rayskip.train.drafts import (
     DraftQuality,
@@ -27,7 +27,7 @@ from rayskip.train.drafts import (
     soft_loss,
     tokens_per_round,
 )
-from rayskip.train.examples import Batch, Example, collate
+from rayskip.train.examples import Example, TrainBatch, collate
 from rayskip.train.loop import Point, train
 from rayskip.train.prepare import Prepared, frozen, prepare
 
@@ -169,7 +169,7 @@ def _train(
 ) -> list[DraftQuality]:
     token_ids = task.token_ids
 
-    def batch_of(part: Sequence[Example], model: nn.Module) -> Batch:
+    def batch_of(part: Sequence[Example], model: nn.Module) -> TrainBatch:
         device = next(model.parameters()).device
         target.to(device)
         return collate(part, ready.end).to(device)
@@ -188,7 +188,7 @@ def _train(
     label = {"base": config.model.path, "base_tensors": tensors_fingerprint(ready.folder)}
 
     def save(model: nn.Module, folder: Path, steps: int) -> list[DraftQuality]:
-        def batches() -> Iterator[Batch]:
+        def batches() -> Iterator[TrainBatch]:
             for at in range(0, len(looked_at), config.batch_size):
                 yield batch_of(looked_at[at : at + config.batch_size], model)
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rayskip.config.train import TrainSkipConfig
 from rayskip.model.checkpoint import LABEL, resolve, tensors_fingerprint
 from rayskip.skip import full_depth, skip_policy
-from rayskip.tool_config import TrainSkipConfig
 from rayskip.train.examples import Example, collate
 from rayskip.train.loop import Point, train
 from rayskip.train.prepare import frozen, prepare

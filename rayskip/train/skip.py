@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rayskip.errors import ModelError
 from rayskip.skip import SkipPolicy
-from rayskip.train.examples import IGNORED, Batch
+from rayskip.train.examples import IGNORED, TrainBatch
 
 
 def decoder_layers(model: Any) -> nn.ModuleList:
@@ -80,7 +80,7 @@ class _Columns:
         return torch.cat((output, self._rest), dim=1)
 
 
-def answer_logits(model: nn.Module, batch: Batch, policy: SkipPolicy) -> Tensor:
+def answer_logits(model: nn.Module, batch: TrainBatch, policy: SkipPolicy) -> Tensor:
     """Logits [B, R, V] that choose each of the R answer tokens, every position under its own layers."""
     positions = (batch.attention_mask.cumsum(1) - 1).clamp(min=0)
     with skipping(model, policy, batch.prompt_width):

@@ -1,4 +1,4 @@
-"""Drafters by kind: a config's `decode.draft` becomes one drafter per lane."""
+"""Drafters by kind: a config's `decode.draft` becomes one drafter per worker."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ KANGAROO_LAYERS = 1
 
 @dataclass(frozen=True)
 class Drafters:
-    """make(threads, rows): a drafter for a lane with so many threads and places. cache_layers: layers that it keeps
-    in the KV cache, after the model's. own_layers: memory of caches of its own, in layers of the model's."""
+    """make(threads, rows): a drafter for a worker with so many threads and places. cache_layers: layers that it
+    keeps in the KV cache, after the model's. own_layers: memory of caches of its own, in layers of the model's."""
 
     make: Callable[[int, int], Drafter]
     cache_layers: int = 0
@@ -61,7 +61,7 @@ class Drafters:
 
 
 def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> Drafters:
-    """Load what the drafter needs, once for all lanes.
+    """Load what the drafter needs, once for all workers.
 
     Raises ConfigError or ModelError where something does not fit.
     """
@@ -89,8 +89,8 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
         case DraftModelDraft():
             model = _draft_model(config, decoder)
             cached, one = (
-                KVCache.bytes_per_position(of.spec, layers, of.dtype)
-                for of, layers in ((model, len(model.layers)), (decoder, 1))
+                KVCache.bytes_per_position(of.spec, layers, of.backend.dtype)
+                for of, layers in ((model, model.depth), (decoder, 1))
             )
             vocab = decoder.spec.vocab
             return Drafters(
@@ -173,7 +173,7 @@ def _draft_model(config: DraftModelDraft, decoder: Decoder) -> Decoder:
     folder = resolve(config.model.path, config.model.revision)
     adapter = _folder(config.model.adapter)
     dtype = getattr(torch, config.model.dtype)
-    model = Decoder(*load(folder, dtype, decoder.device, adapter), folder=folder)
+    model = Decoder(*load(folder, dtype, decoder.backend.device, adapter), folder=folder)
     _check_same_tokens(folder, model.spec.vocab, decoder.folder, decoder.spec.vocab)
     return model
 

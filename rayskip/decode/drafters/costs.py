@@ -11,10 +11,8 @@ import torch
 from rayskip.model.cache.kv_cache import KVCache, key_blocks
 from rayskip.model.clock import greedy_seconds
 from rayskip.model.decoder import Decoder
-from rayskip.model.ops import Group, TokenBatch
+from rayskip.model.token_batch import Span, TokenBatch
 
-CPU_MOST, GPU_MOST = 256, 4096
-"""Most tokens in a forward whose time is taken: on a CPU the rest is a straight line, on a GPU they are short."""
 LENGTH = 128
 """Positions in the cache while it is, or as many as the model has."""
 LEARNED, OUTLIER = 0.05, 3.0
@@ -70,11 +68,11 @@ class StepCosts:
 
 def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepCosts:
     """Time forwards of 1, 2, 4, ... up to about `most` tokens of `rows` rows, on `threads` threads."""
-    with decoder.threads(threads):
+    with decoder.backend.threads(threads):
         cache = decoder.new_cache()
         length = min(LENGTH, decoder.spec.max_positions)
         cache.fill(rows, length)
-        limit = CPU_MOST if decoder.device.type == "cpu" else GPU_MOST
+        limit = decoder.backend.traits.timed_tokens
         tokens = [2**power for power in range(13) if power < 2 or (2**power < 2 * most and 2**power <= limit)]
         seconds = [_seconds(decoder, cache, count, length) for count in tokens]
     # noise must not make more tokens look cheaper than fewer
@@ -84,10 +82,10 @@ def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepC
 
 def _seconds(decoder: Decoder, cache: KVCache, count: int, length: int) -> float:
     """Of a forward of `count` tokens, a row's side by side as in verification."""
-    index = torch.arange(count, device=decoder.device)
-    slots = (index % cache.table.shape[1]).sort().values
+    index = torch.arange(count, device=decoder.backend.device)
+    table_rows = (index % cache.table.shape[1]).sort().values
     positions = torch.full_like(index, length - 1)
     batch = TokenBatch(
-        torch.zeros_like(index), positions, slots, [Group(0, 1, slots, key_blocks(length))], index
+        torch.zeros_like(index), positions, table_rows, [Span(0, 1, table_rows, key_blocks(length))], index
     )
     return greedy_seconds(decoder, batch, cache)

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from rayskip.config import DraftModelDraft
-from rayskip.decode.batch import Chunk, group_key, token_batch
+from rayskip.decode.batch import Chunk, span_key, token_batch
 from rayskip.decode.draft import NEWEST
 from rayskip.decode.drafters.drafter import MISSED, Drafter
 from rayskip.decode.sequence import Sequence
@@ -40,7 +40,7 @@ class DraftModelDrafter(Drafter):
         self.most_tokens = config.tokens
         self._model = model
         self._vocab = vocab
-        self._full = full_depth(len(model.layers))
+        self._full = full_depth(model.depth)
         self._cache = model.new_cache()
         self._pool = BlockPool(0, self._cache.layout.page)
         self._stored: dict[int, _Stored] = {}
@@ -60,7 +60,7 @@ class DraftModelDrafter(Drafter):
                     continue
                 room -= chunk.stop - chunk.start
                 running.append(chunk)
-                self._stored[row.slot].tokens = chunk.stop
+                self._stored[row.table_row].tokens = chunk.stop
         while running:
             running = self._propose(running)
 
@@ -76,33 +76,33 @@ class DraftModelDrafter(Drafter):
             self._cache.allocate(pages)
             self._pool = BlockPool(pages, self._cache.layout.page)
             self._stored.clear()
-        for slot in [slot for slot, stored in self._stored.items() if stored.row.ended]:
-            stored = self._stored.pop(slot)
+        for table_row in [table_row for table_row, stored in self._stored.items() if stored.row.ended]:
+            stored = self._stored.pop(table_row)
             self._pool.give_back(stored.row, stored.blocks, unclean=True)  # masked keys are read
         clears, self._pool.unclean = self._pool.unclean, []
         self._cache.clear(clears)
 
     def _start(self, row: Sequence) -> int:
         """The first of the row's tokens to run: its newest one at the latest."""
-        stored = self._stored.get(row.slot)
+        stored = self._stored.get(row.table_row)
         return 0 if stored is None else min(stored.tokens, row.length - 1)
 
     def _reach(self, row: Sequence, stop: int) -> bool:
         """Whether the row has pages for its positions before `stop`."""
-        stored = self._stored.setdefault(row.slot, _Stored(row))
+        stored = self._stored.setdefault(row.table_row, _Stored(row))
         layers, size = range(self._cache.layers), self._cache.layout.page
         while len(stored.blocks) * size < stop:
             block = self._pool.take(len(layers), len(stored.blocks) * size)
             if block is None:
                 return False
-            self._cache.assign([Assignment(row.slot, len(stored.blocks), layers, block.pages)])
+            self._cache.assign([Assignment(row.table_row, len(stored.blocks), layers, block.pages)])
             stored.blocks.append(block)
         return True
 
     def _propose(self, chunks: list[Chunk]) -> list[Chunk]:
         """Run the chunks, and propose what follows each; the chunks that run it."""
-        ordered = sorted(chunks, key=group_key)
-        batch = token_batch(ordered, self._full, self._model.device)
+        ordered = sorted(chunks, key=span_key)
+        batch = token_batch(ordered, self._full, self._model.backend)
         logits = self._model.logits(self._model.hidden(batch, self._cache))
         tokens = logits[:, : self._vocab].argmax(-1).tolist()
         further = []

@@ -32,7 +32,7 @@ class States:
 
 
 class Drafter(ABC):
-    """Proposes what may follow. One object per lane; its methods run on the lane's thread.
+    """Proposes what may follow. One object per worker; its methods run on the worker's thread.
 
     Proposals may be wrong and may depend on anything: tokens never do.
     reads_tokens: whether it must know a step's tokens before the next one begins. most_tokens: of a row's draft,
@@ -59,5 +59,5 @@ class Drafter(ABC):
         return None
 
     def release(self) -> None:
-        """Give back what memory it can: the lane's did not suffice, and its rows begin anew."""
+        """Give back what memory it can: the worker's did not suffice, and its rows begin anew."""
         return None

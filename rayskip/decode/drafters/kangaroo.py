@@ -15,7 +15,7 @@ from operator import itemgetter
 
 import torch
 
-from rayskip.decode.batch import Chunk, group_key, token_batch, with_drafts
+from rayskip.decode.batch import Chunk, span_key, token_batch, with_drafts
 from rayskip.decode.draft import NEWEST
 from rayskip.decode.drafters.drafter import MISSED, Drafter, States
 from rayskip.decode.sequence import Sequence
@@ -31,10 +31,6 @@ KANGAROO = "kangaroo"
 LEAST_OTHER = 0.03
 """Chance, of a token beside the likeliest ones and all before it, below which it is not worth its verification: on
 two cores a token more is some 3% of a round."""
-AT_ONCE = 16
-"""Tokens of a step on a CPU up to which those that drafts end with do not run the first layers by themselves, but
-in the verification, which then begins at the first layer for all: so few take little longer than the ends alone,
-and the adapter and a call are saved."""
 
 _Node = tuple[int, float]
 """Of a draft, and the chance that it and all before it hold."""
@@ -44,7 +40,7 @@ class KangarooDrafter(Drafter):
     def __init__(self, gamma: int, eta: float, branches: int, kangaroo: Kangaroo, decoder: Decoder) -> None:
         """share: of the layers, those before the exit, which verification is spared where `draft` returns states.
         agreement: of the adapter, see its label."""
-        self.share = kangaroo.exit_layer / len(decoder.layers)
+        self.share = kangaroo.exit_layer / decoder.depth
         self.agreement = kangaroo.agreement
         self.most_tokens = most_drafted(gamma, branches)
         self._gamma = gamma
@@ -52,8 +48,8 @@ class KangarooDrafter(Drafter):
         self._branches = branches
         self._kangaroo = kangaroo
         self._decoder = decoder
-        self._full = full_depth(len(decoder.layers))
-        self._at_once = AT_ONCE if decoder.device.type == "cpu" else 0
+        self._full = full_depth(decoder.depth)
+        self._rerun = decoder.backend.traits.rerun_tokens
         self._places: Mapping[tuple[Sequence, int], int] = {}
 
     def draft(
@@ -61,8 +57,8 @@ class KangarooDrafter(Drafter):
     ) -> States | None:
         """All tokens of the step run the first layers here and enter the adapter's cache; also drafts that rows of
         the step already have from elsewhere, and what rows have missed in the adapter's cache, up to MISSED tokens;
-        a row that has missed more drafts in a later step. None: some did not run, see AT_ONCE, and are missed later
-        if they hold.
+        a row that has missed more drafts in a later step. None: some did not run, see
+        `Traits.rerun_tokens`, and are missed later if they hold.
 
         least: chance, of a token and all before it, below which it is not proposed.
         """
@@ -119,7 +115,7 @@ class KangarooDrafter(Drafter):
             chance_before, chance_after = (sum(chance for _, chance in some) for some in (nodes, likeliest))
             if likeliest and chance_after >= self._eta * chance_before:
                 further[row] = likeliest
-        if chunks and (further or len(ran.places) + len(chunks) > self._at_once):
+        if chunks and (further or len(ran.places) + len(chunks) > self._rerun):
             ran.run(chunks, [(row, row.length + node) for row, nodes in further.items() for node, _ in nodes])
         else:
             ran.all = not chunks
@@ -138,19 +134,19 @@ class _Ran:
         self.next: dict[tuple[Sequence, int], list[tuple[int, float]]] = {}
         self.x = decoder.weights.embed.new_empty(0, decoder.spec.hidden)
         self.all = True
-        self._kangaroo, self._device, self._policy, self._cache = kangaroo, decoder.device, policy, cache
+        self._kangaroo, self._backend, self._policy, self._cache = kangaroo, decoder.backend, policy, cache
         self._count = count
 
     def run(self, chunks: Seq[Chunk], after: Seq[tuple[Sequence, int]]) -> None:
         """Run chunks; after: those of their tokens whose next ones are wanted, if they did not run before."""
         before = len(self.places)
-        ordered = sorted(chunks, key=group_key)
+        ordered = sorted(chunks, key=span_key)
         for chunk in ordered:
             for place in range(chunk.start, chunk.stop):
                 self.places[chunk.sequence, place] = len(self.places)
         wanted = [key for key in after if key not in self.next]
         x, tokens, chances = self._kangaroo.step(
-            token_batch(ordered, self._policy, self._device),
+            token_batch(ordered, self._policy, self._backend),
             self._cache,
             [self.places[key] - before for key in wanted],
             self._count,

@@ -20,7 +20,7 @@ SIZES = (4, 3, 2)
 
 
 class Store:
-    """Whole texts, and where each n-gram was last followed by something. Lanes share it."""
+    """Whole texts, and where each n-gram was last followed by something. Workers share it."""
 
     def __init__(self, limit: int | None = None) -> None:
         """limit: tokens kept; a text that does not fit any more replaces all before it. None: all are."""

@@ -8,23 +8,20 @@ Shapes: L layers, B pages, R rows of the table, P positions per page, Hkv key-va
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from rayskip.model.backends.transfer import to_device
 from rayskip.model.spec import Spec
 
 KEY_BLOCK = 64
 """Attention reads key positions in multiples of this. In torch, a sum over fewer than 16 positions takes
 another kernel, with another order of addition; past one block, trailing masked positions change no bit."""
 
-LINE = 64
-"""Bytes of a cache line."""
 NULL = 0
 """Page that belongs to nobody: what a row does not have is said to lie there."""
 TABLE_ROWS, TABLE_BLOCKS = 16, 8
@@ -68,6 +65,17 @@ class Assignment:
     pages: Seq[int]
 
 
+class Memory(Protocol):
+    """Where tensors lie, and how its pages are read there."""
+
+    dtype: torch.dtype
+    layout: Layout
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+
+    def tensor(self, values: Any, dtype: torch.dtype = torch.long) -> Tensor: ...
+
+
 class KVCache:
     """keys, values [B, Hkv, P, D]; in panels, keys [B, Hkv, P / columns, D / depth, columns, depth] and values
     [B, Hkv, P / depth, D, depth]. table [L, R, blocks], int32: the page of each block of each row.
@@ -75,14 +83,12 @@ class KVCache:
     Positions past a row's length hold stale but finite numbers; attention masks them.
     """
 
-    def __init__(
-        self, spec: Spec, layers: int, dtype: torch.dtype, device: torch.device, layout: Layout | None = None
-    ) -> None:
-        self.layout = layout or Layout()
+    def __init__(self, spec: Spec, layers: int, memory: Memory) -> None:
+        self.layout = memory.layout
         self.layers = layers
         self._heads, self._dim = spec.kv_heads, spec.head_dim
-        self._dtype, self._device = dtype, device
-        self.table = _zeros((layers, 0, 0), torch.int32, device)
+        self._memory = memory
+        self.table = memory.zeros((layers, 0, 0), torch.int32)
         self.allocate(0)
 
     @staticmethod
@@ -101,12 +107,12 @@ class KVCache:
         count, page, panels = pages + 1 if pages else 0, self.layout.page, self.layout.panels
         if panels is None:
             shape = (count, self._heads, page, self._dim)
-            self.keys, self.values = (_zeros(shape, self._dtype, self._device) for _ in range(2))
+            self.keys, self.values = (self._zeros(shape) for _ in range(2))
         else:
             columns, depth = panels.columns, panels.depth
             keys = (count, self._heads, page // columns, self._dim // depth, columns, depth)
             values = (count, self._heads, page // depth, self._dim, depth)
-            self.keys, self.values = (_zeros(own, self._dtype, self._device) for own in (keys, values))
+            self.keys, self.values = (self._zeros(own) for own in (keys, values))
 
     def fill(self, rows: int, length: int) -> None:
         """Give each of `rows` rows pages of its own for `length` positions in every layer, and have no others."""
@@ -114,7 +120,7 @@ class KVCache:
         count = self.layers * rows * blocks
         self.allocate(count)
         own = torch.arange(1, count + 1, dtype=torch.int32).view(self.layers, rows, blocks)
-        self.table = _zeros((self.layers, rows, blocks), torch.int32, self._device)
+        self.table = self._memory.zeros((self.layers, rows, blocks), torch.int32)
         self.table.copy_(own)
 
     def assign(self, assignments: Seq[Assignment]) -> None:
@@ -125,20 +131,18 @@ class KVCache:
             1 + max(own.row for own in assignments),
             1 + max(own.block for own in assignments),
         )
-        places = np.array([(own.row, own.block) for own in assignments]).T
-        entries = np.full((self.layers, len(assignments)), NULL, np.int32)
-        for at, own in enumerate(assignments):
+        newest = {(own.row, own.block): own for own in assignments}
+        places = np.array([*newest]).T
+        entries = np.full((self.layers, len(newest)), NULL, np.int32)
+        for at, own in enumerate(newest.values()):
             entries[own.layers, at] = own.pages
-        if self._device.type == "cpu":
-            self.table.numpy()[:, places[0], places[1]] = entries
-        else:
-            rows, blocks = to_device(places.tolist(), torch.long, self._device)
-            self.table[:, rows, blocks] = to_device(entries.tolist(), torch.int32, self._device)
+        rows, blocks = self._memory.tensor(places)
+        self.table[:, rows, blocks] = self._memory.tensor(entries, torch.int32)
 
     def clear(self, pages: Seq[int]) -> None:
         """Zeros in place of numbers that are not finite: masked positions are read, and 0 times NaN is NaN."""
         if pages:
-            at = to_device(list(pages), torch.long, self._device)
+            at = self._memory.tensor(list(pages))
             self.keys[at] = 0
             self.values[at] = 0
 
@@ -147,7 +151,7 @@ class KVCache:
         size = self.layout.page
         for block in range(start // size, -(-stop // size)):
             first = block * size
-            within = torch.arange(max(start - first, 0), min(stop - first, size), device=self._device)
+            within = torch.arange(max(start - first, 0), min(stop - first, size), device=self.table.device)
             pages = self.table[:, row, block].long().unsqueeze(1)
             for stored, at in self._at(within):
                 stored[_index(pages, ALL, *at)] = 0
@@ -197,7 +201,7 @@ class KVCache:
     def copy(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy whole pages, each from one to another; all are read before any is written."""
         if pairs:
-            old, new = to_device(pairs, torch.long, self._device).T
+            old, new = self._memory.tensor(pairs).T
             self.keys[new] = self.keys[old]
             self.values[new] = self.values[old]
 
@@ -212,6 +216,9 @@ class KVCache:
             (self.values.transpose(3, 4), (within // depth, within % depth)),
         ]
 
+    def _zeros(self, shape: tuple[int, ...]) -> Tensor:
+        return self._memory.zeros(shape, self._memory.dtype)
+
     def _grow(self, rows: int, blocks: int) -> None:
         _, had_rows, had_blocks = self.table.shape
         if rows <= had_rows and blocks <= had_blocks:
@@ -221,23 +228,9 @@ class KVCache:
         if blocks > had_blocks:
             blocks = max(blocks, had_blocks + TABLE_BLOCKS)
         shape = (self.layers, max(rows, had_rows), max(blocks, had_blocks))
-        old, self.table = self.table, _zeros(shape, torch.int32, self._device)
+        old, self.table = self.table, self._memory.zeros(shape, torch.int32)
         self.table[:, :had_rows, :had_blocks] = old
 
 
 def _index(*parts: Tensor | slice) -> tuple[Tensor | slice, ...]:
     return parts
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that begin at a cache line. Another line follows: the kernels read whole vectors.
-
-    On CPU they are numpy's, which leaves fresh memory untouched and asks for huge pages: memory is taken when it is
-    first written, and a gigabyte costs a tenth of a second in place of one (measured on a virtual machine).
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.zeros(size + 2 * LINE, np.uint8)
-    start = -raw.ctypes.data % LINE
-    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)

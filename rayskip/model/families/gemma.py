@@ -20,7 +20,7 @@ from rayskip.model.families.parts import (
     rope,
     windows,
 )
-from rayskip.model.spec import Family, Layer, Norm, Rope, Spec, Weights, stacked
+from rayskip.model.spec import MLP, Attention, Family, Layer, Norm, Rope, Spec, Weights, stacked
 
 
 def spec(config: Any) -> Spec:
@@ -38,8 +38,6 @@ def spec(config: Any) -> Spec:
         head_dim=head_dim(config),
         vocab=config.vocab_size,
         max_positions=max_positions(config),
-        activation=activation(config.hidden_activation),
-        gated=True,
         scale=config.query_pre_attn_scalar**-0.5,
         embed_scale=config.hidden_size**0.5,
         attn_softcap=config.attn_logit_softcapping,
@@ -78,18 +76,24 @@ def _layer(config: Any, named: Tensors, index: int, window: int | None) -> Layer
         return named.rms_norm(name, config.rms_norm_eps, offset=1.0)
 
     return Layer(
-        qkv=stacked(*(named.dense(f"{attention}.{part}_proj", bias) for part in "qkv")),
-        out=named.dense(f"{attention}.o_proj", bias),
-        up=stacked(*(named.dense(f"{mlp}.{part}_proj", bias=False) for part in ("gate", "up"))),
-        down=named.dense(f"{mlp}.down_proj", bias=False),
-        attn_norm=norm(f"{at}.input_layernorm"),
+        Attention(
+            qkv=stacked(*(named.dense(f"{attention}.{part}_proj", bias) for part in "qkv")),
+            out=named.dense(f"{attention}.o_proj", bias),
+            q_norm=norm(f"{attention}.q_norm") if has_head_norms else None,
+            k_norm=norm(f"{attention}.k_norm") if has_head_norms else None,
+            window=window,
+            rope=config.layer_types[index],
+        ),
+        norm(f"{at}.input_layernorm"),
+        MLP(
+            up=stacked(*(named.dense(f"{mlp}.{part}_proj", bias=False) for part in ("gate", "up"))),
+            down=named.dense(f"{mlp}.down_proj", bias=False),
+            activation=activation(config.hidden_activation),
+            gated=True,
+        ),
+        norm(f"{at}.pre_feedforward_layernorm"),
         post_attn_norm=norm(f"{at}.post_attention_layernorm"),
-        mlp_norm=norm(f"{at}.pre_feedforward_layernorm"),
         post_mlp_norm=norm(f"{at}.post_feedforward_layernorm"),
-        q_norm=norm(f"{attention}.q_norm") if has_head_norms else None,
-        k_norm=norm(f"{attention}.k_norm") if has_head_norms else None,
-        window=window,
-        rope=config.layer_types[index],
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
 
 from rayskip.model.families.parts import Tensors, activation, max_positions, rope
-from rayskip.model.spec import Dense, Family, Layer, Spec, Weights
+from rayskip.model.spec import MLP, Attention, Dense, Family, Layer, Spec, Weights
 
 
 def spec(config: Any) -> Spec:
@@ -21,10 +21,7 @@ def spec(config: Any) -> Spec:
         head_dim=dim,
         vocab=config.vocab_size,
         max_positions=max_positions(config),
-        activation=activation(config.hidden_act),
-        gated=False,
         scale=dim**-0.5,
-        parallel=config.use_parallel_residual,
     )
 
 
@@ -44,12 +41,21 @@ def _layer(config: Any, spec: Spec, named: Tensors, index: int) -> Layer:
     bias = config.attention_bias
     fused = named.dense(f"{at}.attention.query_key_value", bias)
     return Layer(
-        qkv=Dense(_by_kind(fused.weight, spec), None if fused.bias is None else _by_kind(fused.bias, spec)),
-        out=named.dense(f"{at}.attention.dense", bias),
-        up=named.dense(f"{at}.mlp.dense_h_to_4h", bias=True),
-        down=named.dense(f"{at}.mlp.dense_4h_to_h", bias=True),
-        attn_norm=named.layer_norm(f"{at}.input_layernorm", eps),
-        mlp_norm=named.layer_norm(f"{at}.post_attention_layernorm", eps),
+        Attention(
+            qkv=Dense(
+                _by_kind(fused.weight, spec), None if fused.bias is None else _by_kind(fused.bias, spec)
+            ),
+            out=named.dense(f"{at}.attention.dense", bias),
+        ),
+        named.layer_norm(f"{at}.input_layernorm", eps),
+        MLP(
+            up=named.dense(f"{at}.mlp.dense_h_to_4h", bias=True),
+            down=named.dense(f"{at}.mlp.dense_4h_to_h", bias=True),
+            activation=activation(config.hidden_act),
+            gated=False,
+        ),
+        named.layer_norm(f"{at}.post_attention_layernorm", eps),
+        parallel=config.use_parallel_residual,
     )
 
 

@@ -16,7 +16,7 @@ from rayskip.model.families.parts import (
     rope,
     windows,
 )
-from rayskip.model.spec import Family, Layer, Spec, Weights, stacked
+from rayskip.model.spec import MLP, Attention, Family, Layer, Spec, Weights, stacked
 
 
 def spec(config: Any) -> Spec:
@@ -35,8 +35,6 @@ def spec(config: Any) -> Spec:
         head_dim=dim,
         vocab=config.vocab_size,
         max_positions=max_positions(config),
-        activation=activation(config.hidden_act),
-        gated=True,
         scale=dim**-0.5,
     )
 
@@ -61,15 +59,21 @@ def _layer(config: Any, named: Tensors, index: int, window: int | None) -> Layer
     has_head_norms = config.model_type == "qwen3"
     qkv_bias, out_bias, mlp_bias = _biases(config)
     return Layer(
-        qkv=stacked(*(named.dense(f"{attention}.{part}_proj", qkv_bias) for part in "qkv")),
-        out=named.dense(f"{attention}.o_proj", out_bias),
-        up=stacked(*(named.dense(f"{mlp}.{part}_proj", mlp_bias) for part in ("gate", "up"))),
-        down=named.dense(f"{mlp}.down_proj", mlp_bias),
-        attn_norm=named.rms_norm(f"{at}.input_layernorm", eps),
-        mlp_norm=named.rms_norm(f"{at}.post_attention_layernorm", eps),
-        q_norm=named.rms_norm(f"{attention}.q_norm", eps) if has_head_norms else None,
-        k_norm=named.rms_norm(f"{attention}.k_norm", eps) if has_head_norms else None,
-        window=window,
+        Attention(
+            qkv=stacked(*(named.dense(f"{attention}.{part}_proj", qkv_bias) for part in "qkv")),
+            out=named.dense(f"{attention}.o_proj", out_bias),
+            q_norm=named.rms_norm(f"{attention}.q_norm", eps) if has_head_norms else None,
+            k_norm=named.rms_norm(f"{attention}.k_norm", eps) if has_head_norms else None,
+            window=window,
+        ),
+        named.rms_norm(f"{at}.input_layernorm", eps),
+        MLP(
+            up=stacked(*(named.dense(f"{mlp}.{part}_proj", mlp_bias) for part in ("gate", "up"))),
+            down=named.dense(f"{mlp}.down_proj", mlp_bias),
+            activation=activation(config.hidden_act),
+            gated=True,
+        ),
+        named.rms_norm(f"{at}.post_attention_layernorm", eps),
     )
 
 

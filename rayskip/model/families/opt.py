@@ -6,7 +6,7 @@ from typing import Any
 
 from rayskip.errors import ModelError
 from rayskip.model.families.parts import Tensors, activation
-from rayskip.model.spec import Family, Layer, Spec, Weights, stacked
+from rayskip.model.spec import MLP, Attention, Family, Layer, Spec, Weights, stacked
 
 POSITION_OFFSET = 2
 """Rows at the head of the position table that stand for padding."""
@@ -30,8 +30,6 @@ def spec(config: Any) -> Spec:
         head_dim=dim,
         vocab=config.vocab_size,
         max_positions=config.max_position_embeddings,
-        activation=activation(config.activation_function),
-        gated=False,
         scale=dim**-0.5,
     )
 
@@ -51,13 +49,19 @@ def weights(config: Any, spec: Spec, named: Tensors) -> Weights:
 def _layer(config: Any, named: Tensors, index: int) -> Layer:
     at, bias = f"layers.{index}", config.enable_bias
     return Layer(
-        qkv=stacked(*(named.dense(f"{at}.self_attn.{part}_proj", bias) for part in "qkv")),
-        out=named.dense(f"{at}.self_attn.out_proj", bias),
-        up=named.dense(f"{at}.fc1", bias),
-        down=named.dense(f"{at}.fc2", bias),
-        attn_norm=named.layer_norm(f"{at}.self_attn_layer_norm", EPS),
-        mlp_norm=named.layer_norm(f"{at}.final_layer_norm", EPS),
-        rope=None,
+        Attention(
+            qkv=stacked(*(named.dense(f"{at}.self_attn.{part}_proj", bias) for part in "qkv")),
+            out=named.dense(f"{at}.self_attn.out_proj", bias),
+            rope=None,
+        ),
+        named.layer_norm(f"{at}.self_attn_layer_norm", EPS),
+        MLP(
+            up=named.dense(f"{at}.fc1", bias),
+            down=named.dense(f"{at}.fc2", bias),
+            activation=activation(config.activation_function),
+            gated=False,
+        ),
+        named.layer_norm(f"{at}.final_layer_norm", EPS),
     )
 
 

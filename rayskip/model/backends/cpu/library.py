@@ -81,7 +81,7 @@ class Shape(ctypes.Structure):
     )
 
 
-class Step(ctypes.Structure):
+class StepTokens(ctypes.Structure):
     """A step's tokens: as in kernels.c."""
 
     _fields_ = (
@@ -107,8 +107,8 @@ class Product(ctypes.Structure):
     )
 
 
-class Rough(ctypes.Structure):
-    """The packed weights of a matrix product, rounded: as in rough.h."""
+class Int8Weights(ctypes.Structure):
+    """The packed weights of a matrix product, rounded: as in int8_product.h."""
 
     _fields_ = (
         *((name, c_void_p) for name in ("panels", "scales", "lengths", "residues")),
@@ -136,7 +136,7 @@ class LayersTask(ctypes.Structure):
         ("first", c_int64),
         ("last", c_int64),
         ("shape", Shape),
-        ("step", Step),
+        ("step", StepTokens),
         ("keys", c_void_p),
         ("values", c_void_p),
         ("table", c_void_p),
@@ -160,7 +160,7 @@ class DraftTask(ctypes.Structure):
         ("adapter", ctypes.POINTER(LayersTask)),
         ("norm", c_void_p),
         ("eps", c_float),
-        ("head", ctypes.POINTER(Rough)),
+        ("head", ctypes.POINTER(Int8Weights)),
         ("after", c_void_p),
         ("rows", c_int64),
         ("count", c_int64),
@@ -201,30 +201,30 @@ def loaded(dtype: torch.dtype) -> tuple[Library | None, str | None]:
     library.add_rms_norm.argtypes = [pointer] * 4 + [number] * 3 + [c_float]
     library.silu_gate.argtypes = [pointer] * 2 + [number] * 2 + [pointer]
     library.rotate_and_store.argtypes = [pointer] * 7 + [number] + [pointer] * 4 + [number]
-    library.likeliest.argtypes = [pointer] + [number] * 3 + [pointer] * 2
+    library.top_k.argtypes = [pointer] + [number] * 3 + [pointer] * 2
     library.attend.argtypes = [pointer] * 3 + [number] + [pointer] * 4 + [number]
-    library.highest.argtypes = [pointer] + [number] * 2 + [pointer] * 2
-    for name in ("add_rms_norm", "silu_gate", "rotate_and_store", "likeliest", "highest"):
+    library.argmax.argtypes = [pointer] + [number] * 2 + [pointer] * 2
+    for name in ("add_rms_norm", "silu_gate", "rotate_and_store", "top_k", "argmax"):
         getattr(library, name).restype = None
     library.panel_columns.restype = library.panel_depth.restype = library.page_positions.restype = number
     if library.has_products():
-        library.packed_rows.restype = library.screened_rows.restype = number
-        library.pack.argtypes, library.pack.restype = [pointer] * 2 + [number] * 2, None
+        library.compressed_rows.restype = library.bounded_rows.restype = number
+        library.to_panels.argtypes, library.to_panels.restype = [pointer] * 2 + [number] * 2, None
         library.product.argtypes = [pointer] * 3 + [number] * 2
-        library.rough_width.argtypes, library.rough_width.restype = [number], number
-        library.pack_rough.argtypes, library.pack_rough.restype = [pointer] * 5 + [number] * 2, None
-        library.rough_product.argtypes = [pointer] * 3 + [number] * 2
-        library.screen.argtypes = [pointer] * 3 + [number] * 2 + [pointer] * 2
-        library.best_outputs.argtypes = [pointer] * 2 + [number] * 2 + [pointer] * 2
+        library.int8_width.argtypes, library.int8_width.restype = [number], number
+        library.to_int8_panels.argtypes, library.to_int8_panels.restype = [pointer] * 5 + [number] * 2, None
+        library.int8_product.argtypes = [pointer] * 3 + [number] * 2
+        library.bounded_argmax.argtypes = [pointer] * 3 + [number] * 2 + [pointer] * 2
+        library.product_argmax.argtypes = [pointer] * 2 + [number] * 2 + [pointer] * 2
         library.run_layers.argtypes = library.draft.argtypes = [pointer]
     return library, slower
 
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     Shape,
-    Step,
+    StepTokens,
     Product,
-    Rough,
+    Int8Weights,
     NativeLayer,
     LayersTask,
     DraftTask,

@@ -13,26 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rayskip.model.ops import Ops
-from rayskip.model.spec import Rope, Spec, Weights
+from rayskip.model.backends.torch import TorchBackend
 
 
-def compile_pieces(ops: Ops, spec: Spec, weights: Weights, ropes: dict[str, Rope]) -> str | None:
-    """Replace methods of `ops` whose result for a token depends on no other by compiled ones, and compile them for
-    a model. Returns why not, where that does not work: then nothing changes.
-
-    ropes: the model's rotary tables, in its dtype.
-    """
-    layer = weights.layers[0]
-    new = weights.embed.new_zeros
+def compile_pieces(backend: TorchBackend) -> str | None:
+    """Replace methods of a backend that has its weights, whose result for a token depends on no other, by compiled
+    ones, and compile them for its model. Returns why not, where that does not work: then nothing changes."""
+    spec, layers = backend.spec, backend.weights.layers
+    new = backend.weights.embed.new_zeros
     widths = [spec.heads, spec.kv_heads, spec.kv_heads]
     q, k, _ = torch.split(new(3, sum(widths), spec.head_dim), widths, dim=1)  # strided as a layer's are
-    examples: dict[str, list[tuple[Any, ...]]] = {
-        "normalise": [(new(3, spec.hidden), layer.attn_norm)],
-        "gate": [(new(3, len(layer.up.weight)),)],
-        "turn": [(q, k, rope, new(3, dtype=torch.long)) for rope in ropes.values()],
+    gates = {
+        (len(mlp.up.weight), mlp.activation, mlp.gated) for layer in layers if (mlp := layer.mlp) is not None
     }
-    pieces = {name: _compiled(getattr(ops, name)) for name in examples}
+    examples: dict[str, list[tuple[Any, ...]]] = {
+        "normalise": [(new(3, spec.hidden), layers[0].attn_norm)],
+        "gate": [(new(3, width), activation, gated) for width, activation, gated in gates],
+        "turn": [(q, k, rope, new(3, dtype=torch.long)) for rope in backend.ropes.values()],
+    }
+    pieces = {name: _compiled(getattr(backend, name)) for name in examples}
     try:
         with torch.inference_mode():
             for name, own in examples.items():
@@ -40,7 +39,7 @@ def compile_pieces(ops: Ops, spec: Spec, weights: Weights, ropes: dict[str, Rope
                     pieces[name](*example)
     except Exception as error:  # whatever a compiler may raise
         return f"norms and gates run uncompiled, which is slower: torch.compile does not serve here ({error})"
-    vars(ops).update(pieces)
+    vars(backend).update(pieces)
     return None
 
 

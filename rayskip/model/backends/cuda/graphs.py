@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rayskip.model.cache.kv_cache import KVCache
-from rayskip.model.ops import Group, TokenBatch
+from rayskip.model.token_batch import Span, TokenBatch
 
 SIZES = (1, 2, 4, 8, *range(16, 128, 16), *range(128, 513, 32))
 """Tokens that graphs are made for; what lies between runs as the next larger one. More are worth no graph: they
@@ -26,7 +26,7 @@ MOST = 64
 """Graphs of a cache: a step of another kind then runs without one."""
 
 Layers = Callable[[Tensor, TokenBatch, KVCache, int, int], Tensor]
-"""Decoder.run_each."""
+"""Runs layers operation by operation: see `Stack.run`."""
 Record = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
 """Runs something once and returns where its result lies, and what runs the same again, into the same place."""
 
@@ -56,14 +56,18 @@ Kind = tuple[int, int, int, tuple[bool, ...]]
 
 @dataclass(frozen=True)
 class _Inputs:
-    """x [N, d]: states; tokens [2, N]: positions and slots."""
+    """x [N, d]: states; tokens [2, N]: positions and rows of the block table."""
 
     x: Tensor
     tokens: Tensor
 
     def fill(self, x: Tensor, batch: TokenBatch) -> None:
         """The step's tokens; in the places left over the last one again, which writes what it wrote already."""
-        for own, given in ((self.x, x), (self.tokens[0], batch.positions), (self.tokens[1], batch.slots)):
+        for own, given in (
+            (self.x, x),
+            (self.tokens[0], batch.positions),
+            (self.tokens[1], batch.table_rows),
+        ):
             own[: len(x)] = given
             own[len(x) :] = given[-1:]
 
@@ -93,7 +97,7 @@ class GraphedLayers:
         layer runs some of them and not the others, or at the first step of a kind.
         """
         count, active = len(x), None if batch.active is None else batch.active[first:last]
-        one_each = all(group.width == 1 for group in batch.groups) and batch.paths is None
+        one_each = all(span.width == 1 for span in batch.spans) and batch.paths is None
         if not 0 < count <= SIZES[-1] or not one_each or not set(active or ()) <= {0, count}:
             return None
         at = cache.keys.data_ptr(), cache.values.data_ptr(), cache.table.data_ptr(), cache.table.shape
@@ -116,15 +120,17 @@ class GraphedLayers:
         self, kind: Kind, layers: Layers, x: Tensor, batch: TokenBatch, cache: KVCache
     ) -> tuple[_Inputs, Tensor, Callable[[], None]]:
         size, first, last, runs = kind
-        inputs = _Inputs(x.new_empty(size, x.shape[1]), batch.slots.new_empty(2, size))
-        positions, slots = inputs.tokens
+        inputs = _Inputs(x.new_empty(size, x.shape[1]), batch.table_rows.new_empty(2, size))
+        positions, table_rows = inputs.tokens
         active = None if all(runs) else [0] * first + [size * own for own in runs]
         inputs.fill(x, batch)  # recording runs the layers a few times, and they write to the cache
 
         most = cache.table.shape[2] * cache.layout.page
 
         def work() -> Tensor:
-            step = TokenBatch(slots[:0], positions, slots, [Group(0, 1, slots, most)], slots, active)
+            step = TokenBatch(
+                table_rows[:0], positions, table_rows, [Span(0, 1, table_rows, most)], table_rows, active
+            )
             return layers(inputs.x.clone(), step, cache, first, last)
 
         return inputs, *self._record(work)

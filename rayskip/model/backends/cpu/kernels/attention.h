@@ -4,11 +4,11 @@
 
 #include "heads.h"
 #include "outputs.h"
-#include "team.h"
+#include "thread_pool.h"
 
-/* Rotary embedding of the first `turned` dims of one head, halves layout. */
-INLINE void rotate(const element *x, element *out, const element *cosines, const element *sines, int64_t turned) {
-    int64_t half = turned / 2, i = 0;
+/* Rotary embedding of the first `rotary_dims` dims of one head, whose halves are rotated against each other. */
+INLINE void rotate(const element *x, element *out, const element *cosines, const element *sines, int64_t rotary_dims) {
+    int64_t half = rotary_dims / 2, i = 0;
     for (; i + LANES <= half; i += LANES) {
         floats left = load(x + i), right = load(x + i + half);
         store(out + i, left * load(cosines + i) - right * load(sines + i));
@@ -21,23 +21,24 @@ INLINE void rotate(const element *x, element *out, const element *cosines, const
     }
 }
 
-/* Turns q [N, H, D] and k [N, K, D] in place, of tokens [first, last). stride: elements from one token to the next, in q and
- * in k. cosines, sines: [positions, turned]. */
+/* Rotary embedding of q [N, H, D] and k [N, K, D], in place, of tokens [first, last). stride: elements from one token to
+ * the next, in q and in k. cosines, sines [positions, rotary_dims]. */
 static void rotate_tokens(const Shape *shape, element *q, element *k, const int64_t stride[2], const element *cosines,
-                          const element *sines, int64_t turned, const Step *step, int64_t first, int64_t last) {
+                          const element *sines, int64_t rotary_dims, const Step *step, int64_t first, int64_t last) {
     const int64_t dim = shape->dim;
-    for (int64_t token = first; turned && token < last; token++) {
-        const int64_t turn = step->positions[token] * turned;
+    for (int64_t token = first; rotary_dims && token < last; token++) {
+        const int64_t angle = step->positions[token] * rotary_dims;
         element *q_row = q + token * stride[0], *k_row = k + token * stride[1];
         for (int64_t head = 0; head < shape->heads; head++)
-            rotate(q_row + head * dim, q_row + head * dim, cosines + turn, sines + turn, turned);
+            rotate(q_row + head * dim, q_row + head * dim, cosines + angle, sines + angle, rotary_dims);
         for (int64_t head = 0; head < shape->kv_heads; head++)
-            rotate(k_row + head * dim, k_row + head * dim, cosines + turn, sines + turn, turned);
+            rotate(k_row + head * dim, k_row + head * dim, cosines + angle, sines + angle, rotary_dims);
     }
 }
 
-/* The cache's pages, keys and values [pages, K] times what heads.h has of a head, and one layer's block table [rows, blocks].
- * k, v [N, K, D]: what a step's tokens add, `stride` elements from one token to the next, in k and in v. */
+/* The cache's pages: keys and values [pages, K, one head's part of a page: see heads.h], and one layer's block table [rows,
+ * blocks]. k, v [N, K, D]: those of a step's tokens, to be stored; `stride` elements from one token to the next, in k and
+ * in v. */
 typedef struct {
     element *keys, *values;
     const int32_t *table;
@@ -52,7 +53,7 @@ INLINE Pages pages_of(const Shape *shape, const Step *step, const Stored *stored
                    stored->table + step->slots[token] * step->blocks, shape->kv_heads * size};
 }
 
-/* Store one token's key and value of one head, at the step's place. */
+/* Store one token's key and value of one head at the token's place. */
 INLINE void store_head(const Shape *shape, const Step *step, const Stored *stored, int64_t token, int64_t head) {
     const int64_t dim = shape->dim, place = step->places[token];
     const Pages pages = pages_of(shape, step, stored, token, head);
@@ -63,7 +64,7 @@ INLINE void store_head(const Shape *shape, const Step *step, const Stored *store
                DEPTH, dim);
 }
 
-/* Of tokens [first, last), all heads. */
+/* Store those of tokens [first, last), of all heads. */
 static void store_tokens(const Shape *shape, const Step *step, const Stored *stored, int64_t first, int64_t last) {
     for (int64_t token = first; token < last; token++)
         for (int64_t head = 0; head < shape->kv_heads; head++)
@@ -73,12 +74,12 @@ static void store_tokens(const Shape *shape, const Step *step, const Stored *sto
 /* Whether a token's key and value may be stored when it attends, of a step whose tokens have places of their own: no token
  * of its slot that it sees comes later, and none is another worker's. (Where D is no multiple of COLUMNS a head's last
  * values are read with the first ones behind them, which another worker may be storing: those sums are dropped.) */
-static bool may_store_late(const Step *step, int64_t tokens, const Team *team) {
+static bool may_store_late(const Step *step, int64_t tokens, const ThreadPool *pool) {
     uint64_t seen[64] = {0}; /* slots, a bit each */
     for (int64_t token = 0; token < tokens; token++) {
         const int64_t slot = step->slots[token];
         if (token && slot == step->slots[token - 1]) {
-            if (team->count > 1 || step->positions[token] < step->positions[token - 1])
+            if (pool->count > 1 || step->positions[token] < step->positions[token - 1])
                 return false;
             continue;
         }
@@ -95,50 +96,53 @@ INLINE Path path_of(const Step *step, int64_t token) {
                   step->starts ? step->after + token * step->branch : NULL};
 }
 
-/* Query heads of one key-value head that attend together: all, or parts of like size. */
+/* How many query heads of one key-value head attend together: all, or parts of about the same size. */
 INLINE int64_t heads_of(const Shape *shape) {
     const int64_t shared = shape->heads / shape->kv_heads, parts = (shared + HEADS - 1) / HEADS;
     return (shared + parts - 1) / parts;
 }
 
-/* Tokens from `first` on that see one slot's keys and share their reading: `size` at a time attend as one. */
+/* Successive tokens [first, last) of one row, in groups of `size` that attend together and share the reading of its
+ * keys. */
 typedef struct {
     int64_t first, last, size;
-} Run;
+} TokenRun;
 
-/* Tokens that see all keys before them, in groups of like size, enough for all workers; another is alone. */
-INLINE Run run_of(const Shape *shape, const Step *step, int64_t first, int64_t tokens, int64_t workers) {
+/* The run that begins with token `first`: tokens that see all keys before them, in groups of about the same size, enough
+ * for all workers. A token from which a window hides keys is alone. */
+INLINE TokenRun token_run(const Shape *shape, const Step *step, int64_t first, int64_t tokens, int64_t workers) {
     const int64_t most = BLOCK / heads_of(shape);
     int64_t count = 1;
     if (shape->window && step->positions[first] >= shape->window)
-        return (Run){first, first + 1, 1};
+        return (TokenRun){first, first + 1, 1};
     while (count < 4 * most && first + count < tokens && step->slots[first + count] == step->slots[first] &&
            !(shape->window && step->positions[first + count] >= shape->window))
         count++;
     int64_t groups = (count + most - 1) / most;
     if (groups < workers)
         groups = workers < count ? workers : count;
-    return (Run){first, first + count, (count + groups - 1) / groups};
+    return (TokenRun){first, first + count, (count + groups - 1) / groups};
 }
 
-/* Which of `every` workers has a run's item `at` of `items`: neighbours have one, and the first worker is another one in
- * every run. */
-INLINE int64_t worker_of(int64_t run, int64_t at, int64_t items, int64_t every) {
-    return (run + at * every / items) % every;
+/* Which of `workers` does item `at` of a run's `items`: neighbours go to the same worker, which shares what they read, and
+ * each run begins with another worker. */
+INLINE int64_t worker_for(int64_t run, int64_t at, int64_t items, int64_t workers) {
+    return (run + at * workers / items) % workers;
 }
 
-/* Causal attention of tokens over their own rows' keys up to their own positions: q [N, H, D] with `stride` elements
- * between tokens -> to [N, H * D]. D: a multiple of LANES, T of COLUMNS. late: tokens' own keys and values are stored here.
- * A run's items are its groups for every key-value head in turn; done are those of one worker of `every`. */
+/* One worker's part of causal attention: each token attends to its own row's keys up to its own position. q [N, H, D],
+ * `stride` elements from one token to the next -> to [N, H * D]. D: a multiple of LANES, T of COLUMNS. late: see
+ * may_store_late. A run's items of work are its groups, for one key-value head after the other. */
 static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const Stored *stored,
-                         const bool late, Room room, Outputs to, int64_t tokens, int64_t worker, int64_t every) {
+                         const bool late, Workspace workspace, Outputs to, int64_t tokens, int64_t worker,
+                         int64_t workers) {
     const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
     int64_t number = 0;
-    for (Run run = {0, 0, 0}; run.last < tokens; number++) {
-        run = run_of(shape, step, run.last, tokens, every);
+    for (TokenRun run = {0, 0, 0}; run.last < tokens; number++) {
+        run = token_run(shape, step, run.last, tokens, workers);
         const int64_t groups = (run.last - run.first + run.size - 1) / run.size, items = groups * shape->kv_heads;
         for (int64_t at = 0; at < items; at++) {
-            if (worker_of(number, at, items, every) != worker)
+            if (worker_for(number, at, items, workers) != worker)
                 continue;
             const int64_t kv_head = at / groups, token = run.first + at % groups * run.size;
             const int64_t size = token + run.size < run.last ? run.size : run.last - token;
@@ -148,19 +152,20 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
                 if (late)
                     store_head(shape, step, stored, token + i, kv_head);
             }
-            int64_t next = at + 1, later = token; /* the worker's next item: in this run, or in one that is like it */
-            if (next == items || worker_of(number, next, items, every) != worker) {
+            /* The worker's next item, whose keys are prefetched: of this run, or of the next, taken to be like this one. */
+            int64_t next = at + 1, later = token;
+            if (next == items || worker_for(number, next, items, workers) != worker) {
                 later = run.last == tokens ? token : run.last;
-                for (next = 0; next < items - 1 && worker_of(number + 1, next, items, every) != worker;)
+                for (next = 0; next < items - 1 && worker_for(number + 1, next, items, workers) != worker;)
                     next++;
             }
             const Pages own = pages_of(shape, step, stored, token, kv_head);
-            const Pages soon = pages_of(shape, step, stored, later, next / groups);
+            const Pages next_pages = pages_of(shape, step, stored, later, next / groups);
             for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
                 count = last - head < heads_of(shape) ? last - head : heads_of(shape);
-                const Group group = {shape, q + token * stride + head * dim, own, paths,
-                                     to.out + token * to.apart + head * dim, stride, to.apart, size, count,
-                                     soon, room};
+                const QueryGroup group = {shape, q + token * stride + head * dim, own, paths,
+                                          to.out + token * to.stride + head * dim, stride, to.stride, size, count,
+                                          next_pages, workspace};
                 attend_group(&group);
             }
         }

@@ -1,4 +1,4 @@
-/* What becomes of a product's sums. */
+/* What becomes of a product's sums: they are stored, or only the largest of each row is kept. */
 #ifndef OUTPUTS_H
 #define OUTPUTS_H
 
@@ -6,26 +6,26 @@
 
 #include "operands.h"
 
-/* Of each lane of a panel's halves, the highest output of a row and the first panel that has it; -inf and -1: none
- * yet. */
+/* The running argmax of one row: for each lane of a panel's halves the largest output so far and the first panel that has
+ * it; -inf and -1 before there is any. */
 typedef struct {
     floats values[2];
     ints panels[2];
-} Best;
+} Argmax;
 
-/* Where a product's outputs go: out [rows, `apart` elements from one to the next]; or best [rows], where nothing but the
- * highest of each row is asked for. */
+/* Where a product's outputs go: to out [rows, `stride` elements from one to the next], or into argmax [rows] where only the
+ * largest output of each row is asked for. */
 typedef struct {
     element *out;
-    int64_t apart;
-    Best *best;
+    int64_t stride;
+    Argmax *argmax;
 } Outputs;
 
-/* Elements from a row of `width` to the next where rows are read and written piece by piece, many at a time: an odd number
- * of cache lines, since a cache has few places for lines that are a power of two apart. */
-INLINE int64_t spaced(int64_t width) { return ((width + LINE - 1) / LINE | 1) * LINE; }
+/* The stride of rows of `width` elements, many of which are read and written piece by piece in turn: an odd number of cache
+ * lines, since a cache has few places for lines whose distance is a power of two. */
+INLINE int64_t padded_stride(int64_t width) { return ((width + LINE - 1) / LINE | 1) * LINE; }
 
-/* Two halves of a panel's outputs of a row. */
+/* Store a row's outputs of one panel, given as its two halves. */
 INLINE void store_line(element *to, const floats outputs[2]) {
 #ifdef PAIRS
     const __m512bh line = _mm512_cvtne2ps_pbh((__m512)outputs[1], (__m512)outputs[0]);
@@ -36,37 +36,38 @@ INLINE void store_line(element *to, const floats outputs[2]) {
 #endif
 }
 
-INLINE void begin_best(Best *best) {
+INLINE void init_argmax(Argmax *argmax) {
     for (int half = 0; half < 2; half++) {
-        best->values[half] = splat(-INFINITY);
-        best->panels[half] = -1 - (ints){0};
+        argmax->values[half] = broadcast(-INFINITY);
+        argmax->panels[half] = -1 - (ints){0};
     }
 }
 
-/* The highest of a row's outputs and of a panel's, of which `count` columns are outputs. */
-INLINE void keep_best(Best *best, int64_t panel, int64_t count, const floats outputs[2]) {
+/* Take a panel's outputs of the row into account: its first `count` columns, the others are padding. They are rounded as if
+ * they were stored. */
+INLINE void update_argmax(Argmax *argmax, int64_t panel, int64_t count, const floats outputs[2]) {
     element line[COLUMNS];
     store_line(line, outputs);
     for (int64_t column = count; column < COLUMNS; column++)
         line[column] = round_one(-INFINITY);
     for (int half = 0; half < 2; half++) {
         const floats own = load(line + half * LANES);
-        const ints higher = own > best->values[half];
-        best->values[half] = larger(own, best->values[half]);
-        best->panels[half] = (higher & ((int32_t)panel - (ints){0})) | (~higher & best->panels[half]);
+        const ints larger = own > argmax->values[half];
+        argmax->values[half] = vector_max(own, argmax->values[half]);
+        argmax->panels[half] = (larger & ((int32_t)panel - (ints){0})) | (~larger & argmax->panels[half]);
     }
 }
 
-/* The highest of each row's outputs and the first column it stands at, -1 where there is none. best [workers, rows]. */
-static void best_of_all(const Best *best, int64_t workers, int64_t rows, float *values, int64_t *columns) {
+/* Each row's largest output and the first column that has it, -1 where there is none. argmax [workers, rows]. */
+static void reduce_argmax(const Argmax *argmax, int64_t workers, int64_t rows, float *values, int64_t *columns) {
     for (int64_t row = 0; row < rows; row++) {
         values[row] = -INFINITY;
         columns[row] = -1;
         for (int64_t at = row; at < workers * rows; at += rows)
             for (int i = 0; i < COLUMNS; i++) {
                 const int half = i / LANES, lane = i % LANES;
-                const float value = best[at].values[half][lane];
-                const int64_t column = best[at].panels[half][lane] * (int64_t)COLUMNS + i;
+                const float value = argmax[at].values[half][lane];
+                const int64_t column = argmax[at].panels[half][lane] * (int64_t)COLUMNS + i;
                 if (column >= 0 && (value > values[row] || (value == values[row] && column < columns[row]))) {
                     values[row] = value;
                     columns[row] = column;
@@ -75,17 +76,17 @@ static void best_of_all(const Best *best, int64_t workers, int64_t rows, float *
     }
 }
 
-/* sums [rows, 2 halves] of a panel and of rows from `first` on, + bias (NULL: none) -> their place in a product's outputs.
- * count: of the panel's columns, those that are outputs. */
+/* Put sums [rows, 2 halves] of a panel + bias (NULL: none) where outputs of the rows from `first` on go. The panel's first
+ * `count` columns are outputs, the others padding. */
 INLINE void put_outputs(floats (*sums)[2], const element *bias, int64_t panel, int64_t count, int64_t first,
                         int64_t rows, Outputs to) {
     for (int64_t row = 0; row < rows; row++) {
-        const int64_t place = (first + row) * to.apart + panel * COLUMNS;
+        const int64_t place = (first + row) * to.stride + panel * COLUMNS;
         floats outputs[2] = {sums[row][0], sums[row][1]};
         for (int half = 0; bias && half < 2; half++)
             outputs[half] += load(bias + half * LANES);
-        if (to.best)
-            keep_best(to.best + first + row, panel, count, outputs);
+        if (to.argmax)
+            update_argmax(to.argmax + first + row, panel, count, outputs);
         else if (count < COLUMNS) {
             element line[COLUMNS];
             store_line(line, outputs);

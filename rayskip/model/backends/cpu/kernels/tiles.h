@@ -1,4 +1,5 @@
-/* Products of up to 32 rows with a panel in tiles (AMX): of a panel's lines, sixteen at once. */
+/* The inner loop of products in AMX tiles: up to 32 rows times one panel, sixteen of its lines at once. A reader without
+ * such a processor may skip this file: panels.h has the same in vectors. */
 #ifndef TILES_H
 #define TILES_H
 
@@ -8,31 +9,30 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define TILE_ROWS 16  /* at most */
-#define TILE_LINES 16 /* of a panel's half */
-#define TILE_BYTES 64 /* of a row or line */
+#define TILE_ROWS 16  /* of a block, at most */
+#define TILE_LINES 16 /* of a panel, in one tile */
+#define TILE_BYTES 64 /* of a row or line of a tile */
 #define TILE_INPUTS (TILE_LINES * DEPTH)
 
-/* The system keeps tiles for the threads of a process that has asked for it. Returns whether it does. */
+/* Ask the system to let this process's threads use tiles; whether it does. */
 static bool may_use_tiles(void) {
     const long request_permission = 0x1023, tile_data = 18; /* see arch_prctl */
     return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
-/* What is stored before is in memory from here on, and what is stored later is not: GCC does not know that loads of tiles
- * and of their configuration read it. */
-INLINE void settle_memory(void) { __asm__ volatile("" ::: "memory"); }
+/* Keep the compiler from moving stores across: GCC does not know that loading tiles or their configuration reads memory. */
+INLINE void compiler_fence(void) { __asm__ volatile("" ::: "memory"); }
 
-/* What the thread's tiles are set to, -1: to nothing. Setting them takes as long as a short product. */
-static _Thread_local int set_first = -1, set_second = -1;
+/* How many rows the thread's tiles are configured for, -1: they are not. Configuring takes as long as a short product. */
+static _Thread_local int configured_first = -1, configured_second = -1;
 
-/* Tiles 4 and 5 hold `first` and `second` rows of inputs, 6 and 7 a panel's halves; 0 and 1 are sums of the first rows with
- * either half, 2 and 3 of the second ones. */
+/* Configure tiles: 4 and 5 hold `first` and `second` rows of inputs, 6 and 7 a panel's halves; 0 and 1 the sums of the
+ * first rows with either half, 2 and 3 those of the second rows. */
 static void begin_tiles(int first, int second) {
-    if (first == set_first && second == set_second)
+    if (first == configured_first && second == configured_second)
         return;
-    set_first = first;
-    set_second = second;
+    configured_first = first;
+    configured_second = second;
     struct {
         uint8_t palette, start, unused[14];
         uint16_t bytes[16];
@@ -43,17 +43,17 @@ static void begin_tiles(int first, int second) {
         config.rows[tile] = (uint8_t)rows[tile];
         config.bytes[tile] = rows[tile] ? TILE_BYTES : 0;
     }
-    settle_memory();
+    compiler_fence();
     _tile_loadconfig(&config);
-    settle_memory();
+    compiler_fence();
 }
 
 static void end_tiles(void) {
     _tile_release();
-    set_first = set_second = -1;
+    configured_first = configured_second = -1;
 }
 
-/* Of a block's rows, those in the first tiles. */
+/* How many of a block's rows are in the first tiles. */
 INLINE int first_rows(int rows) { return rows <= TILE_ROWS ? rows : (rows + 1) / 2; }
 
 INLINE void clear_sums(const bool both) {
@@ -83,83 +83,86 @@ INLINE void store_sums(void *first, void *second, const bool both) {
     }
 }
 
-/* Sums += rows of inputs, `apart` operands from one to the next, times lines of a panel, `step` elements from one to the
- * next. */
-INLINE void add_tiles(const operand *x, int64_t apart, const element *lines, int64_t step, const int first,
+/* Sums += rows of inputs, `stride` operands from one to the next, times lines of a panel, `panel_stride` elements from one
+ * to the next. */
+INLINE void add_tiles(const operand *x, int64_t stride, const element *lines, int64_t panel_stride, const int first,
                       const bool both) {
-    _tile_stream_loadd(6, lines, step * sizeof *lines);
-    _tile_stream_loadd(7, lines + HALF, step * sizeof *lines);
-    _tile_loadd(4, x, apart * sizeof *x);
+    _tile_stream_loadd(6, lines, panel_stride * sizeof *lines);
+    _tile_stream_loadd(7, lines + HALF, panel_stride * sizeof *lines);
+    _tile_loadd(4, x, stride * sizeof *x);
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     if (both) {
-        _tile_loadd(5, x + first * apart, apart * sizeof *x);
+        _tile_loadd(5, x + first * stride, stride * sizeof *x);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
 }
 
-/* `count` lines from those of `input` on, one after the other. */
-INLINE void next_lines(Packed *lines, Table table, int64_t input, int64_t count, element *to) {
+/* to = the next `count` lines, decompressed, the first of which begins with `input`. */
+INLINE void next_lines(Compressed *lines, ExponentTable table, int64_t input, int64_t count, element *to) {
     for (int64_t line = 0; line < count; line++) {
         const Line one = next_line(lines, table, input + line * DEPTH);
         memcpy(to + line * 2 * HALF, &one, sizeof one);
     }
 }
 
-/* sums [rows, 2 halves of the panel] += the products, or = where they are `fresh`; as `add_rows` but for the order in which
- * inputs are added up: it is the same whatever `rows`, of which begin_tiles has been told, and however whole TILE_INPUTS are
+/* sums [rows, 2 halves of the panel] += the products, or = if `fresh`. begin_tiles was told of `rows`. Inputs are added up
+ * in another order than by `add_rows`, but always in the same one, whatever `rows` and however whole TILE_INPUTS are
  * divided among calls. */
-INLINE void tile_rows(const Rows *from, floats (*sums)[2], const bool packed, const bool fresh, const int rows) {
+INLINE void tile_rows(const PanelProduct *from, floats (*sums)[2], const bool compressed, const bool fresh,
+                      const int rows) {
     const bool both = rows > TILE_ROWS;
     const int first = first_rows(rows);
-    const element *panel = from->panel, *soon = from->soon;
+    const element *panel = from->panel, *prefetch = from->prefetch;
     const int64_t in = from->in;
-    Packed lines = from->packed;
-    const Table table = packed ? load_table(from->packed.table) : (Table){0};
+    Compressed lines = from->compressed;
+    const ExponentTable table = compressed ? load_table(from->compressed.table) : (ExponentTable){0};
     element own[TILE_LINES * 2 * HALF] __attribute__((aligned(64)));
     if (fresh)
         clear_sums(both);
     else {
-        settle_memory();
+        compiler_fence();
         load_sums(sums, sums + first, both);
     }
     int64_t i = 0;
     for (; i + TILE_INPUTS <= in; i += TILE_INPUTS) {
-        if (packed)
+        if (compressed)
             next_lines(&lines, table, i, TILE_LINES, own);
         else {
-            for (int64_t at = 0; at < from->pace * TILE_LINES; at += LINE)
-                __builtin_prefetch(soon + at, 0, 2);
-            soon += from->pace * TILE_LINES;
+            for (int64_t at = 0; at < from->prefetch_stride * TILE_LINES; at += LINE)
+                __builtin_prefetch(prefetch + at, 0, 2);
+            prefetch += from->prefetch_stride * TILE_LINES;
         }
-        settle_memory();
-        add_tiles(from->x + i, from->apart, packed ? own : panel, packed ? 2 * HALF : from->step, first, both);
-        settle_memory();
-        panel += from->step * TILE_LINES;
+        compiler_fence();
+        add_tiles(from->x + i, from->stride, compressed ? own : panel, compressed ? 2 * HALF : from->panel_stride, first,
+                  both);
+        compiler_fence();
+        panel += from->panel_stride * TILE_LINES;
     }
-    if (i < in) { /* the rest of both are zeros */
+    if (i < in) { /* the last, incomplete tiles: filled up with zeros */
         const int64_t left = in - i, count = left / DEPTH;
         operand last[2 * TILE_ROWS * TILE_INPUTS] __attribute__((aligned(64)));
-        if (packed)
+        if (compressed)
             next_lines(&lines, table, i, count, own);
         else
             for (int64_t line = 0; line < count; line++)
-                memcpy(own + line * 2 * HALF, panel + line * from->step, 2 * HALF * sizeof *own);
+                memcpy(own + line * 2 * HALF, panel + line * from->panel_stride, 2 * HALF * sizeof *own);
         memset(own + count * 2 * HALF, 0, (TILE_LINES - count) * 2 * HALF * sizeof *own);
         memset(last, 0, sizeof last);
         for (int row = 0; row < rows; row++)
-            memcpy(last + row * TILE_INPUTS, from->x + row * from->apart + i, left * sizeof *last);
-        settle_memory();
+            memcpy(last + row * TILE_INPUTS, from->x + row * from->stride + i, left * sizeof *last);
+        compiler_fence();
         add_tiles(last, TILE_INPUTS, own, 2 * HALF, first, both);
-        settle_memory();
+        compiler_fence();
     }
     store_sums(sums, sums + first, both);
 }
 
-/* upper, lower [rows, 2 halves of a panel] = inputs [rows, width] of either sign and without one, `apart` bytes from a row
- * to the next, times the panel [width / 4, COLUMNS, 4]. begin_tiles was told of the rows, as first and as second ones. */
-INLINE void tile_bytes(const int8_t *uppers, const uint8_t *lowers, int64_t apart, const int8_t *panel, int64_t width,
+/* upper, lower [rows, 2 halves of a panel] = the upper (signed) and the lower (unsigned) bytes of inputs [rows, width],
+ * `stride` bytes from one row to the next, times the panel [width / 4, COLUMNS, 4]. begin_tiles was told of the rows, as
+ * first and as second ones. */
+INLINE void tile_bytes(const int8_t *uppers, const uint8_t *lowers, int64_t stride, const int8_t *panel, int64_t width,
                        ints (*upper)[2], ints (*lower)[2]) {
     clear_sums(true);
     for (int64_t i = 0; i < width; i += TILE_BYTES, panel += COLUMNS * TILE_BYTES) {
@@ -167,10 +170,10 @@ INLINE void tile_bytes(const int8_t *uppers, const uint8_t *lowers, int64_t apar
             __builtin_prefetch(panel + COLUMNS * TILE_BYTES + line);
         _tile_loadd(6, panel, 2 * TILE_BYTES);
         _tile_loadd(7, panel + TILE_BYTES, 2 * TILE_BYTES);
-        _tile_loadd(4, uppers + i, apart);
+        _tile_loadd(4, uppers + i, stride);
         _tile_dpbssd(0, 4, 6);
         _tile_dpbssd(1, 4, 7);
-        _tile_loadd(5, lowers + i, apart);
+        _tile_loadd(5, lowers + i, stride);
         _tile_dpbusd(2, 5, 6);
         _tile_dpbusd(3, 5, 7);
     }

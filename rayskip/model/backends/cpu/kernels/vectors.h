@@ -1,4 +1,5 @@
-/* Vectors of floats, and elements loaded into and stored from them. */
+/* Vectors of floats, one register each, and how elements of tensors are loaded into them and stored. Which instructions the
+ * processor has is decided here, once: everything else asks for these macros. */
 #ifndef VECTORS_H
 #define VECTORS_H
 
@@ -11,25 +12,29 @@
 #endif
 
 #if defined(BF16) && defined(__AVX512BF16__)
-#define PAIRS /* the processor multiplies bfloat16 itself, and adds two products at once */
+#define PAIRS /* AVX-512 bf16: the processor multiplies bfloat16 itself, and adds two products at once */
 #endif
 
 #if defined(PAIRS) || (!defined(BF16) && defined(__AVX512BW__))
-#define SIXTEENS /* registers hold sixteen floats */
+#define SIXTEENS /* AVX-512: registers hold sixteen floats */
 #elif defined(__AVX2__) && defined(__FMA__)
-#define EIGHTS /* registers hold eight floats, also where AVX-512 lacks bfloat16: it is widened on its way either way */
+#define EIGHTS /* AVX2: registers hold eight floats. Also AVX-512 without bf16, since bfloat16 is widened there as here */
 #endif
 
 #if defined(SIXTEENS) || defined(EIGHTS)
-#define PRODUCTS /* elsewhere a library's matrix products are faster: it has other kernels */
+#define PRODUCTS /* matrix products of our own; on other processors a library's are faster */
 #endif
 
+#if defined(__AMXBF16__) && defined(__AMXINT8__) && !defined(__AMX_BF16__) /* Clang's names before 15 */
+#define __AMX_BF16__ 1
+#define __AMX_INT8__ 1
+#endif
 #if defined(PAIRS) && defined(__AMX_BF16__) && defined(__AMX_INT8__) && !defined(NO_TILES)
-#define TILES /* the processor multiplies sixteen rows of bfloat16 with sixteen columns at once */
+#define TILES /* AMX: the processor multiplies sixteen rows of bfloat16 by sixteen columns at once */
 #endif
 
 #ifdef EIGHTS
-#define LANES 8 /* of a register */
+#define LANES 8 /* floats of a register */
 #else
 #define LANES 16
 #endif
@@ -97,8 +102,8 @@ INLINE float load_one(element from) { return from; }
 INLINE element round_one(float x) { return x; }
 #endif
 
-/* a * b + c, rounded once where the processor can. Nowhere else does the compiler fuse the two (-ffp-contract=off): it
- * would where it pleases, and two copies of a loop would round differently. */
+/* a * b + c, rounded once where the processor can. The compiler fuses nothing by itself (-ffp-contract=off): it would fuse
+ * in one copy of a loop and not in another, and the two would round differently. */
 INLINE floats multiply_add(floats a, floats b, floats c) {
 #ifdef SIXTEENS
     return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -109,40 +114,40 @@ INLINE floats multiply_add(floats a, floats b, floats c) {
 #endif
 }
 
-INLINE floats splat(float x) { return x - (floats){0}; }
-INLINE floats pick(ints where, floats yes, floats no) {
+INLINE floats broadcast(float x) { return x - (floats){0}; }
+INLINE floats blend(ints where, floats yes, floats no) {
     return (floats)((where & (ints)yes) | (~where & (ints)no));
 }
 
-/* a where it is larger (smaller), else b. */
-INLINE floats larger(floats a, floats b) {
+/* Lane by lane, a where it is larger (smaller), else b. */
+INLINE floats vector_max(floats a, floats b) {
 #ifdef SIXTEENS
     return (floats)_mm512_max_ps((__m512)a, (__m512)b);
 #elif defined(EIGHTS)
     return _mm256_max_ps(a, b);
 #else
-    return pick(a > b, a, b);
+    return blend(a > b, a, b);
 #endif
 }
 
-INLINE floats smaller(floats a, floats b) {
+INLINE floats vector_min(floats a, floats b) {
 #ifdef SIXTEENS
     return (floats)_mm512_min_ps((__m512)a, (__m512)b);
 #elif defined(EIGHTS)
     return _mm256_min_ps(a, b);
 #else
-    return pick(a < b, a, b);
+    return blend(a < b, a, b);
 #endif
 }
 
 #ifdef EIGHTS
-INLINE float sum(floats x) {
+INLINE float reduce_sum(floats x) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     four = _mm_hadd_ps(four, four);
     return _mm_cvtss_f32(_mm_hadd_ps(four, four));
 }
 
-INLINE float maximum(floats x) {
+INLINE float reduce_max(floats x) {
     __m128 most = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     most = _mm_max_ps(most, _mm_movehl_ps(most, most));
     return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
@@ -154,19 +159,19 @@ INLINE float maximum(floats x) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ints){__VA_ARGS__})
 #endif
 
-/* Neighbours summed, twice. */
+/* Sums of neighbouring lanes, in the lower half and again in the upper one. */
 INLINE floats pair_sums(floats x) {
     return SHUFFLE(x, x, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
            SHUFFLE(x, x, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-INLINE float sum(floats x) {
+INLINE float reduce_sum(floats x) {
     for (int i = 0; i < 4; i++)
         x = pair_sums(x);
     return x[0];
 }
 
-INLINE float maximum(floats x) {
+INLINE float reduce_max(floats x) {
     float best = x[0];
     for (int i = 1; i < LANES; i++)
         best = x[i] > best ? x[i] : best;
@@ -175,31 +180,31 @@ INLINE float maximum(floats x) {
 #endif
 
 /* e^x for |x| up to 87, beyond it e^87 or e^-87; relative error below 3e-7 (Cephes' polynomial). */
-INLINE floats exponential(floats x) {
-    const floats magic = splat(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
-    x = larger(splat(-87.0f), smaller(splat(87.0f), x));
-    floats shifted = multiply_add(x, splat(1.44269504f), magic);
+INLINE floats vector_exp(floats x) {
+    const floats magic = broadcast(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    x = vector_max(broadcast(-87.0f), vector_min(broadcast(87.0f), x));
+    floats shifted = multiply_add(x, broadcast(1.44269504f), magic);
     floats power = shifted - magic;
-    floats r = multiply_add(power, splat(2.12194440e-4f), multiply_add(power, splat(-0.693359375f), x));
-    floats p = splat(1.9875691500e-4f);
-    p = multiply_add(p, r, splat(1.3981999507e-3f));
-    p = multiply_add(p, r, splat(8.3334519073e-3f));
-    p = multiply_add(p, r, splat(4.1665795894e-2f));
-    p = multiply_add(p, r, splat(1.6666665459e-1f));
-    p = multiply_add(p, r, splat(5.0000001201e-1f));
+    floats r = multiply_add(power, broadcast(2.12194440e-4f), multiply_add(power, broadcast(-0.693359375f), x));
+    floats p = broadcast(1.9875691500e-4f);
+    p = multiply_add(p, r, broadcast(1.3981999507e-3f));
+    p = multiply_add(p, r, broadcast(8.3334519073e-3f));
+    p = multiply_add(p, r, broadcast(4.1665795894e-2f));
+    p = multiply_add(p, r, broadcast(1.6666665459e-1f));
+    p = multiply_add(p, r, broadcast(5.0000001201e-1f));
     p = multiply_add(p * r, r, r) + 1.0f;
     return (floats)((bits)p + ((bits)shifted << 23));
 }
 
-/* x [size] as floats, in `room`. */
-INLINE void widen(const element *x, float *room, int64_t size) {
+/* to [size] = x as floats. */
+INLINE void widen(const element *x, float *to, int64_t size) {
     int64_t i = 0;
     for (; i + LANES <= size; i += LANES) {
         floats some = load(x + i);
-        memcpy(room + i, &some, sizeof some);
+        memcpy(to + i, &some, sizeof some);
     }
     for (; i < size; i++)
-        room[i] = load_one(x[i]);
+        to[i] = load_one(x[i]);
 }
 
 #endif

@@ -1,4 +1,4 @@
-"""Weights of bfloat16 in twelve bits, without loss: what packed.h reads."""
+"""Weights of bfloat16 in twelve bits, without loss: what compressed.h reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NONE = 255
 """In place of a number."""
 
 
-class PackedWeights(NamedTuple):
+class CompressedWeights(NamedTuple):
     """See Packed and Product in the kernels.
 
     lows [P, L, 2, H] uint8: signs and mantissas. highs [P, L, H] uint8: numbers of two exponents. tables [P, 32]
@@ -29,7 +29,7 @@ class PackedWeights(NamedTuple):
     whole: Tensor
 
 
-def pack(panels: Tensor, depth: int) -> PackedWeights:
+def compress(panels: Tensor, depth: int) -> CompressedWeights:
     """panels [P, L, 2, H] bfloat16: L lines of `depth` inputs each, in two halves."""
     count, lines = panels.shape[:2]
     raw = panels.view(torch.int16)
@@ -48,7 +48,7 @@ def pack(panels: Tensor, depth: int) -> PackedWeights:
     odd[torch.arange(len(panel)) + panel] = line * depth
     lows = raw.bitwise_right_shift(8).bitwise_and(128) | raw.bitwise_and(127)
     highs = number[:, :, 0].bitwise_and(15) | number[:, :, 1].bitwise_and(15) * 16
-    return PackedWeights(
+    return CompressedWeights(
         lows.to(torch.uint8),
         highs,
         (known.repeat(1, 2) * 128).to(torch.int16),

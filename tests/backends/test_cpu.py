@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,16 +20,17 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from rayskip.errors import ModelError
-from rayskip.model import decoder as decoder_module
+from rayskip.model.backends.cpu import backend as cpu
 from rayskip.model.backends.cpu import library as native
-from rayskip.model.backends.cpu.ops import highest, native_ops
-from rayskip.model.backends.cpu.product import BestOutput, best_output, native_product, rough_product
-from rayskip.model.backends.scores import Scores
+from rayskip.model.backends.cpu.backend import CpuBackend, cpu_backend
+from rayskip.model.backends.cpu.product import ArgmaxLinear, CpuLinear, argmax_linear, cpu_linear, int8_linear
+from rayskip.model.backends.cpu.stack import CpuStack
+from rayskip.model.backends.torch import TorchBackend, TorchHead, TorchStack
 from rayskip.model.cache.kv_cache import Assignment, KVCache, Layout, Panels
 from rayskip.model.checkpoint import load
 from rayskip.model.decoder import Decoder
-from rayskip.model.ops import Group, Ops, Paths, TokenBatch
-from rayskip.model.spec import Dense, Norm, Rope, Spec
+from rayskip.model.spec import Attention, Dense, Norm, Rope, Spec
+from rayskip.model.token_batch import Paths, Span, TokenBatch
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(
@@ -45,13 +48,20 @@ SHAPES = [
 
 
 def _spec(heads: int = 2, kv_heads: int = 1, dim: int = 64, cap: float | None = None) -> Spec:
-    return Spec("llama", 64, heads, kv_heads, dim, 99, 256, "silu", True, dim**-0.5, attn_softcap=cap)
+    return Spec("llama", 64, heads, kv_heads, dim, 99, 256, dim**-0.5, attn_softcap=cap)
 
 
-def _both(spec: Spec, dtype: torch.dtype) -> tuple[Ops, Ops]:
-    fast = native_ops(spec, dtype, CPU)
-    assert fast.name == "native"
-    return fast, Ops(spec)
+def _both(spec: Spec, dtype: torch.dtype) -> tuple[CpuBackend, TorchBackend]:
+    fast = cpu_backend(spec, dtype, CPU)
+    assert isinstance(fast, CpuBackend)
+    return fast, TorchBackend(spec, dtype, CPU)
+
+
+def _attention_of(backend: TorchBackend, rope: Rope | None, window: int | None) -> Attention:
+    """Its products are not asked."""
+    backend.ropes = {} if rope is None else {"default": rope}
+    nothing = Dense(torch.empty(0))
+    return Attention(nothing, nothing, window=window, rope=None if rope is None else "default")
 
 
 def _fill(cache: KVCache, layer: int, slot: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -88,16 +98,16 @@ def test_attention(
     rope = Rope(angles.cos().to(dtype), angles.sin().to(dtype)) if turned else None
     slots = torch.tensor([2, 0, 1])
     positions = torch.tensor([50, 51, 100, 101, 0, 1])
-    batch = TokenBatch(positions, positions, slots.repeat_interleave(2), [Group(0, 2, slots, 128)], slots)
+    batch = TokenBatch(positions, positions, slots.repeat_interleave(2), [Span(0, 2, slots, 128)], slots)
 
     results = []
-    for ops in _both(spec, dtype):
-        cache = KVCache(spec, 2, dtype, CPU, ops.layout)
+    for backend in _both(spec, dtype):
+        cache = KVCache(spec, 2, backend)
         cache.fill(4, 128)
         for slot in range(4):
             _fill(cache, 1, slot, *stored[:, slot])
         q, k, v = torch.split(packed.clone(), [heads, kv_heads, kv_heads], dim=1)
-        out = ops.attention(q, k, v, rope, 1, window, batch, cache)
+        out = backend.attention(q, k, v, _attention_of(backend, rope, window), 1, batch, cache)
         assert not cache.keys[cache.table[0].long()].any()
         results.append((out, *cache.read(1, torch.arange(4), 128)))
 
@@ -138,11 +148,12 @@ def test_tokens_of_a_row_attend_to_the_same_bits_together_and_one_by_one(
     dtype: torch.dtype,
 ) -> None:
     """And what lies behind a token, finite or not, is nothing to it."""
-    ops, _ = _both(_spec(heads, kv_heads, dim, cap), dtype)
+    backend, _ = _both(_spec(heads, kv_heads, dim, cap), dtype)
     packed = torch.randn(
         len(slots), heads + 2 * kv_heads, dim, generator=torch.Generator().manual_seed(0)
     ).to(dtype)
-    cache = KVCache(ops.spec, 1, dtype, CPU, ops.layout)
+    cache = KVCache(backend.spec, 1, backend)
+    own_attention = _attention_of(backend, None, window)
     cache.fill(3, 192)
     cache.table = cache.table[:, :, [2, 0, 1]].contiguous()  # a row's pages lie in any order
     stored = torch.full((2, 3, kv_heads, 192, dim), torch.nan, dtype=dtype)
@@ -162,7 +173,7 @@ def test_tokens_of_a_row_attend_to_the_same_bits_together_and_one_by_one(
         )
         batch = TokenBatch(place[first:last], place[first:last], row[first:last], [], row[:0], None, own)
         q, k, v = torch.split(packed[first:last].clone(), [heads, kv_heads, kv_heads], dim=1)
-        return ops.attention(q, k, v, None, 0, window, batch, cache)
+        return backend.attention(q, k, v, own_attention, 0, batch, cache)
 
     together = attend(0, len(slots))
     assert together.isfinite().all()
@@ -190,18 +201,18 @@ def test_norm(dtype: torch.dtype, branch: bool) -> None:
 def test_gate(dtype: torch.dtype) -> None:
     up = torch.cat((torch.linspace(-200, 200, 64), torch.linspace(-2, 2, 64))).repeat(3, 1).to(dtype)
     fast, slow = _both(_spec(), dtype)
-    _assert_close(fast.gate(up), slow.gate(up))
+    _assert_close(fast.gate(up, "silu", True), slow.gate(up, "silu", True))
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("width", "count"), [(16, 16), (48, 1), (4096, 3), (50, 5)])
-def test_likeliest(width: int, count: int, dtype: torch.dtype) -> None:
+def test_top_k(width: int, count: int, dtype: torch.dtype) -> None:
     logits = (torch.randn(4, width, generator=torch.Generator().manual_seed(0)) * 3).to(dtype)
     logits[1] = logits[1, 0]  # nothing but equals
     fast, slow = _both(_spec(), dtype)
-    places, chances = fast.likeliest(logits, count)
-    _, expected = slow.likeliest(logits, count)
+    places, chances = fast.top_k(logits, count)
+    _, expected = slow.top_k(logits, count)
     torch.testing.assert_close(chances, expected)
     torch.testing.assert_close(torch.softmax(logits.float(), dim=-1).gather(1, places), expected)
     assert all(len(set(row)) == count for row in places.tolist())
@@ -209,12 +220,18 @@ def test_likeliest(width: int, count: int, dtype: torch.dtype) -> None:
         assert places[1].tolist() == list(range(count))
 
 
+def _cache(spec: Spec, dtype: torch.dtype, panels: Panels | None) -> KVCache:
+    backend = TorchBackend(spec, dtype, CPU)
+    backend.layout = Layout(panels=panels)
+    return KVCache(spec, 2, backend)
+
+
 LAYOUTS = [None, Panels(1, 1), Panels(32, 2), Panels(16, 1)]
 
 
 @pytest.mark.parametrize("panels", LAYOUTS)
 def test_a_cleared_page_is_finite_and_a_new_row_of_the_table_keeps_the_others(panels: Panels | None) -> None:
-    cache = KVCache(_spec(), 2, torch.bfloat16, CPU, Layout(panels=panels))
+    cache = _cache(_spec(), torch.bfloat16, panels)
     cache.allocate(8)
     cache.assign([Assignment(0, 0, (0, 1), (3, 5)), Assignment(1, 0, (0, 1), (7, 2))])
     for layer in range(2):
@@ -240,7 +257,7 @@ def test_positions_are_where_they_are_asked_for_however_they_lie(panels: Panels)
     stored = torch.randn(2, 2, 3, 100, 16, generator=generator)
     found = []
     for own in (None, panels):
-        cache = KVCache(spec, 2, torch.float32, CPU, Layout(panels=own))
+        cache = _cache(spec, torch.float32, own)
         cache.fill(3, 128)
         for layer in range(2):
             _fill(cache, layer, 2, *stored[layer])
@@ -270,7 +287,7 @@ def test_a_value_that_is_not_finite_spreads() -> None:
     nan = torch.full((1, 64), torch.nan, dtype=torch.bfloat16)
     norm = Norm("rms", torch.ones(64, dtype=torch.bfloat16), None, 1e-5)
     assert fast.add_normalise(nan.clone(), nan, norm).isnan().all()
-    assert fast.gate(nan).isnan().all()
+    assert fast.gate(nan, "silu", True).isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -286,16 +303,16 @@ def test_without_a_compiler_torch_serves(
     monkeypatch.setenv("RAYSKIP_CACHE", str(tmp_path))
     native.loaded.cache_clear()
     try:
-        ops = native_ops(_spec(), torch.float32, CPU)
-        assert ops.name == "torch"
-        assert said in (ops.fallback or "")
+        backend = cpu_backend(_spec(), torch.float32, CPU)
+        assert backend.name == "torch"
+        assert said in backend.warnings[0]
     finally:
         native.loaded.cache_clear()
 
 
 WITHOUT_TILES = """
 import ctypes, torch
-from rayskip.model.backends.cpu.product import native_product
+from rayskip.model.backends.cpu.product import cpu_linear
 from rayskip.model.spec import Dense
 
 class Stack(ctypes.Structure):
@@ -304,7 +321,7 @@ class Stack(ctypes.Structure):
 small = ctypes.create_string_buffer(4096)  # too small to save tiles on: Linux lets the process have none
 assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(small), 0, 4096)), None) == 0
 weight, x = torch.randn(40, 64).bfloat16(), torch.randn(3, 64).bfloat16()
-product = native_product(Dense(weight, None))
+product = cpu_linear(Dense(weight, None))
 found, wanted = product(x) if product else x @ weight.T, x.float() @ weight.float().T
 torch.testing.assert_close(found.float(), wanted, atol=0.2, rtol=0)
 print(product is not None)
@@ -316,7 +333,7 @@ def test_a_process_that_may_not_use_tiles_has_other_products() -> None:
     """On a processor without tiles it passes as well."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_TILES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(native_product(_dense(4, 64, torch.bfloat16, bias=False)) is not None)
+    assert done.stdout.strip() == str(cpu_linear(_dense(4, 64, torch.bfloat16, bias=False)) is not None)
 
 
 @needs_kernels
@@ -387,7 +404,7 @@ def test_structures_are_as_large_in_c_and_no_symbol_can_meet_anothers(
     assert library is not None
     native.check_sizes(library)
 
-    class Longer(native.Step):
+    class Longer(native.StepTokens):
         _fields_ = (("more", ctypes.c_int64),)
 
     monkeypatch.setattr(native, "STRUCTURES", (native.Shape, Longer, *native.STRUCTURES[2:]))
@@ -400,56 +417,119 @@ def test_structures_are_as_large_in_c_and_no_symbol_can_meet_anothers(
         assert {name for name in names if not name.startswith(("rayskip_", "_"))} == set()
 
 
-@needs_kernels
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64 processors")
-@pytest.mark.parametrize("define", ["-DBF16", "-DF32"])
-def test_every_processor_with_avx2_has_products(define: str) -> None:
-    """Also a server with AVX-512 and no bfloat16; the compiler alone reads what is for other processors."""
-    compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, native.COMPILERS)))
+class Isa(NamedTuple):
+    """An instruction set that the kernels have code of their own for.
+
+    features: what a processor needs to run it, as Linux names them. macros: of vectors.h, for float32 and bfloat16.
+    """
+
+    flags: tuple[str, ...]
+    features: frozenset[str]
+    macros: tuple[str, str]
+
+
+AVX2 = frozenset({"avx2", "fma", "f16c", "bmi1", "bmi2", "movbe", "abm"})
+AVX512 = AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+BF16, AMX = "-mavx512bf16", ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
+ISAS = {
+    "baseline": Isa(("-march=x86-64",), frozenset(), ("", "")),
+    "AVX2": Isa(("-march=x86-64-v3",), AVX2, ("EIGHTS", "EIGHTS")),
+    "AVX-512": Isa(("-march=x86-64-v4",), AVX512, ("SIXTEENS", "EIGHTS")),
+    "AVX-512 bf16": Isa(("-march=x86-64-v4", BF16), AVX512 | {"avx512_bf16"}, ("SIXTEENS", "PAIRS")),
+    "AMX": Isa(
+        ("-march=x86-64-v4", BF16, *AMX),
+        AVX512 | {"avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"},
+        ("SIXTEENS", "TILES"),
+    ),
+}
+x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="instruction sets of x86-64")
+each_compiler = pytest.mark.parametrize("compiler", [os.environ.get("CC") or "gcc", "clang"])
+
+
+def _must_know(compiler: str, isa: Isa) -> None:
+    """Skip where there is no such compiler, or one older than the instructions."""
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        pytest.skip(f"no {compiler} here")
+    command = [*shlex.split(compiler), *isa.flags, "-x", "c", "-E", os.devnull]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip(f"{compiler} does not know {isa.flags}")
+
+
+@x86
+@each_compiler
+@pytest.mark.parametrize("isa", ISAS.values(), ids=ISAS)
+def test_the_kernels_compile_for_every_instruction_set(isa: Isa, compiler: str, tmp_path: Path) -> None:
+    """To machine code: only then does a compiler refuse an instruction that it was not told of."""
+    _must_know(compiler, isa)
     (source,) = (source for source in native.SOURCES if source.suffix == ".c")
-    for march in ("haswell", "skylake-avx512", "sapphirerapids"):
-        command = [*compiler.split(), *native.FLAGS, f"-march={march}", define]
-        asked = subprocess.run([*command, "-E", "-dM", str(source)], capture_output=True, text=True)
-        if "bad value" in asked.stderr or "unknown target" in asked.stderr:
-            continue  # a compiler older than the processor
-        assert "#define PRODUCTS " in asked.stdout, (march, asked.stderr)
-        done = subprocess.run([*command, "-fsyntax-only", str(source)], capture_output=True, text=True)
-        assert done.returncode == 0, (march, done.stderr)
+    flags = [flag for flag in native.FLAGS if flag not in ("-O3", "-shared")]
+    for dtype, macro in zip((torch.float32, torch.bfloat16), isa.macros, strict=True):
+        command = [*shlex.split(compiler), *flags, *isa.flags, *native.DEFINES[dtype], str(source)]
+        asked = subprocess.run([*command, "-E", "-dM"], capture_output=True, text=True, check=True)
+        defined = {line.split()[1] for line in asked.stdout.splitlines()}
+        assert ("PRODUCTS" in defined) == bool(macro)
+        assert {macro} - {""} <= defined, macro
+        done = subprocess.run(
+            [
+                *command,
+                "-O1",
+                "-Wall",
+                "-Wno-psabi",
+                "-Wno-unused-function",
+                "-Wno-ignored-optimization-argument",
+                "-Werror",
+                "-c",
+                "-o",
+                str(tmp_path / "kernels.o"),
+            ],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
 
 
-def _other_processor() -> str:
-    """One whose kernels are of another kind than those for this machine, and run here."""
-    if platform.machine() != "x86_64":
-        return "native"
-    has = set(native._cpu().split())
-    return "skylake-avx512" if {"avx512_bf16", "avx512dq", "avx512vl"} <= has else "x86-64-v2"
-
-
-@needs_kernels
-def test_kernels_for_another_processor_give_what_torch_does(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@x86
+@each_compiler
+@pytest.mark.parametrize("isa", ISAS.values(), ids=ISAS)
+def test_every_instruction_set_gives_what_torch_does(
+    isa: Isa, compiler: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """AVX-512 without bfloat16 where this processor has both, else vectors without AVX."""
-    monkeypatch.setattr(native, "MARCH", _other_processor())
+    """Of those that this processor has; all other tests are of the newest of them, by the first compiler."""
+    _must_know(compiler, isa)
+    if missing := isa.features - set(native._cpu().split()):
+        pytest.skip(f"this processor has no {', '.join(sorted(missing))}")
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(native, "MARCH", isa.flags[0].removeprefix("-march="))
+    monkeypatch.setattr(
+        native, "FLAGS", (*(flag for flag in native.FLAGS if flag != "-O3"), "-O1", *isa.flags[1:])
+    )
     native.loaded.cache_clear()
     try:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype, macro in zip((torch.float32, torch.bfloat16), isa.macros, strict=True):
+            library = native.kernels(dtype)
+            assert library is not None
+            assert bool(library.has_products()) == bool(macro)
             test_attention(9, 3, 64, None, 33, 16, dtype)
             test_norm(dtype, True)
             test_gate(dtype)
-            if native_product(_dense(4, 64, dtype, bias=False)) is not None:
+            test_top_k(48, 5, dtype)
+            test_argmax(300, dtype)
+            if macro:
                 test_product(33, 130, True, dtype)
+                test_an_int8_product_is_that_of_weights_in_255_steps(33, 64, dtype)
                 test_the_highest_outputs_are_found(33, 64, dtype, 3, True)
                 test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
                     "rows", Qwen2Config, dtype, tmp_path
                 )
+            if macro and library.compressed_rows():
+                test_compressed_weights_are_the_same_weights("of every size", 33, 130, True)
     finally:
         native.loaded.cache_clear()
 
 
 def test_shapes_without_a_kernel_take_torch() -> None:
-    assert native_ops(_spec(dim=24), torch.float32, CPU).name == "torch"
-    assert native_ops(_spec(), torch.float16, CPU).name == "torch"
+    assert cpu_backend(_spec(dim=24), torch.float32, CPU).name == "torch"
+    assert cpu_backend(_spec(), torch.float16, CPU).name == "torch"
 
 
 def _dense(out: int, width: int, dtype: torch.dtype, bias: bool) -> Dense:
@@ -465,7 +545,7 @@ def _dense(out: int, width: int, dtype: torch.dtype, bias: bool) -> Dense:
 def test_product(out: int, width: int, bias: bool, dtype: torch.dtype) -> None:
     """Close to torch's, and the same bits for a row whatever runs beside it and on however many threads."""
     dense = _dense(out, width, dtype, bias)
-    product = native_product(dense)
+    product = cpu_linear(dense)
     if product is None:
         pytest.skip("a library's products are used on this processor")
     x = torch.randn(384, width, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -485,7 +565,7 @@ def test_product(out: int, width: int, bias: bool, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("weights", ["a model's", "of every size", "zeros", "not finite"])
 @pytest.mark.parametrize(("out", "width", "bias"), [(96, 576, False), (33, 130, True), (7, 30, False)])
-def test_packed_weights_are_the_same_weights(weights: str, out: int, width: int, bias: bool) -> None:
+def test_compressed_weights_are_the_same_weights(weights: str, out: int, width: int, bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     dense = _dense(out, width, torch.bfloat16, bias)
     weight = dense.weight
@@ -495,42 +575,40 @@ def test_packed_weights_are_the_same_weights(weights: str, out: int, width: int,
         weight[torch.rand(weight.shape, generator=generator) < 0.5] = 0
     elif weights == "not finite":
         weight[3, 7], weight[5, 9], weight[6, width - 1] = torch.nan, torch.inf, -torch.inf
-    product = native_product(dense)
-    if product is None or not product.library.packed_rows():
-        pytest.skip("no packed products here")
-    few = product.library.packed_rows()
+    product = cpu_linear(dense)
+    if product is None or not product.library.compressed_rows():
+        pytest.skip("no compressed products here")
+    few = product.library.compressed_rows()
     x = torch.randn(few + 1, width, generator=generator).bfloat16()
     expected = product(x)
-    product.pack()
+    product.compress()
     product._panels.fill_(7.0)  # so that it shows which are read
     for rows in range(1, few + 1):
         torch.testing.assert_close(product(x[:rows]), expected[:rows], atol=0, rtol=0, equal_nan=True)
     assert not torch.equal(product(x), expected)
 
 
-def test_a_decoder_packs_its_layers_if_they_are_not_large(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_are_compressed_if_they_are_not_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    for most, packed in ((2 * 64 * (3 * 96 + 2 * 64 + 2 * 32), True), (100, False)):
-        monkeypatch.setattr(decoder_module, "MOST_PACKED", most)
+    for most, compressed in ((2 * 64 * (3 * 96 + 2 * 64 + 2 * 32), True), (100, False)):
+        monkeypatch.setattr(cpu, "MOST_COMPRESSED", most)
         decoder = Decoder(*load(tmp_path, torch.bfloat16, CPU))
-        of_layers = [linear.native for layer in decoder.layers for linear in layer.linears]
-        if None in of_layers or not of_layers[0].library.packed_rows():
-            pytest.skip("no packed products here")
-        assert {product.struct.lows is not None for product in of_layers} == {packed}
+        of_layers = [linear for linear in decoder.layers.linears if isinstance(linear, CpuLinear)]
+        if not of_layers or not of_layers[0].library.compressed_rows():
+            pytest.skip("no compressed products here")
+        assert {product.struct.lows is not None for product in of_layers} == {compressed}
 
 
 LONG = 70
-"""Tokens of a row that attend in several groups, whatever the processor."""
+"""Tokens of a row that attend in several spans, whatever the processor."""
 
 
 def _tokens_of(slots: list[int], positions: list[int], paths: Paths | None = None) -> TokenBatch:
     tokens, at = torch.arange(len(slots)) % 90 + 3, torch.tensor(slots)
-    groups = [Group(0, 1, at, 128)]
-    return TokenBatch(tokens, torch.tensor(positions), at, groups, torch.arange(len(slots)), paths=paths)
+    spans = [Span(0, 1, at, 128)]
+    return TokenBatch(tokens, torch.tensor(positions), at, spans, torch.arange(len(slots)), paths=paths)
 
 
 def _rows(slots: list[int], positions: list[int]) -> TokenBatch:
@@ -573,19 +651,20 @@ def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
     AutoModelForCausalLM.from_config(config(**sizes, **heads), dtype=dtype).save_pretrained(tmp_path)
     decoder = Decoder(*load(tmp_path, dtype, CPU))
-    if decoder.fused is None:
+    if not isinstance(decoder.layers, CpuStack):
         pytest.skip("a library's products are used on this processor")
     steps = _steps(order)
-    count = len(steps[-1].slots)
+    count = len(steps[-1].table_rows)
     apart = copy(decoder)
-    apart.fused = None
+    assert isinstance(decoder.backend, CpuBackend)
+    apart.layers = TorchStack(decoder.backend, decoder.weights.layers, 0)
     for active in (None, [count, count * 2 // 3, 0, count // 3]):
         steps[-1].active = active
         found = []
         for one, threads in ((apart, 1), (decoder, 1), (decoder, 2), (decoder, 3)):
             cache = one.new_cache()
             cache.fill(5, 128)
-            with one.threads(threads):
+            with one.backend.threads(threads):
                 for step in steps:
                     hidden = one.hidden(step, cache)
                 found.append((hidden, one.logits(hidden), cache.keys, cache.values))
@@ -600,11 +679,11 @@ def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("out", "width"), [(33, 64), (256, 576), (7, 30)])
-def test_a_rough_product_is_that_of_weights_in_255_steps(out: int, width: int, dtype: torch.dtype) -> None:
+def test_an_int8_product_is_that_of_weights_in_255_steps(out: int, width: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out, width, generator=generator).to(dtype)
     weight[3], weight[4] = 0, 1
-    product = rough_product(Dense(weight))
+    product = int8_linear(Dense(weight))
     if product is None:
         pytest.skip("no products here")
     # in float32, as the kernels': elsewhere a weight halfway between two steps may go to the other one
@@ -621,6 +700,10 @@ def test_a_rough_product_is_that_of_weights_in_255_steps(out: int, width: int, d
     assert product(x).isnan().all(dim=1).tolist() == [row == 3 for row in range(len(x))]
     with pytest.raises(ValueError, match=f"N, {width}"):
         product(x[:, 1:])
+
+
+def _argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _both(_spec(), logits.dtype)[0].argmax(logits)
 
 
 @needs_kernels
@@ -640,11 +723,11 @@ def test_the_highest_outputs_are_found(
     )
     weight[2] = 0
     dense = Dense(weight)
-    product = native_product(dense)
-    best = best_output(product, dense)
+    product = cpu_linear(dense)
+    best = None if product is None else argmax_linear(product, dense)
     if product is None or best is None:
         pytest.skip("no products here")
-    best.screened_rows = 999 if screens else 0
+    best.bounded_rows = 999 if screens else 0
     along = weight[[out - 1, 5, out // 2]]  # whose highest outputs are close
     for rows in (1, 2, 5, 6, 7, 13, 16, 17, 40, 400):
         x = torch.randn(rows, width, generator=generator) * torch.rand(rows, 1, generator=generator) * 20
@@ -654,8 +737,7 @@ def test_the_highest_outputs_are_found(
         native.use_threads(threads)
         values, places = best(x)
         native.use_threads(None)
-        expected = highest(product(x))
-        assert expected is not None
+        expected = _argmax(product(x))
         assert torch.equal(values, expected[0])
         assert torch.equal(places, expected[1])
 
@@ -670,14 +752,13 @@ def test_the_highest_output_is_one_though_all_are_negative(
     """What a panel is filled up with is zero, and no output."""
     generator = torch.Generator().manual_seed(0)
     dense = Dense(-torch.rand(out, 64, generator=generator).to(dtype) - 0.01)
-    product = native_product(dense)
-    best = best_output(product, dense)
+    product = cpu_linear(dense)
+    best = None if product is None else argmax_linear(product, dense)
     if product is None or best is None:
         pytest.skip("no products here")
-    best.screened_rows = 99 if screens else 0
+    best.bounded_rows = 99 if screens else 0
     x = (torch.rand(20, 64, generator=generator) + 0.01).to(dtype)
-    expected = highest(product(x))
-    assert expected is not None
+    expected = _argmax(product(x))
     assert all(torch.equal(*pair) for pair in zip(best(x), expected, strict=True))
 
 
@@ -718,13 +799,12 @@ def _misleading(case: str) -> tuple[torch.Tensor, torch.Tensor]:
 )
 def test_a_screen_is_not_misled_by_what_rounding_takes(case: str, dtype: torch.dtype) -> None:
     weight, x = (tensor.to(dtype) for tensor in _misleading(case))
-    product = native_product(Dense(weight))
-    best = best_output(product, Dense(weight))
+    product = cpu_linear(Dense(weight))
+    best = None if product is None else argmax_linear(product, Dense(weight))
     if product is None or best is None:
         pytest.skip("no products here")
-    best.screened_rows = len(x)
-    expected = highest(product(x))
-    assert expected is not None
+    best.bounded_rows = len(x)
+    expected = _argmax(product(x))
     values, places = best(x)
     assert torch.equal(values, expected[0])
     assert torch.equal(places, expected[1])
@@ -736,37 +816,40 @@ def test_a_screen_reads_no_more_than_it_must() -> None:
     weight, x = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)), torch.ones(1, 64)
     weight[100] = 9
     elsewhere = torch.full_like(weight, 99)
-    rough, product = rough_product(Dense(weight)), native_product(Dense(weight))
-    if rough is None or product is None:
+    rounded, product = int8_linear(Dense(weight)), cpu_linear(Dense(weight))
+    if rounded is None or product is None:
         pytest.skip("no products here")
     columns = product.library.panel_columns()
     own = slice(100 // columns * columns, (100 // columns + 1) * columns)
     elsewhere[own] = weight[own]
-    misread = native_product(Dense(elsewhere))
+    misread = cpu_linear(Dense(elsewhere))
     assert misread is not None
-    values, places = BestOutput(misread, rough)(x)
+    values, places = ArgmaxLinear(misread, rounded)(x)
     assert (values.tolist(), places.tolist()) == ([9 * 64], [100])
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_are_those_of_all_logits(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_head_outputs_are_those_of_all_logits(dtype: torch.dtype, tmp_path: Path) -> None:
     """Also with one row that is not finite, whichever rows ask for all their logits."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 999, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
     config = Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(tmp_path)
     decoder = Decoder(*load(tmp_path, dtype, CPU))
-    if best_output(decoder.head.native, decoder.weights.head) is None:
+    if (
+        not isinstance(decoder.head, TorchHead)
+        or argmax_linear(decoder.head.linear, decoder.weights.head) is None
+    ):
         pytest.skip("no products here")
     x = torch.randn(19, 64).to(dtype)
     x[4] = torch.nan
-    expected = Scores.of_all(decoder.logits(x))
+    expected = decoder.head.output_of(decoder.logits(x))
     assert expected.best.isfinite().tolist() == [row != 4 for row in range(19)]
     for full in ([], [1, 4, 7], [0, 1, 2, *range(8, 19)], [*range(4), *range(5, 19)], list(range(19))):
-        found = decoder.scores(x, full)
+        found = decoder.head_output(x, full)
         torch.testing.assert_close(found.best, expected.best, atol=0, rtol=0, equal_nan=True)
-        assert torch.equal(found.at, expected.at)
+        assert torch.equal(found.argmax, expected.argmax)
         torch.testing.assert_close(found.of(full), expected.of(full), atol=0, rtol=0, equal_nan=True)
 
 
@@ -774,23 +857,23 @@ def test_scores_are_those_of_all_logits(dtype: torch.dtype, tmp_path: Path) -> N
 @pytest.mark.parametrize("screens", [True, False])
 def test_nothing_is_said_of_what_may_not_be_finite(screens: bool) -> None:
     weight = torch.randn(40, 64, generator=torch.Generator().manual_seed(0))
-    product = native_product(Dense(weight))
-    best = best_output(product, Dense(weight))
-    if best is None:
+    product = cpu_linear(Dense(weight))
+    best = None if product is None else argmax_linear(product, Dense(weight))
+    if product is None or best is None:
         pytest.skip("no products here")
-    best.screened_rows = 5 if screens else 0
+    best.bounded_rows = 5 if screens else 0
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     x[1, 3], x[2, 3], x[3, 3] = torch.nan, torch.inf, 1e30
     assert [place == -1 for place in best(x)[1].tolist()] == [False, True, True, True, False]
     for much in (torch.inf, 2e38):  # sums may not be finite either way
         weight[7, 7] = much
-        assert best_output(product, Dense(weight)) is None
+        assert argmax_linear(product, Dense(weight)) is None
 
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 7, 64, 300, 49_152])
-def test_highest(width: int, dtype: torch.dtype) -> None:
+def test_argmax(width: int, dtype: torch.dtype) -> None:
     logits = torch.randn(6, width, generator=torch.Generator().manual_seed(0)).to(dtype)
     logits[1] = 0.5  # the first of equals
     logits[2] = -torch.inf
@@ -798,7 +881,7 @@ def test_highest(width: int, dtype: torch.dtype) -> None:
     logits[4, -1] = torch.nan
     logits[5, -1] = 99.0
 
-    values, places = highest(logits)
+    values, places = _argmax(logits)
 
     assert values[4].isnan()
     kept = torch.tensor([0, 1, 2, 3, 5])

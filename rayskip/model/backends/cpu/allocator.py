@@ -1,22 +1,12 @@
-"""Memory of the process: what is free, and keeping what was freed."""
+"""How the process's own memory is handed out."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 
-import psutil
-import torch
-
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _ONE_GB = 1 << 30
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 def keep_freed_memory() -> None:

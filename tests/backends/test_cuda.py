@@ -1,5 +1,4 @@
-"""What only CUDA runs, on CPU: torch's varlen_attn over a slow function in FlashAttention's place, and CUDA graphs
-with calls that are made again. A GPU's own kernels are not tested here."""
+"""What only CUDA runs, on CPU (see cuda_double.py). A GPU's own kernels are not tested here."""
 
 from __future__ import annotations
 
@@ -11,22 +10,23 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_double import CudaOnCpu, flash_attention_on_cpu, recorded_again
 from torch import Tensor
 
 from rayskip.cluster.replica import device_for
 from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError
-from rayskip.model import decoder as decoder_module
-from rayskip.model.backends.cuda import attention as varlen
-from rayskip.model.backends.cuda.attention import VarlenOps, varlen_ops
+from rayskip.model.backends.choose import BACKENDS
+from rayskip.model.backends.cuda import backend as cuda
+from rayskip.model.backends.cuda.backend import cuda_backend
 from rayskip.model.backends.cuda.compiled import compile_pieces
-from rayskip.model.backends.cuda.graphs import GraphedLayers
+from rayskip.model.backends.torch import TorchBackend
 from rayskip.model.checkpoint import load, tensors_fingerprint
 from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
 from rayskip.model.medusa import MedusaLabel
-from rayskip.model.ops import Ops
+from rayskip.model.spec import Spec, Weights
 from rayskip.model.trained import save_trained
 
 CPU = torch.device("cpu")
@@ -39,82 +39,10 @@ DECODE: list[dict[str, Any]] = [
 ]
 
 
-def flash_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cum_seq_q: Tensor | None,
-    cum_seq_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    return_debug_mask: bool,
-    *,
-    scale: float,
-    window_size_left: int,
-    window_size_right: int,
-    seqused_k: Tensor | None = None,
-    block_table: Tensor | None = None,
-    num_splits: int | None = None,
-) -> tuple[Tensor, ...]:
-    """What libtorch_cuda has below varlen_attn, and what it refuses, but for number formats: row by row.
-    Queries [Tq, Hq, D]; keys [Tk, Hkv, D], or in pages [pages, positions, Hkv, D]."""
-    assert cum_seq_q is not None
-    assert cum_seq_k is not None, "must be both set or both not set"
-    indices = [cum_seq_q, cum_seq_k, *(one for one in (seqused_k, block_table) if one is not None)]
-    assert all(one.dtype == torch.int32 and one.is_contiguous() for one in indices)
-    rows = len(cum_seq_q) - 1
-    assert cum_seq_k.shape == (rows + 1,)
-    assert query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
-    assert query.shape[1] % key.shape[-2] == 0
-    assert not dropout_p
-    if block_table is not None:
-        assert block_table.shape[0] == rows
-        assert key.dim() == 4
-        assert key.shape[1] % 256 == 0
-        assert num_splits == 1, "or a row's sums depend on the batch"
-    else:
-        assert key.dim() == 3
-    shared = query.shape[1] // key.shape[-2]
-    out = torch.empty_like(query)
-    starts, lasts = cum_seq_k.tolist(), cum_seq_k[1:].tolist()
-    for row, (start, stop) in enumerate(zip(cum_seq_q.tolist(), cum_seq_q[1:].tolist(), strict=False)):
-        used = lasts[row] - starts[row] if seqused_k is None else int(seqused_k[row])
-        assert 0 < stop - start <= max_q
-        assert used <= max_k
-        if block_table is None:
-            keys, values = (stored[starts[row] : starts[row] + used] for stored in (key, value))
-        else:
-            keys, values = (stored[block_table[row].long()].flatten(0, 1)[:used] for stored in (key, value))
-        last = (
-            torch.arange(used - (stop - start), used).unsqueeze(1) + window_size_right
-        )  # that each query sees
-        at = torch.arange(used)
-        hidden = (at > last) | ((at < last - window_size_left) if window_size_left >= 0 else False)
-        keys, values = (part.repeat_interleave(shared, dim=1).float() for part in (keys, values))
-        scores = torch.einsum("qhd,khd->hqk", query[start:stop].float(), keys) * scale
-        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
-        out[start:stop] = torch.einsum("hqk,khd->qhd", weights, values)
-    nothing = query.new_empty(0)
-    return out, nothing, nothing, nothing, nothing
-
-
 @pytest.fixture
 def flash() -> Iterator[None]:
-    """FlashAttention on CPU, below torch's own varlen_attn."""
-    with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("_flash_attention_forward", flash_attention, "CPU")
+    with flash_attention_on_cpu():
         yield
-
-
-def recorded_again(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-    out = work()
-
-    def again() -> None:
-        out.copy_(work())
-
-    return out, again
 
 
 def _generate(decoder: Decoder, decode: dict[str, Any]) -> list[list[int]]:
@@ -154,7 +82,7 @@ def test_tokens_are_those_of_torchs_attention(
 ) -> None:
     from transformers import AutoModelForCausalLM, MistralConfig
 
-    monkeypatch.setattr(varlen, "PAGED", paged)
+    monkeypatch.setattr(cuda, "PAGED", paged)
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=199,
@@ -173,15 +101,14 @@ def test_tokens_are_those_of_torchs_attention(
     if decode.get("draft", {}).get("kind") == "medusa":
         decode = {"draft": {**decode["draft"], "path": str(tmp_path / "heads")}}
     spec, weights = load(tmp_path, torch.float32, CPU)
-    plain = Decoder(spec, weights, Ops(spec), tmp_path)
-    fast = Decoder(spec, weights, VarlenOps(spec), tmp_path)
+    plain = Decoder(spec, weights, TorchBackend(spec, torch.float32, CPU), tmp_path)
     recorded = []
 
     def record(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         recorded.append(work)
         return recorded_again(work)
 
-    fast.graphs = GraphedLayers(record) if graphs else None
+    fast = Decoder(spec, weights, CudaOnCpu(spec, torch.float32, record if graphs else None), tmp_path)
     assert _generate(fast, decode) == _generate(plain, decode)
     branches = "branches" in decode.get("draft", {})
     assert bool(recorded) is (graphs and not branches)
@@ -192,32 +119,27 @@ def test_flash_attention_serves_where_it_agrees_with_torchs(
 ) -> None:
     spec, _ = load(tiny_llama("cuda", 0), torch.bfloat16, CPU)
     for paged in (True, False):
-        monkeypatch.setattr(varlen, "PAGED", paged)
-        assert (
-            varlen_ops(spec, torch.bfloat16, CPU).name,
-            varlen_ops(spec, torch.bfloat16, CPU).fallback,
-        ) == (
-            "varlen",
-            None,
-        )
-    monkeypatch.setattr(varlen, "varlen_attn", lambda q, *_, **__: q * 9)
-    wrong = varlen_ops(spec, torch.bfloat16, CPU)
+        monkeypatch.setattr(cuda, "PAGED", paged)
+        fast = cuda_backend(spec, torch.bfloat16, CPU)
+        assert (fast.name, fast.warnings) == ("varlen", [])
+    monkeypatch.setattr(cuda, "varlen_attn", lambda q, *_, **__: q * 9)
+    wrong = cuda_backend(spec, torch.bfloat16, CPU)
     assert wrong.name == "torch"
-    assert "off by up to" in (wrong.fallback or "")
+    assert "off by up to" in wrong.warnings[0]
 
 
 def test_where_flash_attention_cannot_run_torchs_attention_serves_and_the_reason_is_a_fact(
     tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, weights = load(tiny_llama("cuda", 0), torch.bfloat16, CPU)
-    monkeypatch.setattr(decoder_module, "native_ops", varlen_ops)  # what a decoder asks on a GPU
+    monkeypatch.setitem(BACKENDS, "cpu", cuda_backend)  # what a decoder asks on a GPU
     model = Decoder(spec, weights)
-    assert model.ops.name == "torch"
-    (said,) = model.warnings
+    assert model.backend.name == "torch"
+    (said,) = model.backend.warnings
     assert "does not serve here" in said
-    assert "FlashAttention has no float32" in (varlen_ops(spec, torch.float32, CPU).fallback or "")
+    assert "FlashAttention has no float32" in cuda_backend(spec, torch.float32, CPU).warnings[0]
     capped = replace(spec, attn_softcap=20.0)
-    assert "no softcap" in (varlen_ops(capped, torch.bfloat16, CPU).fallback or "")
+    assert "no softcap" in cuda_backend(capped, torch.bfloat16, CPU).warnings[0]
 
 
 def test_the_job_chooses_between_cpu_and_gpu() -> None:
@@ -236,33 +158,42 @@ def test_the_job_chooses_between_cpu_and_gpu() -> None:
 def fused(tiny_llama: Callable[..., Path]) -> tuple[Decoder, Decoder]:
     """A model with compiled pieces, and the same without."""
     spec, weights = load(tiny_llama("compiled", 0, initializer_range=0.3), torch.bfloat16, CPU)
-    fused, plain = (Decoder(spec, weights, Ops(spec)) for _ in range(2))
-    compile_pieces(fused.ops, spec, weights, fused._ropes)
-    assert set(vars(fused.ops)) - set(vars(plain.ops)) == {"normalise", "gate", "turn"}
+    fused, plain = (_torch_decoder(spec, weights) for _ in range(2))
+    backend = _torch_backend(fused)
+    compile_pieces(backend)
+    assert set(vars(backend)) - set(vars(plain.backend)) == {"normalise", "gate", "turn"}
     return fused, plain
+
+
+def _torch_decoder(spec: Spec, weights: Weights) -> Decoder:
+    return Decoder(spec, weights, TorchBackend(spec, weights.embed.dtype, CPU))
+
+
+def _torch_backend(decoder: Decoder) -> TorchBackend:
+    assert isinstance(decoder.backend, TorchBackend)
+    return decoder.backend
 
 
 def test_compiled_pieces_are_torchs_for_any_number_of_tokens(fused: tuple[Decoder, Decoder]) -> None:
     decoder, plain = fused
-    norm, rope = decoder.weights.layers[0].attn_norm, decoder.rope("default")
-    assert rope is not None
+    norm, rope = decoder.weights.layers[0].attn_norm, _torch_backend(decoder).ropes["default"]
     generator = torch.Generator().manual_seed(0)
     x, branch, up = (torch.randn(9, size, generator=generator).bfloat16() for size in (64, 64, 192))
     q, k = torch.split(torch.randn(9, 6, 16, generator=generator).bfloat16(), [4, 2], dim=1)
 
     @torch.inference_mode()
-    def pieces(ops: Ops, tokens: slice) -> list[Tensor]:
+    def pieces(ops: TorchBackend, tokens: slice) -> list[Tensor]:
         own, apart = x[tokens].clone(), x[tokens] + branch[tokens]
         normed = [ops.add_normalise(own, branch[tokens], norm), ops.add_normalise(apart, None, norm)]
         assert torch.equal(*normed)  # a layer that some tokens skip adds by itself
         turned = ops.turn(q[tokens], k[tokens], rope, torch.arange(9)[tokens])
-        return [own, *normed, ops.gate(up[tokens]), *turned]
+        return [own, *normed, ops.gate(up[tokens], "silu", True), *turned]
 
-    every = pieces(decoder.ops, slice(None))
-    for found, expected in zip(every, pieces(plain.ops, slice(None)), strict=True):
+    every = pieces(_torch_backend(decoder), slice(None))
+    for found, expected in zip(every, pieces(_torch_backend(plain), slice(None)), strict=True):
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
     for tokens in (slice(4, 5), slice(2, 4), slice(0, 8)):
-        for found, together in zip(pieces(decoder.ops, tokens), every, strict=True):
+        for found, together in zip(pieces(_torch_backend(decoder), tokens), every, strict=True):
             assert torch.equal(found, together[tokens])
 
 
@@ -285,12 +216,12 @@ def test_without_a_compiler_nothing_changes(
     tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec, weights = load(tiny_llama("uncompiled", 0), torch.bfloat16, CPU)
-    decoder = Decoder(spec, weights, Ops(spec))
-    before = dict(vars(decoder.ops))
+    backend = _torch_backend(_torch_decoder(spec, weights))
+    before = dict(vars(backend))
 
     def broken(*_: Any) -> Any:
         raise FileNotFoundError("cc")
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=broken))
-    assert "does not serve here" in (compile_pieces(decoder.ops, spec, weights, decoder._ropes) or "")
-    assert vars(decoder.ops) == before
+    assert "does not serve here" in (compile_pieces(backend) or "")
+    assert vars(backend) == before

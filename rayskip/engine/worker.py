@@ -1,7 +1,7 @@
-"""A lane: one thread's share of the engine. Its own rows and cache; the decoder is shared.
+"""A worker: one thread's share of the engine. Its own rows and cache; the decoder is shared.
 
-On CPU a replica runs one lane per core, each on one thread: the many small operations of a step then need no
-barrier between threads, which costs more than they do. On a GPU there is one lane.
+On CPU a replica runs one worker per core, each on one thread: the many small operations of a step then need no
+barrier between threads, which costs more than they do. On a GPU there is one worker.
 
 On a GPU, without a drafter, a step is planned and sent off while the one before still runs: which rows go on is
 known, but for those that end early, and the token that each goes on from is where the device puts it.
@@ -21,20 +21,18 @@ from itertools import accumulate
 
 import torch
 
-from rayskip.decode.batch import Chunk, HostBatch, group_key, host_batch, with_drafts
+from rayskip.decode.batch import Chunk, HostBatch, host_batch, span_key, with_drafts
 from rayskip.decode.draft import Draft
 from rayskip.decode.drafters.drafter import Drafter, States
-from rayskip.decode.sampling import Choice, Chosen, Draw, choose, needs_logits
+from rayskip.decode.sampling import Choice, Chosen, Draw, needs_logits, sample
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict, draw, verify
 from rayskip.engine.scheduler import CacheShape, Scheduler, StepPlan, layer_order
 from rayskip.engine.sizes import Sizes
-from rayskip.model.backends.scores import Scores
-from rayskip.model.backends.transfer import to_device
+from rayskip.model.backends.base import HeadOutput
 from rayskip.model.cache.kv_cache import KVCache
-from rayskip.model.clock import Stopwatch
 from rayskip.model.decoder import Decoder
-from rayskip.model.ops import TokenBatch
+from rayskip.model.token_batch import TokenBatch
 from rayskip.skip import SkipPolicy
 from rayskip.stats import Stats
 
@@ -56,7 +54,7 @@ class Packed:
 
     chunks: of the batch, in its order. places: (row, node of its draft, or NEWEST) of each of R outputs. draws [R]:
     what their tokens depend on besides logits. unknown: tokens of the batch that are PENDING -> which output of the
-    lane's step before gives them.
+    worker's step before gives them.
     """
 
     chunks: list[Chunk]
@@ -68,7 +66,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Step:
-    """What a lane is to run. packed: None where drafts come first. follows: whether the next one may be planned
+    """What a worker is to run. packed: None where drafts come first. follows: whether the next one may be planned
     before this one's tokens are known."""
 
     plan: StepPlan
@@ -87,9 +85,9 @@ class StepResult:
     seconds: Callable[[], list[float]]
 
 
-class Lane:
+class Worker:
     """Schedules and runs steps. `next` and what `scheduler` has are bookkeeping, for the engine's thread; `run` is
-    the tensor work, for the lane's own."""
+    the tensor work, for the worker's own."""
 
     def __init__(
         self,
@@ -112,11 +110,11 @@ class Lane:
         """What the newest step that ran chose, on the device."""
         self._failed = False
         self._thread = ThreadPoolExecutor(
-            1, "lane", initializer=decoder.use_threads, initargs=(sizes.threads_per_lane,)
+            1, "worker", initializer=decoder.backend.use_threads, initargs=(sizes.threads_per_worker,)
         )
-        self._position_bytes = KVCache.bytes_per_position(decoder.spec, 1, decoder.dtype)
+        self._position_bytes = KVCache.bytes_per_position(decoder.spec, 1, decoder.backend.dtype)
         self._page_bytes = cache.layout.page * self._position_bytes
-        layers = layer_order(policy, cache.layers - len(decoder.layers))
+        layers = layer_order(policy, cache.layers - decoder.depth)
         shape = CacheShape(sizes.pages, sizes.least_pages, cache.layout.page, layers)
         self.scheduler = Scheduler(
             sizes.batch_rows, sizes.batch_tokens, shape, policy, sizes.cohort, waiting, drafter.most_tokens
@@ -144,7 +142,7 @@ class Lane:
         return Step(plan, packed, follows)
 
     def start(self, step: Step) -> Future[StepResult]:
-        """Run a step, on the lane's own thread, after those before it, if none of those failed."""
+        """Run a step, on the worker's own thread, after those before it, if none of those failed."""
         return self._thread.submit(self._run_unless_failed, step)
 
     def _run_unless_failed(self, step: Step) -> StepResult:
@@ -159,7 +157,7 @@ class Lane:
     def run(self, step: Step) -> StepResult:
         """Drafts, then one forward over the plan's tokens and the drafts; chooses the tokens that follow each row
         whose newest token ran."""
-        watch, plan, packed, states = Stopwatch(self._decoder.device), step.plan, step.packed, None
+        watch, plan, packed, states = self._decoder.backend.stopwatch(), step.plan, step.packed, None
         if self._cache.pages != plan.pages:
             self._cache.allocate(plan.pages)
         self._cache.clear(plan.clears)
@@ -168,16 +166,16 @@ class Lane:
         if packed is None:
             states = self._draft(plan)
             packed = self._pack(with_drafts(plan.chunks))
-        batch, places = packed.batch.to(self._decoder.device), packed.places
+        batch, places = packed.batch.to(self._decoder.backend), packed.places
         if packed.unknown:
             if self._chosen is None:
                 raise RuntimeError("tokens are pending that no step has chosen")
-            known = to_device([[*packed.unknown], [*packed.unknown.values()]], torch.long, batch.slots.device)
+            known = self._decoder.backend.tensor([[*packed.unknown], [*packed.unknown.values()]])
             batch.token_ids[known[0]] = self._chosen[known[1]]
         hidden = self._hidden(packed.chunks, batch, states)
-        scores = self._scores(hidden, places)
+        output = self._head_output(hidden, places)
         watch.lap()
-        chosen = choose(scores, packed.draws)
+        chosen = sample(output, packed.draws)
         self._chosen = chosen.tokens
         if step.packed is not None:
             decoded = [
@@ -191,7 +189,7 @@ class Lane:
                 row.draft = Draft()
             choices = partial(dict, {row: verdict.choices for row, verdict in verdicts.items()})
         watch.lap()
-        active = batch.active or [len(batch.token_ids)] * len(self._decoder.layers)
+        active = batch.active or [len(batch.token_ids)] * self._decoder.depth
         return StepResult(choices, decoded, active, watch.seconds)
 
     def _draft(self, plan: StepPlan) -> States | None:
@@ -203,7 +201,7 @@ class Lane:
         return states
 
     def _pack(self, chunks: Seq[Chunk]) -> Packed:
-        ordered = sorted(chunks, key=group_key)
+        ordered = sorted(chunks, key=span_key)
         places = [(chunk.sequence, chunk.stop - 1 - chunk.sequence.length) for chunk in ordered if chunk.last]
         draws = [draw(row, node) for row, node in places]
         ends = accumulate(chunk.stop - chunk.start for chunk in ordered)
@@ -227,9 +225,9 @@ class Lane:
             if verdict.choices[-1].token_id is None:
                 continue  # it ends, and its pages will be cleared
             if verdict.path != list(range(verdict.accepted)):
-                self._cache.move(row.slot, [row.length + node for node in verdict.path], row.length)
+                self._cache.move(row.table_row, [row.length + node for node in verdict.path], row.length)
             if None in verdict.guesses:
-                self._cache.clear_row(row.slot, row.length + verdict.accepted, row.places)
+                self._cache.clear_row(row.table_row, row.length + verdict.accepted, row.places)
         self._drafter.observe(verdicts, hidden)
         return verdicts
 
@@ -240,8 +238,7 @@ class Lane:
         if given_up is not None:
             self._drafter.release()
             self._cache.allocate(0)
-            if self._decoder.device.type == "cuda":
-                torch.cuda.empty_cache()  # what was free in pieces
+            self._decoder.backend.release_memory()
         return given_up
 
     def _run_without_drafts(
@@ -252,19 +249,19 @@ class Lane:
         for row in rows:
             row.draft = Draft()
             row.draft_cached = min(row.draft_cached, row.length - 1)
-            self._cache.clear_row(row.slot, row.length - 1, row.places)
+            self._cache.clear_row(row.table_row, row.length - 1, row.places)
         packed = self._pack([Chunk(row, row.length - 1, row.length) for row in rows])
-        again = self._hidden(packed.chunks, packed.batch.to(self._decoder.device), None)
-        chosen = choose(self._scores(again, packed.places), packed.draws)
+        again = self._hidden(packed.chunks, packed.batch.to(self._decoder.backend), None)
+        chosen = sample(self._head_output(again, packed.places), packed.draws)
         found = verify(chosen.choices(), packed.places)
         for row, verdict in found.items():
             verdicts[row] = replace(verdict, place=len(hidden) + verdict.place)
         return torch.cat([hidden, again])
 
-    def _scores(self, hidden: torch.Tensor, places: Seq[tuple[Sequence, int]]) -> Scores:
+    def _head_output(self, hidden: torch.Tensor, places: Seq[tuple[Sequence, int]]) -> HeadOutput:
         """What the model says of states [R, d], those of `places`."""
         full = [index for index, (row, _) in enumerate(places) if needs_logits(row.params)]
-        return self._decoder.scores(hidden, full)
+        return self._decoder.head_output(hidden, full)
 
     def _hidden(self, chunks: Seq[Chunk], batch: TokenBatch, states: States | None) -> torch.Tensor:
         """States [R, d] after the last layer of the batch's outputs; `states` is where a drafter already is."""
@@ -274,7 +271,7 @@ class Lane:
         at = [
             states.rows[chunk.sequence, place] for chunk in chunks for place in range(chunk.start, chunk.stop)
         ]
-        x = decoder.run_layers(states.x[at], batch, self._cache, states.layer, len(decoder.layers))
+        x = decoder.run_layers(states.x[at], batch, self._cache, states.layer, decoder.depth)
         return x[batch.outputs]
 
     def _fit(self, rows: Seq[Sequence], room: int) -> None:
@@ -287,12 +284,12 @@ class Lane:
             if len(row.draft) > most:
                 row.draft.cut(most)
                 # where the drafter ran what is cut, its keys and values may not be finite
-                self._cache.clear_row(row.slot, row.length + most, row.places)
+                self._cache.clear_row(row.table_row, row.length + most, row.places)
 
     def count(self, plan: StepPlan, result: StepResult, gained: Mapping[Sequence, int]) -> Stats:
         """What a step ran and what came of it. gained: tokens that each row got: where one ended inside its draft,
         fewer than verification allowed; none where it had ended before."""
-        rule = self._decoder.row_rule
+        rule = self._decoder.backend.row_rule
         got = {ran.row: gained[ran.row] for ran in result.decoded}
         useful = in_vain = 0
         newest: Counter[int] = Counter()

@@ -32,7 +32,7 @@ SKIP = {"kind": "skipdecode", "max_layers": 4, "min_layers": 2, "horizon": 6}
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny random model, whose tokens change a lot when layers are skipped, and prompts as token ids."""
     torch.manual_seed(0)
-    root = tmp_path_factory.mktemp("receipts")
+    root = tmp_path_factory.mktemp("audits")
     model = LlamaConfig(
         vocab_size=199,
         hidden_size=96,
@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _job(folder: Path, out: Path, **sections: Any) -> JobConfig:
     return JobConfig.model_validate(
         {
-            "name": "receipts",
+            "name": "audits",
             "model": {"path": str(folder / "model"), "dtype": "float32"},
             "input": {"path": str(folder / "in.jsonl")},
             "sampling": {"max_tokens": TOKENS, "ignore_eos": True},
@@ -84,14 +84,14 @@ def test_what_a_replica_says_when_it_is_ready_is_read_without_torch(folder: Path
     assert found.stdout == "False\n"
 
 
-def test_output_is_labelled_and_receipts_are_what_two_jobs_show(folder: Path, tmp_path: Path) -> None:
+def test_output_is_labelled_and_audits_are_what_two_jobs_show(folder: Path, tmp_path: Path) -> None:
     full, expected = _run(folder, tmp_path / "full")
     skipped, rows = _run(folder, tmp_path / "skipped", decode={"skip": SKIP}, quality={"sample": 1.0})
 
     assert full.rows_cut == sum(row["finish_reason"] == "length" for row in expected) == ROWS - 1
     assert f"{ROWS - 1} cut off at their most tokens" in format_report(full)
     assert "skip_policy" not in expected[0]
-    assert (full.skip, full.mean_layers, full.receipts, full.agreement) == ("none", 6, 0, {})
+    assert (full.skip, full.mean_layers, full.audits, full.agreement) == ("none", 6, 0, {})
     good = [row for row in rows if row["error_type"] is None]
     assert {row["skip_policy"] for row in good} == {"skipdecode(warmup=1, layers=4->2, horizon=6)"}
     depths = [4, 4, 3, 3, 3, 2, 2, 2, 2, 2, 2]
@@ -101,22 +101,22 @@ def test_output_is_labelled_and_receipts_are_what_two_jobs_show(folder: Path, tm
     same = (
         sum(row["token_ids"] == other["token_ids"] for row, other in zip(rows, expected, strict=True)) - 1
     )  # the row that cannot run
-    assert skipped.receipts == ROWS - 1
+    assert skipped.audits == ROWS - 1
     assert skipped.agreement["exact_match"] == pytest.approx(same / (ROWS - 1))
     assert 0 < skipped.agreement["edit_similarity"] < 0.9
     assert not skipped.fell_back_to_full_depth
     assert skipped.layer_tokens <= 1.02 * skipped.layer_tokens_ideal
-    assert "receipts: exact_match" in format_report(skipped)
+    assert "audits: exact_match" in format_report(skipped)
 
 
 def test_below_the_floor_the_job_stops(folder: Path, tmp_path: Path) -> None:
-    quality = {"sample": 1.0, "floor": 0.9, "min_receipts": 3}
+    quality = {"sample": 1.0, "floor": 0.9, "min_audits": 3}
     with pytest.raises(JobFailed, match="edit similarity is 0"):
         _run(folder, tmp_path / "out", decode={"skip": SKIP}, quality=quality)
 
 
 def test_below_the_floor_the_rest_runs_at_full_depth(folder: Path, tmp_path: Path) -> None:
-    quality = {"sample": 1.0, "floor": 0.9, "min_receipts": 3, "below_floor": "full_depth"}
+    quality = {"sample": 1.0, "floor": 0.9, "min_audits": 3, "below_floor": "full_depth"}
     report, rows = _run(folder, tmp_path / "out", decode={"skip": SKIP}, quality=quality)
     _, expected = _run(folder, tmp_path / "full")
     assert report.fell_back_to_full_depth

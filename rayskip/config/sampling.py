@@ -1,0 +1,67 @@
+"""How tokens are sampled, and when a generation ends. A row of the dataset may carry its own parameters."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator
+from pydantic_core import PydanticKnownError
+
+from rayskip.config.section import Section
+
+
+def _only_numbers(error: str) -> BeforeValidator:
+    """Refuse true and "7", which pydantic would convert to numbers. error: pydantic's name of the refusal."""
+
+    def check(value: object) -> object:
+        if isinstance(value, bool | str | bytes):
+            raise PydanticKnownError(error)  # type: ignore[arg-type]
+        return value
+
+    return BeforeValidator(check)
+
+
+Int = Annotated[int, _only_numbers("int_type")]
+Float = Annotated[float, _only_numbers("float_type")]
+TokenId = Annotated[Int, Field(ge=0, lt=2**31)]
+StopText = Annotated[str, Field(max_length=1024)]
+
+
+class SamplingParams(Section):
+    """How tokens are sampled; the names are vLLM's and OpenAI's.
+
+    A row may have its own parameters, so bounds keep what one row can cost a replica small.
+    """
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    max_tokens: Int = Field(128, ge=1, lt=2**31, description="most tokens to generate")
+    temperature: Float = Field(0.0, ge=0, le=1000, description="0 is greedy")
+    top_p: Float = Field(1.0, gt=0, le=1)
+    top_k: Int = Field(0, ge=-1, lt=2**31, description="0 or -1: all tokens")
+    min_p: Float = Field(0.0, ge=0, le=1)
+    repetition_penalty: Float = Field(1.0, gt=0, le=1000)
+    stop: tuple[StopText, ...] = Field(
+        (), max_length=64, description="strings that end the text; not part of it"
+    )
+    stop_token_ids: tuple[TokenId, ...] = Field((), max_length=1024)
+    seed: Int = Field(
+        0, ge=-(2**63), lt=2**64, description="the job seed; a row's stream is hash(seed, row, sample)"
+    )
+    n: Int = Field(1, ge=1, le=1024, description="samples per row")
+    logprobs: Int | None = Field(
+        None, ge=0, le=20, description="log-probabilities of the token and this many others"
+    )
+    ignore_eos: bool = Field(False, strict=True)
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if any(not text for text in value):
+            raise ValueError("a stop string may not be empty")
+        return value

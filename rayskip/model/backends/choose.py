@@ -1,0 +1,40 @@
+"""Which backend computes a model: one per kind of device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from rayskip.model.backends.base import Backend
+from rayskip.model.backends.cpu.allocator import keep_freed_memory
+from rayskip.model.backends.cpu.backend import cpu_backend
+from rayskip.model.backends.cuda.backend import cuda_backend
+from rayskip.model.spec import Spec
+
+BACKENDS: dict[str, Callable[[Spec, torch.dtype, torch.device], Backend]] = {
+    "cpu": cpu_backend,
+    "cuda": cuda_backend,
+}
+
+
+def choose_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> Backend:
+    """The fastest that serves the model on the device."""
+    return BACKENDS[device.type](spec, dtype, device)
+
+
+def open_device(name: str | None) -> torch.device:
+    """A device to load a model on, by torch's name; None: CUDA when there is one, else the CPU."""
+    keep_freed_memory()
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def check_gpu() -> None:
+    """Raises RuntimeError or AssertionError where torch cannot compute on a GPU: one that it sees may still have no
+    kernels of torch's."""
+    torch.ones(1, device="cuda").add(1)
+
+
+def gpu_facts(device: str) -> dict[str, str]:
+    """What a report says of the GPU that `device` is; nothing of a CPU."""
+    return {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
