@@ -22,7 +22,7 @@ from rayskip.decode.drafters.copies import CopyChances
 from rayskip.decode.drafters.costs import StepCosts
 from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.drafters.kangaroo import KANGAROO, KangarooDrafter
-from rayskip.decode.drafters.lookup import Copy
+from rayskip.decode.drafters.lookup import Continuation
 from rayskip.decode.drafters.value import TRYING, Plan, Ratio, Savings, worth_verifying
 from rayskip.decode.sampling import Choice
 from rayskip.decode.sequence import Sequence
@@ -142,14 +142,16 @@ def test_a_copy_is_as_likely_as_such_copies_were_and_as_the_rows_own() -> None:
     chances, lucky, unlucky = CopyChances(), _row([1]), _row([1])
     for _ in range(100):
         for row, token in ((lucky, 7), (unlucky, 8)):
-            told = chances.of(row, [Copy([7, 7], 2, 0), Copy([9, 9], 1, 0)])
+            told = chances.of(row, [Continuation([7, 7], 2, 0), Continuation([9, 9], 1, 0)])
             row.generated.append(token)
-    fresh = chances.of(_row([1]), [Copy([7, 7], 2, 0), Copy([9, 9], 1, 0), Copy([7], 3, 0)])
+    fresh = chances.of(
+        _row([1]), [Continuation([7, 7], 2, 0), Continuation([9, 9], 1, 0), Continuation([7], 3, 0)]
+    )
     assert fresh[0][0] == pytest.approx(0.5, abs=0.05)  # of either row half
     assert fresh[1][0] < 0.05
     assert 0.4 < fresh[2][0] < 0.5  # not seen: the prior
-    assert chances.of(lucky, [Copy([7, 7], 2, 0)])[0][0] > 0.8
-    assert chances.of(unlucky, [Copy([7, 7], 2, 0)])[0][0] < 0.2
+    assert chances.of(lucky, [Continuation([7, 7], 2, 0)])[0][0] > 0.8
+    assert chances.of(unlucky, [Continuation([7, 7], 2, 0)])[0][0] < 0.2
     assert told[0][0] >= told[0][1]
 
 
@@ -199,7 +201,7 @@ class _Machine:
         )
         copies = self.drafter._copies._lookups.copies
 
-        def timed(row: Sequence, count: int) -> list[Copy]:
+        def timed(row: Sequence, count: int) -> list[Continuation]:
             self.take(look)
             return copies(row, count)
 

@@ -26,7 +26,7 @@ from rayskip.decode.drafters import check_files, kangaroo
 from rayskip.decode.drafters.auto import AutoDrafter
 from rayskip.decode.drafters.costs import StepCosts
 from rayskip.decode.drafters.drafter import Drafter, States
-from rayskip.decode.drafters.lookup import Copy, Index
+from rayskip.decode.drafters.lookup import Continuation, Index
 from rayskip.decode.drafters.none import NoDrafter
 from rayskip.decode.drafters.retrieval import Store
 from rayskip.decode.drafters.rounds import Beliefs
@@ -608,21 +608,21 @@ def _row(prompt: list[int], generated: list[int]) -> Sequence:
 def test_lookup_follows_the_longest_suffix() -> None:
     index = Index(3, 1)
     row = _row([1, 2, 3, 9, 2, 3, 5, 6], [1, 2, 3])
-    assert index.copies(row, 3) == [Copy([9, 2, 3], 3, 0)]
+    assert index.copies(row, 3) == [Continuation([9, 2, 3], 3, 0)]
     row.generated += [5]
-    assert index.copies(row, 3) == [Copy([6, 1, 2], 3, 0)]
+    assert index.copies(row, 3) == [Continuation([6, 1, 2], 3, 0)]
     row.generated += [77]
     assert index.copies(row, 3) == []
 
 
 def test_lookup_tells_other_continuations_after_the_best() -> None:
     row = _row([1, 2, 3, 9, 2, 3, 5, 6, 2, 7], [1, 2])
-    assert Index(2, 9).copies(row, 2) == [Copy([3, 9], 2, 0), Copy([7, 1], 1, 0)]
-    assert Index(1, 9).copies(row, 1) == [Copy([7], 1, 0), Copy([3], 1, 1)]
+    assert Index(2, 9).copies(row, 2) == [Continuation([3, 9], 2, 0), Continuation([7, 1], 1, 0)]
+    assert Index(1, 9).copies(row, 1) == [Continuation([7], 1, 0), Continuation([3], 1, 1)]
 
 
 def test_lookup_goes_on_in_circles() -> None:
-    assert Index(2, 1).copies(_row([4, 1, 2, 1, 2], []), 5) == [Copy([1, 2, 1, 2, 1], 2, 0)]
+    assert Index(2, 1).copies(_row([4, 1, 2, 1, 2], []), 5) == [Continuation([1, 2, 1, 2, 1], 2, 0)]
 
 
 @pytest.mark.parametrize("kind", ["kangaroo", "auto", "draft_model"])

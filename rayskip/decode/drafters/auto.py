@@ -70,16 +70,16 @@ class AutoDrafter(Drafter):
         nothing = Plan.of_nothing(self._costs, len(rows), sum(chunk.stop - chunk.start for chunk in chunks))
         copies, plan = self._copies.plan(rows, nothing)
         left = dict.fromkeys(rows, 1.0)
-        for copied in copies:
-            left[copied.row] -= copied.chances[0]
+        for proposal in copies:
+            left[proposal.row] -= proposal.chances[0]
         planned = self._rounds.plan(left, plan) if self._rounds else None
         lost = nothing.loss(planned.plan if planned else plan)
         self._resting.save(nothing.seconds)
         self._drafting = lost <= 0 or not self._resting.afford(lost)
         if not self._drafting:
             return None
-        for copied in copies:
-            copied.row.draft.add_chain(copied.tokens[: copied.row.draft_places], LOOKUP)
+        for proposal in copies:
+            proposal.row.draft.add_chain(proposal.tokens[: proposal.row.draft_places], LOOKUP)
         added = plan.tokens - nothing.tokens
         self._price = (plan.seconds - nothing.seconds) / nothing.each / added if added else 0.0
         return self._rounds.draft(planned, chunks, cache) if self._rounds and planned else None

@@ -12,7 +12,7 @@ from operator import and_, mul
 from weakref import WeakKeyDictionary
 
 from rayskip.config import AutoDraft
-from rayskip.decode.drafters.lookup import LOOKUP, Copy, Lookups
+from rayskip.decode.drafters.lookup import LOOKUP, Continuation, Lookups
 from rayskip.decode.drafters.value import Plan, Ratio, Savings, worth_verifying
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
@@ -33,9 +33,9 @@ class CopyChances:
         self._first: defaultdict[tuple[int, int], Ratio] = defaultdict(Ratio)
         self._later: defaultdict[int, Ratio] = defaultdict(Ratio)
         self._fortunes: WeakKeyDictionary[Sequence, Ratio] = WeakKeyDictionary()
-        self._open: WeakKeyDictionary[Sequence, tuple[int, Seq[Copy], float]] = WeakKeyDictionary()
+        self._open: WeakKeyDictionary[Sequence, tuple[int, Seq[Continuation], float]] = WeakKeyDictionary()
 
-    def of(self, row: Sequence, copies: Seq[Copy]) -> list[list[float]]:
+    def of(self, row: Sequence, copies: Seq[Continuation]) -> list[list[float]]:
         """For each token of each copy the chance that all up to it hold; copies: of what follows the row now, best
         first."""
         self._settle(row)
@@ -67,7 +67,7 @@ class CopyChances:
 
 
 @dataclass(frozen=True)
-class Copied:
+class Proposal:
     """A copy for a row, and for each of its tokens the chance that all up to it hold."""
 
     row: Sequence
@@ -90,19 +90,19 @@ class Copies:
         self._steps = 0
         self._looked: list[Sequence] = []
 
-    def plan(self, rows: Seq[Sequence], nothing: Plan) -> tuple[list[Copied], Plan]:
+    def plan(self, rows: Seq[Sequence], nothing: Plan) -> tuple[list[Proposal], Plan]:
         """What to verify of what look-ups find, and the plan with it, beside `nothing`."""
         self._looking.save(nothing.seconds)
         self._verifying.save(nothing.seconds)
         self._looked = self._to_look_up(rows, nothing)
-        found = [copied for row in self._looked for copied in self._look_up(row)]
-        lengths = worth_verifying([copied.chances for copied in found], nothing)
+        found = [proposal for row in self._looked for proposal in self._look_up(row)]
+        lengths = worth_verifying([proposal.chances for proposal in found], nothing)
         copies = [
-            Copied(copied.row, copied.tokens[:length], copied.chances[:length])
-            for copied, length in zip(found, lengths, strict=True)
+            Proposal(proposal.row, proposal.tokens[:length], proposal.chances[:length])
+            for proposal, length in zip(found, lengths, strict=True)
             if length
         ]
-        plan = nothing.plus(sum(sum(copied.chances) for copied in copies), sum(lengths))
+        plan = nothing.plus(sum(sum(proposal.chances) for proposal in copies), sum(lengths))
         return (copies, plan) if self._verifying.afford(plan.loss(nothing)) else ([], nothing)
 
     def observe(self, verdicts: Mapping[Sequence, Verdict], price: float) -> None:
@@ -127,9 +127,9 @@ class Copies:
             )
         ]
 
-    def _look_up(self, row: Sequence) -> list[Copied]:
+    def _look_up(self, row: Sequence) -> list[Proposal]:
         began = self._clock()
         copies = self._lookups.copies(row, min(self._tokens, row.draft_room))
         chances = self._chances.of(row, copies)
         self._seconds.count(self._clock() - began)
-        return [Copied(row, copy.tokens, own) for copy, own in zip(copies, chances, strict=True)]
+        return [Proposal(row, copy.tokens, own) for copy, own in zip(copies, chances, strict=True)]

@@ -21,7 +21,7 @@ LOOKUP = "lookup"
 
 
 @dataclass(frozen=True)
-class Copy:
+class Continuation:
     """`tokens` that followed the last `size` tokens earlier in the text; rank 0: the latest time, 1: the latest
     that it went on otherwise, and so on."""
 
@@ -40,10 +40,10 @@ class Index:
         self._tokens: list[int] = []
         self._next: dict[tuple[int, ...], tuple[int, ...]] = {}
 
-    def copies(self, row: Sequence, count: int) -> list[Copy]:
+    def copies(self, row: Sequence, count: int) -> list[Continuation]:
         """Up to `most` copies of `count` tokens that differ in their first token, longest known suffix first."""
         self._extend(row)
-        found: dict[int, Copy] = {}
+        found: dict[int, Continuation] = {}
         for size in range(min(self._longest, len(self._tokens)), 0, -1):
             for rank, at in enumerate(self._next.get(tuple(self._tokens[-size:]), ())):
                 if len(found) == self._most:
@@ -51,7 +51,7 @@ class Index:
                 if (token := self._tokens[at]) not in found:
                     # past its end, the text goes on in circles
                     tokens = list(islice(cycle(self._tokens[at : at + count]), count))
-                    found[token] = Copy(tokens, size, rank)
+                    found[token] = Continuation(tokens, size, rank)
         return list(found.values())
 
     def _extend(self, row: Sequence) -> None:
@@ -77,7 +77,7 @@ class Lookups:
         self._most = most
         self._indexes: WeakKeyDictionary[Sequence, Index] = WeakKeyDictionary()
 
-    def copies(self, row: Sequence, count: int) -> list[Copy]:
+    def copies(self, row: Sequence, count: int) -> list[Continuation]:
         """See `Index.copies`."""
         index = self._indexes.get(row)
         if index is None:
