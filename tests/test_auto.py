@@ -290,6 +290,21 @@ def test_prices_that_were_wrong_at_start_up_do_not_stay_wrong(told: tuple[float,
     assert sum(map(len, machine.drafted)) < 20 if dear else gained > 14
 
 
+@pytest.mark.parametrize("right", [None, 3])
+def test_drafts_come_again_after_the_process_was_stopped_in_the_middle_of_one(right: int | None) -> None:
+    """Then a look-up and a round seem to take an hour."""
+    machine = _Machine(_copied(1) if right is None else _new(1), CPU, right=right, seconds=0.1)
+    before = machine.run(100)
+    assert before > 2
+    usual, stopped = machine.take, [3600.0]
+    machine.take = lambda seconds: usual(seconds + (stopped.pop() if stopped else 0))  # type: ignore[method-assign]
+    if machine.kangaroo:
+        machine.kangaroo.take = machine.take
+    machine.run(100)
+    assert not stopped
+    assert machine.run(100) > 0.9 * before
+
+
 @pytest.mark.parametrize(("text", "least", "most"), [(_new, 0.001, 0.006), (_copied, 0.02, 0.2)])
 def test_looking_up_in_vain_takes_no_more_than_is_set_aside(
     text: Callable[[int], list[list[int]]], least: float, most: float

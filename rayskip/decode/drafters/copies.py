@@ -95,7 +95,7 @@ class Copies:
         self._looking.save(nothing.seconds)
         self._verifying.save(nothing.seconds)
         self._looked = self._to_look_up(rows, nothing)
-        found = [proposal for row in self._looked for proposal in self._look_up(row)]
+        found = [proposal for row in self._looked for proposal in self._look_up(row, nothing.seconds)]
         lengths = worth_verifying([proposal.chances for proposal in found], nothing)
         copies = [
             Proposal(proposal.row, proposal.tokens[:length], proposal.chances[:length])
@@ -127,9 +127,11 @@ class Copies:
             )
         ]
 
-    def _look_up(self, row: Sequence) -> list[Proposal]:
+    def _look_up(self, row: Sequence, step: float) -> list[Proposal]:
+        """step: seconds that the step takes without drafts."""
         began = self._clock()
         copies = self._lookups.copies(row, min(self._tokens, row.draft_room))
         chances = self._chances.of(row, copies)
-        self._seconds.count(self._clock() - began)
+        # a process that was stopped meanwhile must not make look-ups dearer than any trial may be
+        self._seconds.count(min(self._clock() - began, step))
         return [Proposal(row, copy.tokens, own) for copy, own in zip(copies, chances, strict=True)]

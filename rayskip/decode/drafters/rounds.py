@@ -84,7 +84,7 @@ class Rounds:
         spared = self._kangaroo.share * (later + missed * costs.each)
         if took_part := [row for row in rows if row.draft_cached == row.length]:
             planned.beliefs.drafted.count(drafted, len(took_part))
-            planned.beliefs.seconds.count(max(seconds - spared, 0.0))
+            planned.beliefs.seconds.count(min(max(seconds - spared, 0.0), planned.plan.seconds))  # see Copies
             self._asked = planned.beliefs, sum(planned.rows[row] for row in took_part)
         return states
 
