@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from rayskip.model.cache.blocks import SHARED, Block, BlockPool
+from rayskip.model.cache.blocks import ALL, SHARED, Block, BlockPool
 
 SIZE, PAGES, LAYERS = 32, 60, 3
 PROMPTS = st.lists(st.sampled_from([(0,) * 20, (1,) * 7, (2,) * 40, (3,)]), min_size=1, max_size=4).map(
@@ -22,6 +22,7 @@ class _Row:
     prompt: list[int]
     computed: int = 0
     draft_cached: int = 0
+    layers: int = ALL
     blocks: list[Block] = field(default_factory=list)
 
 
@@ -64,11 +65,19 @@ class Pool(RuleBasedStateMachine):
             if position == len(row.blocks) * SIZE and self._block(row) is None:
                 return
             before = tuple(row.prompt[: position + 1]) if position < len(row.prompt) else (-id(row), position)
-            for page in row.blocks[position // SIZE].pages:
+            for page in row.blocks[position // SIZE].pages[: row.layers]:
                 own = self.content.setdefault(page, [])
                 assert len(own) >= position % SIZE
                 own[position % SIZE :] = [before]
             row.computed = position + 1
+
+    @precondition(lambda self: self.rows)
+    @rule(data=st.data(), layers=st.integers(1, LAYERS))
+    def stop_running_layers(self, data: st.DataObject, layers: int) -> None:
+        row = data.draw(st.sampled_from(self.rows))
+        if row.computed >= len(row.prompt) and layers < row.layers:
+            self.pool.need(row.blocks, row.layers, layers)
+            row.layers = layers
 
     @precondition(lambda self: self.rows)
     @rule(data=st.data(), unclean=st.booleans())
@@ -85,12 +94,13 @@ class Pool(RuleBasedStateMachine):
 
     def leave(self, row: _Row, unclean: bool = False) -> None:
         self.rows.remove(row)
-        self.pool.give_back(row, row.blocks, unclean)
+        self.pool.give_back(row, row.blocks, unclean, row.layers)
 
     def _block(self, row: _Row) -> Block | None:
-        block = self.pool.take(LAYERS, len(row.blocks) * SIZE)
+        pages = min(LAYERS, row.layers)
+        block = self.pool.take(pages, len(row.blocks) * SIZE, row.layers)
         if block is None:
-            assert self.pool.available < LAYERS
+            assert self.pool.available < pages
             return None
         for page in block.pages:
             self.content[page] = []
@@ -103,7 +113,7 @@ class Pool(RuleBasedStateMachine):
     def _check(self, row: _Row) -> None:
         """A row's computed tokens lie in its pages, whoever computed them."""
         for position in range(min(row.computed, len(row.prompt))):
-            for page in row.blocks[position // SIZE].pages:
+            for page in row.blocks[position // SIZE].pages[: row.layers]:
                 assert self.content[page][position % SIZE] == tuple(row.prompt[: position + 1])
 
     @invariant()
@@ -114,7 +124,8 @@ class Pool(RuleBasedStateMachine):
     @invariant()
     def pages_are_counted(self) -> None:
         blocks = {block for row in self.rows for block in row.blocks}
-        held = [page for block in blocks for page in block.pages]
+        most = {block: max(row.layers for row in self.rows if block in row.blocks) for block in blocks}
+        held = [page for block in blocks for page in block.pages[: most[block]]]
         assert len(set(held)) == len(held) == self.pool.held
         assert all(1 <= page <= PAGES for page in held)
         assert all(block.holders == sum(block in row.blocks for row in self.rows) for block in blocks)
@@ -127,6 +138,7 @@ TestPool = Pool.TestCase
 def test_what_was_unused_for_longest_goes_first_and_ends_before_beginnings() -> None:
     pool = BlockPool(4, SIZE)
     first, second = _Row([1] * 70), _Row([2] * 60)
+    last_pages: list[int] = []
     for row in (first, second):
         while len(row.blocks) * SIZE < len(row.prompt) and len(row.blocks) < 2:
             block = pool.take(1, len(row.blocks) * SIZE)
@@ -135,10 +147,11 @@ def test_what_was_unused_for_longest_goes_first_and_ends_before_beginnings() -> 
             pool.offer(block, row.blocks[-1] if row.blocks else None, tokens, row)
             row.blocks.append(block)
         row.computed = 2 * SIZE
+        last_pages = last_pages or list(row.blocks[1].pages)
         pool.give_back(row, row.blocks)
     assert (pool.held, pool.available) == (0, 4)
     taken = pool.take(1, 0)
     assert taken is not None
-    assert taken.pages == first.blocks[1].pages
+    assert taken.pages == last_pages
     assert pool.match(np.asarray([1] * 70)).tokens == SIZE
     assert pool.match(np.asarray([2] * 61)).tokens == 60

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -176,7 +177,8 @@ def test_layers_that_no_later_position_runs_take_no_pages() -> None:
         row.generated.append(1)
         if len(row.generated) == row.params.max_tokens:
             break
-    assert [len(block.pages) for block in row.blocks] == [4, 3, 1, 1, 1, 1]
+    assert [len(block.pages) for block in row.blocks] == [4, 1, 1, 1, 1, 1]  # the prompt's can still be found
+    assert scheduler.pool.held == 6
 
 
 def test_a_draft_gets_places_only_where_there_are_some_to_spare() -> None:
@@ -189,3 +191,20 @@ def test_a_draft_gets_places_only_where_there_are_some_to_spare() -> None:
     first, second = scheduler.running
     assert (first.places, second.places) == (3 * SIZE, 2 * SIZE)
     assert second.draft_places < SIZE
+
+
+def test_a_prompt_of_which_a_row_runs_few_layers_is_found_again_until_its_pages_are_wanted() -> None:
+    """SKIPPING goes from 3 layers to 1 within 12 tokens; a prompt's run all 4."""
+    prompt = list(range(3 * SIZE + 1))
+    first = _sequence(0, prompt, 20, full_depth=False)
+    scheduler = _scheduler(deque([first]), 2, 100, blocks=8, policy=SKIPPING)
+    for _ in range(20):
+        for chunk in scheduler.schedule(share=2).chunks:
+            chunk.sequence.computed = chunk.stop
+            chunk.sequence.generated.append(1)
+    assert scheduler.pool.held == len(first.blocks) == 5
+    assert len(scheduler.pool.match(np.asarray(prompt)).blocks) == 3
+    scheduler.waiting.append(_sequence(1, [7] * 70, 1))  # 20 pages, where 15 of 32 were never taken
+    plan = scheduler.schedule(share=2)
+    assert (plan.admitted, plan.preempted) == (1, [])
+    assert len(scheduler.pool.match(np.asarray(prompt)).blocks) == 2

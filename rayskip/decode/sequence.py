@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from rayskip.config import SamplingParams
 from rayskip.data.records import Prompt, TokenLogprob
 from rayskip.decode.draft import Draft
-from rayskip.model.cache.blocks import Block
+from rayskip.model.cache.blocks import ALL, Block
 
 PENDING = -1
 """In place of a generated token that a step in flight is choosing."""
@@ -18,7 +18,8 @@ class Sequence:
     """Sample `sample` of a prompt.
 
     computed: tokens whose keys and values are in the cache, in row `table_row` of its table, or will be after the
-    steps in flight. blocks: the cache's blocks that it holds, in order; places: positions that they have.
+    steps in flight. blocks: the cache's blocks that it holds, in order; places: positions that they have;
+    layers: so many, of those that run longest, may still run for it.
     pending: so many of the newest generated tokens are PENDING. ended: it got its last token, or was given up.
     limit: tokens it may come to have, prompt and completion together. full_depth: every layer runs, whatever its
     position. draft: tokens proposed to follow, during a step; they lie in the cache behind the known ones, node
@@ -33,6 +34,7 @@ class Sequence:
     table_row: int = -1
     blocks: list[Block] = field(default_factory=list)
     places: int = 0
+    layers: int = ALL
     computed: int = 0
     pending: int = 0
     ended: bool = False

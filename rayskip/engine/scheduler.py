@@ -47,8 +47,8 @@ class StepPlan:
 
     clears: pages that may hold numbers which are not finite. reused: prompt tokens that a shared prefix spares.
     admitted: rows that join. preempted: rows that ran and begin anew later. held: pages that rows hold, shared ones
-    once; unfilled: positions in them without a token's keys and values after the step. spared: pages that new
-    blocks do without, since no token in them runs the layer.
+    once; unfilled: positions in them without a token's keys and values after the step. spared: pages that rows do
+    without, since none of their tokens from there on runs the layer: new blocks' and those given up.
     """
 
     pages: int
@@ -95,6 +95,7 @@ class Scheduler:
         self.pool = BlockPool(shape.pages, shape.size)
         self.running: list[Sequence] = []
         self._shape, self._policy, self._drafts = shape, policy, drafts
+        self._drafter_layers = len(shape.layers) - len(policy.until)
         self._joining = False
         self._free_rows = list(range(max_rows - 1, -1, -1))
 
@@ -152,7 +153,7 @@ class Scheduler:
         """Positions of the running rows' pages that no token has filled; those blocks are a row's own."""
         size = self.pool.size
         return sum(
-            len(block.pages) * (size - max(row.computed - block.start, 0))
+            block.needed * (size - max(row.computed - block.start, 0))
             for row in self.running
             for block in row.blocks[row.computed // size :]
         )
@@ -170,7 +171,10 @@ class Scheduler:
         if row.length >= row.limit or row not in self.running:
             return 0  # its last token is on its way, or it has just given its pages up
         stop = min(row.length, row.computed + budget)
-        if stop <= row.computed or not self._reach(plan, row, stop):
+        if stop <= row.computed:
+            return 0
+        self._give_up_layers(plan, row)
+        if not self._reach(plan, row, stop):
             return 0
         if stop == row.length and self._drafts and row.generated:
             self._reach_further(plan, row, min(stop + self._drafts, row.limit + self._drafts))
@@ -180,7 +184,7 @@ class Scheduler:
     def _reach(self, plan: StepPlan, row: Sequence, stop: int) -> bool:
         """See that a row has pages for its tokens before `stop`; False: it had to give up those that it had."""
         while row.places < stop:
-            block = self.pool.take(self._pages_at(row), row.places)
+            block = self.pool.take(self._pages_at(row), row.places, row.layers)
             if block is None:
                 victim = self.running[-1]
                 self._preempt(plan, victim)
@@ -190,9 +194,25 @@ class Scheduler:
             self._append(plan, row, block)
         return True
 
+    def _give_up_layers(self, plan: StepPlan, row: Sequence) -> None:
+        """Pages of layers that a row runs no more. It may still run what the earliest token does that is to run,
+        or that its drafter has missed; and a token more, which may be on its way and not be finite."""
+        first = min(row.computed, row.draft_cached) if self._drafter_layers else row.computed
+        layers = self._layers_at(row, first - 1)
+        if layers >= min(row.layers, len(self._shape.layers)):
+            return
+        held = self.pool.held
+        self.pool.need(row.blocks, row.layers, layers)
+        plan.spared += held - self.pool.held
+        row.layers = layers
+        plan.assignments += [
+            Assignment(row.table_row, at, self._shape.layers[:layers], block.pages[:layers])
+            for at, block in enumerate(row.blocks)
+        ]
+
     def _reach_further(self, plan: StepPlan, row: Sequence, stop: int) -> None:
         """Pages for a draft, if there are some to spare."""
-        while row.places < stop and (block := self.pool.take(self._pages_at(row), row.places)):
+        while row.places < stop and (block := self.pool.take(self._pages_at(row), row.places, row.layers)):
             self._append(plan, row, block)
 
     def _append(self, plan: StepPlan, row: Sequence, block: Block) -> None:
@@ -213,11 +233,11 @@ class Scheduler:
     def _pages_at(self, row: Sequence) -> int:
         """Of a row's next block: a layer has one if it runs for any token that may lie there. A draft's tokens lie
         behind the newest one, whatever their positions."""
-        layers = len(self._shape.layers)
-        if row.full_depth:
-            return layers
-        position = row.skip_position(min(row.places, row.length - 1))
-        return layers - len(self._policy.until) + self._policy.depth(position)
+        return self._layers_at(row, min(row.places, row.length - 1))
+
+    def _layers_at(self, row: Sequence, position: int) -> int:
+        """Layers that a row's token at a position runs, with those of the drafter's own."""
+        return self._drafter_layers + self._policy.depth(row.skip_position(position))
 
     def _preempt(self, plan: StepPlan, row: Sequence) -> None:
         self.running.remove(row)
@@ -227,7 +247,7 @@ class Scheduler:
         plan.preempted.append(row)
 
     def _give_back(self, row: Sequence, unclean: bool = False) -> None:
-        self.pool.give_back(row, row.blocks, unclean)
+        self.pool.give_back(row, row.blocks, unclean, row.layers)
         row.blocks, row.places = [], 0
         self._free_rows.append(row.table_row)
 

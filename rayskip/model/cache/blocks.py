@@ -1,9 +1,10 @@
 """Who holds which pages: a pool of them, rows' blocks that are counted, and prompts' blocks that are found again.
 
-Bookkeeping without tensors. A block is a row's stretch of `size` successive positions; it has a page for each layer
-that runs on any of them, so a row that skips layers takes fewer pages (SkipDecode, arXiv 2307.02628: a layer that
-no later position runs needs no more room). Blocks of prompts make a tree: rows that begin alike hold the same
-blocks, and a block that nobody holds any more is kept until its pages are wanted, the one unused for longest
+Bookkeeping without tensors. A block is a row's stretch of `size` successive positions; it has a page for each
+layer that runs on any of them, so a row that skips layers takes fewer pages. Its schedule is nested
+(SkipDecode, arXiv 2307.02628, section 3), so a layer that it has stopped to run it never reads again: in all of
+its blocks that layer's pages are spare. Blocks of prompts make a tree: rows that begin alike hold the same
+blocks. What nobody needs any more of a block is kept until its pages are wanted, the one unused for longest
 first (as in vLLM's and SGLang's prefix caches).
 
 Does not know sequences, and never reads a clock.
@@ -11,7 +12,7 @@ Does not know sequences, and never reads a clock.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ Tokens = NDArray[np.int64]
 
 SHARED = 16
 """Fewest tokens of a block worth copying from another one instead of computing them."""
+ALL = 1 << 30
+"""Layers of a row that may still run every one."""
 
 
 class Owner(Protocol):
@@ -37,24 +40,35 @@ class Owner(Protocol):
 
 @dataclass(eq=False)
 class Block:
-    """pages: of its layers, in the pool's order of layers. start: its first position. holders: rows that have it in
-    their table. parent, tokens: by which it is found: number of the block before it (-1: none), and tokens of a
-    prompt that it holds or will hold; None where it cannot be found.
+    """pages: of its layers, in the pool's order of layers, the one that runs longest first. start: its first
+    position. needs: how many of its layers each row that holds it may still run, counted. parent, tokens: by which
+    it is found: number of the block before it (-1: none), and tokens of a prompt that it holds or will hold; None
+    where it cannot be found.
 
     computed, drafted: how many of `tokens` are there once nobody computes them any more (see Owner).
     unclean: whether a number in it may be not finite.
     """
 
-    pages: Seq[int]
+    pages: list[int]
     start: int
     number: int
+    needs: Counter[int]
     parent: int = -1
     tokens: Tokens | None = None
     owner: Owner | None = None
-    holders: int = 1
     computed: int = 0
     drafted: int = 0
     unclean: bool = False
+
+    @property
+    def holders(self) -> int:
+        """Rows that have it in their table."""
+        return self.needs.total()
+
+    @property
+    def needed(self) -> int:
+        """Its leading pages that a holder may still read."""
+        return min(max((layers for layers, rows in self.needs.items() if rows), default=0), len(self.pages))
 
     def ready(self) -> tuple[int, int]:
         """(computed, drafted) now."""
@@ -94,50 +108,53 @@ class BlockPool:
         self._numbers = count()
         self._by_tokens: dict[tuple[int, bytes], Block] = {}
         self._by_first: dict[tuple[int, bytes], Block] = {}
-        self._kept: OrderedDict[int, Block] = OrderedDict()
-        self._kept_pages = 0
+        self._kept: OrderedDict[int, tuple[Block, int]] = OrderedDict()
+        """Blocks of which so many pages are spare."""
+        self._spare = 0
 
     @property
     def available(self) -> int:
-        """Pages that can be taken: free ones, and those of blocks that nobody holds."""
-        return len(self._free) + self._kept_pages
+        """Pages that can be taken: free ones, and those that no row needs."""
+        return len(self._free) + self._spare
 
     @property
     def held(self) -> int:
-        """Pages of blocks that rows hold, each counted once."""
+        """Pages that rows need, each counted once."""
         return self.pages - self.available
 
-    def take(self, pages: int, start: int) -> Block | None:
-        """A new block at position `start` with so many pages; None where there are not as many."""
+    def take(self, pages: int, start: int, layers: int = ALL) -> Block | None:
+        """A new block at position `start` with so many pages, for a row that may still run so many layers; None
+        where there are not as many."""
         if pages > self.available:
             return None
         while len(self._free) < pages:
-            _, oldest = self._kept.popitem(last=False)
-            self._kept_pages -= len(oldest.pages)
-            self._forget(oldest)
+            _, (oldest, spare) = self._kept.popitem(last=False)
+            self._spare -= spare
+            self._trim(oldest)
         taken = [self._free.pop() for _ in range(pages)]
-        return Block(taken, start, next(self._numbers))
+        return Block(taken, start, next(self._numbers), Counter([layers]))
 
-    def hold(self, blocks: Collection[Block]) -> None:
-        """One row more holds each of them."""
+    def hold(self, blocks: Collection[Block], layers: int = ALL) -> None:
+        """One row more holds each of them, which may run so many layers."""
         for block in blocks:
-            block.holders += 1
-            if self._kept.pop(block.number, None) is not None:
-                self._kept_pages -= len(block.pages)
+            block.needs[layers] += 1
+            self._keep(block)
 
-    def release(self, blocks: Seq[Block]) -> None:
-        """A row holds them no more; in its order. What is found again by its tokens is kept for now."""
+    def need(self, blocks: Seq[Block], before: int, now: int) -> None:
+        """A row that holds them may run only so many layers from now on, in place of `before`."""
+        for block in reversed(blocks):
+            block.needs.subtract([before])
+            block.needs[now] += 1
+            self._keep(block)
+
+    def release(self, blocks: Seq[Block], layers: int = ALL) -> None:
+        """A row that might run so many layers holds them no more; in its order. What is found again by its tokens
+        is kept for now."""
         for block in reversed(blocks):  # a block goes before the one that it follows
-            block.holders -= 1
-            if block.holders:
-                continue
-            if block.tokens is not None:
-                self._kept[block.number] = block
-                self._kept_pages += len(block.pages)
-            else:
-                self._forget(block)
+            block.needs.subtract([layers])
+            self._keep(block)
 
-    def give_back(self, owner: Owner, blocks: Seq[Block], unclean: bool = False) -> None:
+    def give_back(self, owner: Owner, blocks: Seq[Block], unclean: bool = False, layers: int = ALL) -> None:
         """`release` what a row held, which computes no more. unclean: its numbers may be not finite."""
         for block in blocks:
             its_own = block.owner is owner or block.tokens is None  # what it took over is another row's work
@@ -146,7 +163,7 @@ class BlockPool:
                 if block.tokens is not None and (unclean or block.computed < len(block.tokens)):
                     self._unlist(block)  # nobody completes it
             block.unclean |= unclean and its_own and block.holders == 1
-        self.release(blocks)
+        self.release(blocks, layers)
 
     def offer(self, block: Block, before: Block | None, tokens: Tokens, owner: Owner) -> None:
         """Let a block be found by the prompt's tokens that it will hold, behind those of the block before it,
@@ -198,12 +215,26 @@ class BlockPool:
             parent, start = block.number, start + self.size
         return start
 
-    def _forget(self, block: Block) -> None:
-        """Its pages are free."""
+    def _keep(self, block: Block) -> None:
+        """Keep what nobody needs of it as long as it can be found again; else its pages are free."""
+        _, spare = self._kept.pop(block.number, (block, 0))
+        self._spare -= spare
+        if not (spare := len(block.pages) - block.needed):
+            return
+        if block.tokens is None:
+            self._trim(block)
+            return
+        self._kept[block.number] = block, spare
+        self._spare += spare
+
+    def _trim(self, block: Block) -> None:
+        """The pages that nobody needs are free, and it is found no more, since it is not whole."""
         self._unlist(block)
+        needed = block.needed
+        spare, block.pages = block.pages[needed:], block.pages[:needed]
         if block.unclean:
-            self.unclean += block.pages
-        self._free += reversed(block.pages)
+            self.unclean += spare
+        self._free += reversed(spare)
 
     def _unlist(self, block: Block) -> None:
         """It is found no more."""
