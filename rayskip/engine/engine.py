@@ -106,8 +106,8 @@ class Engine:
     ) -> Engine:
         """Load a checkpoint onto `device`, "cpu" or "cuda" (by default CUDA when there is one).
 
-        model: "smollm2-135m-instruct", a local folder or a hub id; or, as engine and decode, a section of a job as a
-        dict or as its class: {"path": "my-model", "dtype": "float32"}, {"max_batch_rows": 64},
+        model: "smollm2-135m-instruct", a local folder or a hub id; or, as engine and decode, a section of a job, as
+        a dict or as its class: {"path": "my-model", "dtype": "float32"}, {"max_batch_rows": 64},
         {"draft": {"kind": "auto"}}.
         Raises ConfigError for a section with a fault, ModelError when the checkpoint is missing, unsafe or of an
         unknown family.
@@ -242,8 +242,8 @@ class Engine:
         """Generate for many prompts at once: a list per prompt, in their order, of its `params.n` samples.
 
         prompts: each a text, token ids (a list, or a one-dimensional array of numpy or torch) or chat messages (a
-        list of {role, content}, whose content may be a list of text parts). A text is encoded as it stands, messages
-        by the model's chat template.
+        list of {role, content}, whose content may be a list of text parts). A text is encoded as it stands,
+        messages by the model's chat template.
         params: for all, or a list with one for each; SamplingParams or a dict such as {"max_tokens": 64}.
         row_file: the file that the prompts are the first rows of, as a job's output names it. With temperature, a
         row's random numbers come from seed, file, place and sample, so these are then the job's.
