@@ -20,6 +20,7 @@ import torch
 
 import rayskip
 from rayskip import Engine, Generation, SamplingParams, errors
+from rayskip.config.file import load_config
 
 ROOT = Path(__file__).parent.parent
 TEXT = "The capital of France is"
@@ -41,7 +42,15 @@ def test_the_readmes_examples_run_in_a_thread_with_an_event_loop(
 ) -> None:
     """As in a notebook, where a loop runs, and where Python lets no signal handlers be set."""
     monkeypatch.chdir(tmp_path)
-    Path("configs").symlink_to(ROOT / "configs")
+    lighter = {
+        "input.path": ROOT / "configs/data/quickstart.jsonl",
+        "sampling.max_tokens": 8,
+        "engine.max_batch_rows": 8,
+        "decode": {},
+    }
+    quickstart = load_config(ROOT / "configs/quickstart.yaml", lighter)
+    Path("configs").mkdir()
+    Path("configs/quickstart.yaml").write_text(quickstart.model_dump_json())  # JSON is YAML
     Path("out").mkdir()
     Path("out/quickstart").symlink_to("first")
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -61,9 +70,7 @@ def test_the_readmes_examples_run_in_a_thread_with_an_event_loop(
     assert f"8 0 {report.completion_tok_s}" in shown.out
     assert "8/8" in shown.err
     assert "2/2" in shown.err
-    assert (
-        rayskip.run(ROOT / "configs/quickstart.yaml", ["input.max_rows=8", "output.path=out/first"]) == report
-    )
+    assert rayskip.run(quickstart, ["input.max_rows=8", "output.path=out/first"]) == report
 
 
 def test_what_is_wrong_with_a_job_is_an_exception(tmp_path: Path) -> None:
