@@ -66,8 +66,8 @@ def test_the_readmes_examples_run_in_a_thread_with_an_event_loop(
     shown = capfd.readouterr()
     report = names["report"]
     assert isinstance(report, rayskip.Report)
-    assert (report.rows, report.rows_failed) == (8, 0)
-    assert f"8 0 {report.completion_tok_s}" in shown.out
+    assert report.rows == 8
+    assert f"8 {report.completion_tok_s}" in shown.out
     assert "8/8" in shown.err
     assert "2/2" in shown.err
     assert rayskip.run(quickstart, ["input.max_rows=8", "output.path=out/first"]) == report
