@@ -99,6 +99,9 @@ def test_sections_of_an_engine_are_checked_before_a_model_is_looked_for() -> Non
         Engine.load("nowhere", decode={"draft": {"kind": "autp"}})
     with pytest.raises(errors.ConfigError, match=r'^model: missing key "path"'):
         Engine.load({"dtype": "float32"})
+    for device in ("gpu", "cpu:x", "cuda:99"):
+        with pytest.raises(errors.ConfigError, match=rf"^device: .*'{device}'"):
+            Engine.load("smollm2-135m-instruct", device=device)
     with pytest.raises(TypeError, match="model: a ModelConfig or a dict is wanted, not int"):
         Engine.load(3)  # type: ignore[arg-type]
 
