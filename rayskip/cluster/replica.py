@@ -165,10 +165,10 @@ def device_for(gpus: float) -> str:
     """
     if not gpus:
         return "cpu"
-    from rayskip.model.backends.choose import check_gpu
+    from rayskip.model.backends.choose import check_device
 
     try:
-        check_gpu()
+        check_device("cuda")
     except (RuntimeError, AssertionError) as error:
         import torch
 

@@ -34,7 +34,7 @@ def open_device(name: str | None) -> torch.device:
     if name.partition(":")[0] not in BACKENDS:
         raise ConfigError(f"device: {name!r} is none of {', '.join(BACKENDS)}")
     try:
-        torch.ones(1, device=name).add(1)  # one that torch sees may still have no kernels of its
+        check_device(name)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(
             f"device: torch {torch.__version__} cannot use {name!r}: {first_line(error)}"
@@ -42,10 +42,10 @@ def open_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-def check_gpu() -> None:
-    """Raises RuntimeError or AssertionError where torch cannot compute on a GPU: one that it sees may still have no
-    kernels of torch's."""
-    torch.ones(1, device="cuda").add(1)
+def check_device(name: str) -> None:
+    """Raises RuntimeError or AssertionError where torch cannot compute on a device: it may have no kernels for a GPU
+    that it sees."""
+    torch.ones(1, device=name).add(1)
 
 
 def gpu_facts(device: str) -> dict[str, str]:
