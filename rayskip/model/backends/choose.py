@@ -43,7 +43,7 @@ def open_device(name: str | None) -> torch.device:
 
 
 def check_device(name: str) -> None:
-    """Raises RuntimeError or AssertionError where torch cannot compute on a device: it may have no kernels for a GPU
+    """Raises RuntimeError or AssertionError where torch cannot compute on a device: it may lack kernels for a GPU
     that it sees."""
     torch.ones(1, device=name).add(1)
 
