@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from rayskip.errors import ConfigError, Interrupted, RayskipError
+from rayskip.errors import ConfigError, Interrupted, JobFailed, RayskipError
 
 app = typer.Typer(
     name="rayskip",
@@ -24,8 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Batch generation over a dataset, on Ray replicas, committed exactly once.",
-    epilog="Exit codes: 0 done; 1 the job failed; 2 something given is wrong (one line says what); "
-    "75 a run was interrupted, the same command resumes.",
+    epilog="Exit codes: 0 done; 1 the job failed, or no row succeeded; 2 something given is wrong (a line says "
+    "what); 3 another run has taken the output folder over; 75 a run was interrupted, the same command resumes.",
 )
 
 train_app = typer.Typer(no_args_is_help=True, help="Train what makes decoding faster.")
@@ -50,6 +50,9 @@ def main(args: Sequence[str] | None = None) -> None:
     _open_closed_streams()
     try:
         app(args)
+    except Interrupted as stop:
+        _say(str(stop))
+        raise SystemExit(stop.exit_code) from None
     except RayskipError as error:
         _say(f"error: {error}")
         raise SystemExit(error.exit_code) from None
@@ -90,6 +93,8 @@ def run(
         report = run_job(job, fresh, on_progress)
     _show(format_report(report))
     _show(f"committed to {job.output.path}")
+    if report.failure:
+        raise JobFailed(report.failure)
 
 
 @app.command()
@@ -98,10 +103,10 @@ def plan(config: Config, overrides: Overrides = None) -> None:
     from rayskip.config.file import load_config
 
     job = load_config(config, overrides or ())
-    from rayskip.preview import format_preview, preview
+    from rayskip.dry_run import dry_run, format_dry_run
 
-    seen = preview(job)
-    _show(format_preview(seen))
+    seen = dry_run(job)
+    _show(format_dry_run(seen))
     if seen.refused:
         raise seen.refused
 

@@ -6,7 +6,8 @@
     │   ├── InputError       the dataset: path, format, column
     │   ├── ModelError       the checkpoint: missing, unsafe, unknown family
     │   └── OutputError      the output folder: another job's, corrupt, not writable
-    ├── JobFailed            the job gave up                        exit 1
+    ├── JobFailed            the job gave up, or no row succeeded   exit 1
+    ├── TakenOver            another run has the output folder now  exit 3
     ├── Interrupted          stopped by a signal; the same command resumes   exit 75
     ├── Retryable            the same work may succeed elsewhere or later
     │   ├── ReplicaLost      the replica's process died or hangs
@@ -46,7 +47,13 @@ class OutputError(UserError):
 
 
 class JobFailed(RayskipError):
-    """The job gave up: too many failed rows, or a shard that keeps killing replicas."""
+    """The job gave up, or nothing succeeded: too many failed rows, or a shard that keeps killing replicas."""
+
+
+class TakenOver(RayskipError):
+    """Another run has the output folder now; starting this one again would only take it back."""
+
+    exit_code = 3
 
 
 class Interrupted(RayskipError):
@@ -79,6 +86,11 @@ def shown(value: object) -> str:
     """A value as messages have it: on one line, and not long."""
     text = repr(value) if isinstance(value, str) else str("null" if value is None else value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 row", "2,000 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rayskip.driver.progress import Progress
+from rayskip.driver.report import aligned
 from rayskip.driver.status import JobStatus
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def format_status(status: JobStatus) -> str:
         facts["last driver"] = (
             f"process {status.driver.pid} on {status.driver.host}, since {status.driver.started}"
         )
-    return "\n".join(f"{key:<18} {value}" for key, value in facts.items())
+    return aligned(facts)
 
 
 def _some(names: list[str]) -> str:

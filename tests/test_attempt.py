@@ -17,7 +17,7 @@ from rayskip.data.output import ENCODERS, SUFFIXES, count_rows, encode, output_t
 from rayskip.data.records import Generation, Shard
 from rayskip.data.storage import LocalStorage
 from rayskip.driver.plan import make_plan
-from rayskip.errors import OutputError
+from rayskip.errors import OutputError, TakenOver
 
 NONCE = "ab" * 16
 
@@ -38,7 +38,7 @@ def test_the_first_to_write_is_the_only_one(storage: LocalStorage) -> None:
 
 def test_what_belongs_to_a_job_that_was_deleted_is_gone_again(storage: LocalStorage) -> None:
     old = data_key(7, "cd" * 16, "jsonl")
-    with pytest.raises(OutputError, match=r"job\.json is gone or another job's"):
+    with pytest.raises(TakenOver, match=r"job\.json is gone or another job's"):
         write_attempt(storage, old, b"late")
     assert storage.list("data") == {}
 

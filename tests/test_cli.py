@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,14 @@ import pytest
 from rich.console import Console
 
 import rayskip
+from rayskip.cluster.local_pool import LocalPool
+from rayskip.cluster.replica import Replica
 from rayskip.config import JobConfig
+from rayskip.config.file import load_config
 from rayskip.config.train import TrainSkipConfig
+from rayskip.driver.loop import run_job
 from rayskip.driver.progress import Progress
-from rayskip.preview import histogram
+from rayskip.dry_run import histogram
 from rayskip.view import live_view
 
 ROOT = Path(__file__).parent.parent
@@ -27,7 +32,7 @@ BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNB
 ROWS = 40
 
 
-def cli(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def cli(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", MAIN, *args]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
@@ -154,9 +159,30 @@ def test_plan_shows_prompts_lengths_and_bad_rows(job: Path) -> None:
     assert f"{ROWS + 1} rows in 3 shards" in found.stdout
     assert found.stdout.count("Name a colour, number 0.") == 1
     assert "prompt 3:" in found.stdout
-    assert "null_prompt: 1 rows, such as rows.jsonl row 40" in found.stdout
+    assert "null_prompt: 1, such as rows.jsonl row 40" in found.stdout
     assert f"at most {ROWS * 4} completion tokens" in found.stdout
     assert not (job.parent / "out").exists()
+
+
+def test_a_job_of_which_nothing_succeeds_is_exit_1(
+    tiny_llama: Callable[..., Path], job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan says so before, and so does the same command after."""
+    monkeypatch.chdir(job.parent)
+    rows = [{"prompt_token_ids": ids} for ids in ([-1], [], [-2])]
+    (job.parent / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["input={path: bad.jsonl}", f"model.path={tiny_llama('bad', 1)}"]
+    args = [job.name, *(part for each in given for part in ("--set", each))]
+    commonest = "the commonest error is bad_token_id: 2, such as bad.jsonl row 0: column"
+    planned = cli("plan", *args)
+    assert planned.returncode == 1
+    assert f"error: none of the 3 rows looked at can run; {commonest}" in planned.stderr
+    config = load_config(job, given)
+    run_job(config, lambda job, source: LocalPool(lambda: Replica(job, source)))
+    ran = cli("run", *args)
+    assert ran.returncode == 1
+    assert "empty_prompt: 1, such as bad.jsonl row 1: the prompt is empty" in ran.stdout
+    assert f"error: no row succeeded; {commonest}" in ran.stderr
 
 
 @pytest.mark.timeout(240)

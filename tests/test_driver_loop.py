@@ -19,7 +19,7 @@ import pytest
 from rayskip.cluster.local_pool import LocalPool
 from rayskip.config import JobConfig
 from rayskip.data.attempt import write_attempt
-from rayskip.data.records import Shard, ShardResult
+from rayskip.data.records import RowErrors, Shard, ShardResult
 from rayskip.data.sources import Source
 from rayskip.data.storage import open_storage
 from rayskip.driver.loop import run_plan
@@ -29,7 +29,15 @@ from rayskip.driver.records import JobRecord, Manifest
 from rayskip.driver.report import Report, format_report
 from rayskip.driver.status import status
 from rayskip.driver.verify import repair, verify
-from rayskip.errors import InputError, Interrupted, JobFailed, OutputError, ReplicaLost, StorageBusy
+from rayskip.errors import (
+    InputError,
+    Interrupted,
+    JobFailed,
+    OutputError,
+    ReplicaLost,
+    StorageBusy,
+    TakenOver,
+)
 from rayskip.pool import ReplicaInfo, ReplicaProgress
 from rayskip.stats import Stats
 
@@ -66,9 +74,9 @@ class TinyReplica:
             self.wrote(shard)
         self.rows += shard.rows
         stats = Stats(rows=shard.rows, rows_failed=1, completion_tokens=shard.rows * 7, steps=1)
-        return ShardResult(
-            shard.index, shard.output, hashlib.sha256(body).hexdigest(), len(body), shard.rows, 1, stats
-        )
+        errors = {f"odd_{shard.index % 2}": RowErrors(1, shard.name, shard.start, "it is odd")}
+        digest = hashlib.sha256(body).hexdigest()
+        return ShardResult(shard.index, shard.output, digest, len(body), shard.rows, 1, stats, errors)
 
 
 def lines(name: str, start: int, stop: int) -> bytes:
@@ -130,6 +138,9 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     assert (report.rows, report.rows_failed, report.completion_tokens) == (60, 6, 420)
     assert report.shards_resumed == report.retries == 0
     assert report == Report.model_validate_json((tmp_path / "report.json").read_bytes())
+    assert report.errors == {f"odd_{kind}": RowErrors(3, "a", kind * ROWS, "it is odd") for kind in (0, 1)}
+    assert "odd_1: 3, such as a row 10: it is odd" in format_report(report)
+    assert report.failure is None
     assert "60, 6 failed" in format_report(report)
     in_vain = report.model_copy(
         update={"drafted": 3, "drafted_by": {"lookup": 3}, "accepted_by": {}, "mean_accepted": 1.0}
@@ -258,7 +269,7 @@ def test_a_later_driver_takes_over(tmp_path: Path) -> None:
     def first() -> None:
         try:
             run(config(tmp_path), mishap)
-        except OutputError as error:
+        except TakenOver as error:
             errors.append(error)
 
     thread = threading.Thread(target=first)
@@ -300,7 +311,7 @@ def test_a_replica_that_outlives_its_driver_leaves_no_second_file(
         def pool(job: JobConfig, source: Source) -> LocalPool:
             return LocalPool(lambda: TinyReplica(job.output.path, begins, ends))
 
-        with suppress(OutputError):
+        with suppress(TakenOver):
             run_plan(config(tmp_path), plan(6), pool)
 
     thread = threading.Thread(target=first)
@@ -469,7 +480,7 @@ def test_a_folder_that_vanishes_stops_the_job(tmp_path: Path) -> None:
         if shard.index == 2:
             out.rename(tmp_path / "moved")
 
-    with pytest.raises(OutputError, match=r"job\.json is gone or another job's"):
+    with pytest.raises(TakenOver, match=r"job\.json is gone or another job's"):
         run(config(out), mishap)
     assert not (out / "job.json").exists()
 

@@ -28,9 +28,9 @@ from rayskip.driver.records import VERSION, CommitRecord
 from rayskip.driver.report import Report
 from rayskip.driver.status import status
 from rayskip.driver.verify import verify
+from rayskip.dry_run import dry_run, format_dry_run
 from rayskip.engine import Engine
 from rayskip.errors import OutputError
-from rayskip.preview import format_preview, preview
 
 FIXTURE = Path(__file__).parent / "fixtures/folders_0.1.0"
 
@@ -207,11 +207,11 @@ def test_a_job_keeps_the_date_of_its_first_run(dated: Path) -> None:
     earlier = "input.date=2020-02-03"
     with pytest.raises(_Killed):
         _run(config, earlier, on_progress=_until_a_commit(out))
-    shown = format_preview(preview(load_config(config)))
+    shown = format_dry_run(dry_run(load_config(config)))
     assert "the chat template tells the date: 2020-02-03\n" in shown
-    lengths = preview(load_config(config, [earlier, f"output.path={dated}/new"])).lengths
+    lengths = dry_run(load_config(config, [earlier, f"output.path={dated}/new"])).lengths
     assert (
-        lengths != preview(load_config(config, [f"output.path={dated}/new", "input.date=2020-02-04"])).lengths
+        lengths != dry_run(load_config(config, [f"output.path={dated}/new", "input.date=2020-02-04"])).lengths
     )
     assert "03 Feb 2020, 00:00: row 0" in shown
     with pytest.raises(
@@ -226,9 +226,9 @@ def test_a_job_keeps_the_date_of_its_first_run(dated: Path) -> None:
 def test_the_date_is_todays_where_none_is_given_and_none_where_no_template_asks(dated: Path) -> None:
     before = date.today()
     config, elsewhere = str(dated / "job.yaml"), f"output.path={dated}/new"
-    seen = preview(load_config(config, [elsewhere]))
+    seen = dry_run(load_config(config, [elsewhere]))
     assert before <= seen.plan.record.date <= date.today()
     assert f"{seen.plan.record.date:%d %b %Y}, 00:00: row 0" in seen.prompts[0]
-    plain = preview(load_config(config, [elsewhere, "input.chat=false"]))
+    plain = dry_run(load_config(config, [elsewhere, "input.chat=false"]))
     assert plain.plan.record.date is None
-    assert "tells the date" not in format_preview(plain)
+    assert "tells the date" not in format_dry_run(plain)

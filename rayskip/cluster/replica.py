@@ -18,7 +18,7 @@ from rayskip.cluster.engine_thread import EngineThread, failed_row
 from rayskip.config import JobConfig
 from rayskip.data.agreement import agreement
 from rayskip.data.attempt import write_attempt
-from rayskip.data.output import count_rows, encode, output_table
+from rayskip.data.output import count_rows, encode, errors_by_type, output_table
 from rayskip.data.records import Generation, Prompt, Shard, ShardResult
 from rayskip.data.sources import Source, read_shard
 from rayskip.data.storage import open_storage
@@ -143,6 +143,7 @@ def _result(shard: Shard, data: bytes, rows: list[Generation], stats: Stats) -> 
         rows=stats.rows,
         rows_failed=stats.rows_failed,
         stats=stats,
+        errors=errors_by_type(rows, shard),
     )
 
 

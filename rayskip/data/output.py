@@ -15,6 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayskip.config import InputConfig, JobConfig
-from rayskip.data.records import BROKEN_ROW, Generation, Shard, TokenLogprob
+from rayskip.data.records import BROKEN_ROW, Generation, RowErrors, Shard, TokenLogprob
 from rayskip.data.values import whole_rows
 from rayskip.errors import InputError
 
@@ -45,6 +46,9 @@ _COLUMNS: dict[str, pa.DataType] = {
     "skip_policy": pa.string(),
     "mean_layers": pa.float32(),
 }
+
+_MESSAGE = 300
+"""Most characters of an error's message where it stands for others of its type."""
 
 _IDENTITY = ("row_file", "row_index", "sample_index")
 
@@ -103,8 +107,27 @@ def _value(row: Generation, column: str, shard: Shard) -> Any:
     if column == "logprobs":
         return None if row.logprobs is None else [_logprob(token) for token in row.logprobs]
     value = shard.name if column == "row_file" else getattr(row, column)
-    # An error may quote what was wrong with the row, and that may be what no UTF-8 file can hold.
-    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+    return _utf8(value) if isinstance(value, str) else value
+
+
+def _utf8(text: str) -> str:
+    """An error may quote what was wrong with the row, and that may be what no UTF-8 file can hold."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def errors_by_type(rows: Iterable[Generation], shard: Shard) -> dict[str, RowErrors]:
+    """Those of a shard's output rows that failed, by error_type; messages are cut short."""
+    found: dict[str, RowErrors] = {}
+    for row in rows:
+        if row.error_type is not None:
+            count_error(found, row.error_type, shard.name, row.row_index, row.error_message or "")
+    return found
+
+
+def count_error(found: dict[str, RowErrors], kind: str, row_file: str, row_index: int, message: str) -> None:
+    """One more error of type `kind`; the first of a type is its example, with its message cut short."""
+    first = found.get(kind) or RowErrors(0, _utf8(row_file), row_index, _utf8(message)[:_MESSAGE])
+    found[kind] = replace(first, count=first.count + 1)
 
 
 def _logprob(token: TokenLogprob) -> dict[str, Any]:

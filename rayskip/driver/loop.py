@@ -31,7 +31,7 @@ from rayskip.driver.commit import (
 from rayskip.driver.plan import Plan, make_plan
 from rayskip.driver.progress import Meter, Progress
 from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, commit_key, fold, signature
-from rayskip.driver.report import Report, merged, total
+from rayskip.driver.report import Report, merged, total, total_errors
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
 from rayskip.errors import Interrupted, JobFailed, Retryable
@@ -358,6 +358,7 @@ class JobRun:
             rows=sum(record.rows for record in self.commits.values()),
             rows_failed=self.rows_failed,
             rows_cut=whole.rows_cut,
+            errors=total_errors(record for _, record in sorted(self.commits.items())),
             prompt_tokens=whole.prompt_tokens,
             prefix_tokens=whole.prefix_tokens,
             completion_tokens=whole.completion_tokens,

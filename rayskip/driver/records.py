@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 import rayskip
-from rayskip.data.records import Shard, ShardResult
+from rayskip.data.records import RowErrors, Shard, ShardResult
 from rayskip.stats import Stats
 
 VERSION = 1
@@ -113,6 +113,7 @@ class CommitRecord(Signed):
     """A shard is done: this file is its output.
 
     name, start, stop: the input rows (see Shard). rows, rows_failed: output rows. bytes, sha256: of the file.
+    errors: the output rows that failed, by error_type; empty in records of before these were told apart.
     """
 
     shard: int
@@ -128,6 +129,7 @@ class CommitRecord(Signed):
     fingerprint: str
     epoch: int
     nonce: str
+    errors: dict[str, RowErrors] = Field(default_factory=dict)
 
     @property
     def counters(self) -> Stats:
@@ -192,6 +194,7 @@ def to_commit(shard: Shard, result: ShardResult, fingerprint: str, epoch: int, n
         fingerprint=fingerprint,
         epoch=epoch,
         nonce=nonce,
+        errors=result.errors,
         **signature(),
     )
 

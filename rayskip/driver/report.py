@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from pydantic import AliasChoices, Field
 
+from rayskip.data.records import RowErrors
 from rayskip.driver.records import CommitRecord, Signed
 from rayskip.stats import Stats
 
@@ -17,7 +19,7 @@ class Report(Signed):
     Rows and tokens are the whole job's (output rows: input rows x n), seconds and speeds are this run's:
     shards_resumed says how many shards earlier runs had committed.
     rows_cut: output rows cut off at max_tokens or the context's end, but for shards committed before these were
-    counted.
+    counted. errors: those that failed, by error_type, the commonest first; likewise.
     load_s: seconds a replica took to load (the slowest). generate_s: from the first replica ready to the
     last shard committed. wall_s: the whole run. seconds: per phase, summed over this run's replicas.
     completion_tok_s: completion tokens of this run / generate_s.
@@ -74,7 +76,13 @@ class Report(Signed):
     fell_back_to_full_depth: bool
     seconds: dict[str, float]
     rows_cut: int = 0
+    errors: dict[str, RowErrors] = Field(default_factory=dict)
     kv_fill: float | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the finished job is a failure, None for one that is not."""
+        return failure(self.rows, self.rows_failed, self.errors)
 
 
 def total(commits: Iterable[CommitRecord]) -> Stats:
@@ -83,6 +91,35 @@ def total(commits: Iterable[CommitRecord]) -> Stats:
     for commit in commits:
         stats += commit.counters
     return stats
+
+
+def total_errors(commits: Iterable[CommitRecord]) -> dict[str, RowErrors]:
+    """The failed rows of all records by error_type, the commonest first, each with the first record's example."""
+    found: dict[str, RowErrors] = {}
+    for commit in commits:
+        for kind, errors in commit.errors.items():
+            first = found.get(kind)
+            found[kind] = replace(first, count=first.count + errors.count) if first else errors
+    return commonest_first(found)
+
+
+def commonest_first(errors: dict[str, RowErrors]) -> dict[str, RowErrors]:
+    return dict(sorted(errors.items(), key=lambda item: -item[1].count))
+
+
+def error_lines(errors: dict[str, RowErrors]) -> list[str]:
+    """A line for each error_type: how often, and one of them."""
+    return [
+        f"{kind}: {found.count:,}, such as {found.row_file} row {found.row_index}: {found.message}"
+        for kind, found in errors.items()
+    ]
+
+
+def failure(rows: int, rows_failed: int, errors: dict[str, RowErrors]) -> str | None:
+    """Why so many output rows, with so many failed, are no success: not one came out. None if one did."""
+    if not rows or rows_failed < rows:
+        return None
+    return "; the commonest error is ".join(["no row succeeded", *error_lines(errors)[:1]])
 
 
 def _layers(report: Report) -> str:
@@ -134,6 +171,8 @@ def format_report(report: Report) -> str:
         f"driver {report.driver_cpu_s_per_1000_rows:.2f} CPU s per 1,000 rows",
         "phases": ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items()),
     }
+    if report.errors:
+        facts["errors"] = "\n".join(error_lines(report.errors))
     if report.skip != "none":
         facts["layers"] = _layers(report)
     if report.drafted:
@@ -141,5 +180,12 @@ def format_report(report: Report) -> str:
             f"{kind} {report.accepted_by.get(kind, 0):,} of {n:,}" for kind, n in report.drafted_by.items()
         )
         facts["drafts"] = f"{report.mean_accepted:.2f} tokens a verification; held: {kinds}"
-    width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+    return aligned(facts)
+
+
+def aligned(facts: dict[str, str]) -> str:
+    """A line for each fact, its values below each other."""
+    width = max(map(len, facts)) + 2
+    return "\n".join(
+        name.ljust(width) + value.replace("\n", "\n" + " " * width) for name, value in facts.items()
+    )

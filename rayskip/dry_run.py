@@ -10,15 +10,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayskip.config import JobConfig
+from rayskip.data.output import count_error
 from rayskip.data.prompts import PromptBuilder, prompt_columns
-from rayskip.data.records import Prompt, Shard
+from rayskip.data.records import Prompt, RowErrors, Shard
 from rayskip.data.sources import read_shard
 from rayskip.data.storage import open_storage
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.data.values import python_rows
 from rayskip.driver.commit import adopt, load_commits, lost_files, sizes
 from rayskip.driver.plan import Plan, make_plan
-from rayskip.errors import OutputError, RowError, shown
+from rayskip.driver.report import commonest_first, error_lines
+from rayskip.errors import JobFailed, OutputError, RayskipError, RowError, counted, shown
 from rayskip.model.checkpoint import read_spec, resolve, suggested_sampling
 
 SAMPLE_ROWS = 10_000
@@ -27,30 +29,29 @@ BAR = 40
 
 
 @dataclass
-class Preview:
+class DryRun:
     """rows: rows looked at. prompts: the first ones as text. lengths: tokens of each good prompt.
 
-    completion_tokens: the most that the good rows looked at may generate. bad: rows by error type, with one
-    message each in `examples`. committed: shards that earlier runs of this job finished. refused: why a run
-    would not write into that folder, None if it would. suggested: sampling parameters that the model's
-    generation_config.json has and the job has otherwise.
+    completion_tokens: the most that the good rows looked at may generate. errors: the rows that cannot run, by
+    error_type. committed: shards that earlier runs of this job finished. refused: why a run would not write into
+    that folder, or that none of the rows can run; None if all is well. suggested: sampling parameters that the
+    model's generation_config.json has and the job has otherwise.
     """
 
     job: JobConfig
     plan: Plan
     committed: int
-    refused: OutputError | None
+    refused: RayskipError | None
     max_model_len: int
     suggested: dict[str, Any] = field(default_factory=dict)
     rows: int = 0
     prompts: list[str] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     completion_tokens: int = 0
-    bad: Counter[str] = field(default_factory=Counter)
-    examples: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, RowErrors] = field(default_factory=dict)
 
 
-def preview(job: JobConfig) -> Preview:
+def dry_run(job: JobConfig) -> DryRun:
     """Validate a job against its input, model and output folder, and render a sample of its rows.
 
     Raises UserError for what a run would be refused for; what the output folder is refused for is in `refused`, so
@@ -65,7 +66,7 @@ def preview(job: JobConfig) -> Preview:
     sampling = job.sampling.model_dump()
     suggested = {name: value for name, value in suggested_sampling(folder).items() if value != sampling[name]}
     max_model_len = min(job.engine.max_model_len or longest, longest)
-    seen = Preview(job, plan, committed, refused, max_model_len, suggested)
+    seen = DryRun(job, plan, committed, refused, max_model_len, suggested)
     builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len)
     columns = prompt_columns(job.input)
     for shard in sample(plan.shards, SAMPLE_ROWS):
@@ -74,8 +75,7 @@ def preview(job: JobConfig) -> Preview:
             try:
                 prompt = builder.build(row, index, shard.name)
             except RowError as error:
-                seen.bad[error.kind] += 1
-                seen.examples.setdefault(error.kind, f"{shard.name} row {index}: {error}")
+                count_error(seen.errors, error.kind, shard.name, index, str(error))
                 continue
             if len(seen.prompts) < PROMPTS_SHOWN:
                 seen.prompts.append(
@@ -83,6 +83,12 @@ def preview(job: JobConfig) -> Preview:
                 )
             seen.lengths.append(len(prompt.token_ids))
             seen.completion_tokens += _most_tokens(prompt, seen.max_model_len)
+    seen.errors = commonest_first(seen.errors)
+    if seen.errors and not seen.lengths and not seen.refused:
+        seen.refused = JobFailed(
+            f"none of the {counted(seen.rows, 'row')} looked at can run; the commonest error is "
+            + error_lines(seen.errors)[0]
+        )
     return seen
 
 
@@ -104,8 +110,8 @@ def sample(shards: list[Shard], rows: int) -> list[Shard]:
     return shards[::step]
 
 
-def format_preview(seen: Preview) -> str:
-    """The preview as text for a terminal."""
+def format_dry_run(seen: DryRun) -> str:
+    """The dry run as text for a terminal."""
     record = seen.plan.record
     parts = [
         f"{record.name}: {record.rows:,} rows in {record.shards:,} shards, {seen.committed:,} committed",
@@ -118,7 +124,11 @@ def format_preview(seen: Preview) -> str:
     parts += [f"\nprompt {number}:\n{text}" for number, text in enumerate(seen.prompts, 1)]
     parts.append(f"\nprompt tokens, {seen.rows:,} of {record.rows:,} rows looked at:")
     parts += histogram(seen.lengths)
-    parts += [f"{kind}: {count:,} rows, such as {seen.examples[kind]}" for kind, count in seen.bad.items()]
+    if seen.errors:
+        parts.append(
+            f"{counted(seen.rows - len(seen.lengths), 'row')} cannot run and would come out with an error:"
+        )
+        parts += [f"  {line}" for line in error_lines(seen.errors)]
     parts.append(_estimate(seen))
     return "\n".join(parts)
 
@@ -140,7 +150,7 @@ def _most_tokens(prompt: Prompt, max_model_len: int) -> int:
     return prompt.params.n * min(prompt.params.max_tokens, max_model_len - len(prompt.token_ids))
 
 
-def _suggestion(seen: Preview) -> str:
+def _suggestion(seen: DryRun) -> str:
     sampling = seen.job.sampling.model_dump()
     theirs = ", ".join(f"{name} {shown(value)}" for name, value in seen.suggested.items())
     ours = ", ".join(f"{name} {shown(sampling[name])}" for name in seen.suggested)
@@ -148,7 +158,7 @@ def _suggestion(seen: Preview) -> str:
     return f"the model's generation_config.json suggests {theirs}; the job's sampling has {ours}{greedy}"
 
 
-def _estimate(seen: Preview) -> str:
+def _estimate(seen: DryRun) -> str:
     share = seen.plan.rows / seen.rows if seen.rows else 0.0
     return (
         f"in all about {sum(seen.lengths) * share:,.0f} prompt tokens "
