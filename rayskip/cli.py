@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from rayskip.errors import ConfigError, Interrupted, JobFailed, RayskipError
+from rayskip.errors import ConfigError, Interrupted, JobFailed, RayskipError, counted
 
 app = typer.Typer(
     name="rayskip",
@@ -139,8 +139,9 @@ def verify(
         return
     found = verify_job(out)
     _show(
-        f"{found.name}: whole. {found.rows:,} rows ({found.rows_failed:,} failed) exactly once "
-        f"in {found.files:,} files, {found.bytes:,} bytes, all hashes match"
+        f"{found.name}: whole. {counted(found.rows, 'row')} exactly once in {counted(found.files, 'file')}, "
+        f"{counted(found.generations, 'generation')} ({found.generations_failed:,} failed), {found.bytes:,} bytes, "
+        f"all hashes match"
     )
 
 

@@ -14,11 +14,11 @@ from rayskip.data.output import count_error
 from rayskip.data.prompts import PromptBuilder, prompt_columns
 from rayskip.data.records import Prompt, RowErrors, Shard
 from rayskip.data.sources import read_shard
-from rayskip.data.storage import open_storage
+from rayskip.data.storage import open_storage, probe_unmade
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.data.values import python_rows
 from rayskip.driver.commit import adopt, load_commits, lost_files, sizes
-from rayskip.driver.plan import Plan, make_plan
+from rayskip.driver.plan import Plan, make_plan, settled
 from rayskip.driver.report import commonest_first, error_lines
 from rayskip.errors import JobFailed, OutputError, RayskipError, RowError, counted, shown
 from rayskip.model.checkpoint import read_spec, resolve, suggested_sampling
@@ -59,7 +59,7 @@ def dry_run(job: JobConfig) -> DryRun:
     """
     plan = make_plan(job)
     plan, committed, refused = _committed(job, plan)
-    job = job.dated(plan.record.date)
+    job = settled(job, plan.record)
     folder = resolve(job.model.path, job.model.revision)
     tokenizer = load_tokenizer(folder)
     longest = read_spec(folder).max_positions
@@ -97,6 +97,7 @@ def _committed(job: JobConfig, plan: Plan) -> tuple[Plan, int, OutputError | Non
     storage = open_storage(job.output.path)
     try:
         plan = replace(plan, record=adopt(storage, plan.record))
+        probe_unmade(storage)
         commits = load_commits(storage, plan.record.fingerprint, plan.shards)
         return plan, len(commits) - len(lost_files(storage, sizes(commits.values()))), None
     except OutputError as error:
@@ -114,15 +115,18 @@ def format_dry_run(seen: DryRun) -> str:
     """The dry run as text for a terminal."""
     record = seen.plan.record
     parts = [
-        f"{record.name}: {record.rows:,} rows in {record.shards:,} shards, {seen.committed:,} committed",
+        f"{record.name}: {counted(record.rows, 'row')} in {counted(record.shards, 'shard')}, "
+        f"{seen.committed:,} committed",
         f"model {seen.job.model.path}, context {seen.max_model_len:,} tokens",
     ]
     if record.date:
         parts.append(f"the chat template tells the date: {record.date}")
+    if record.prefix:
+        parts.append(f"the output's columns begin with {record.prefix}, as {record.prefix}text")
     if seen.suggested:
         parts.append(_suggestion(seen))
     parts += [f"\nprompt {number}:\n{text}" for number, text in enumerate(seen.prompts, 1)]
-    parts.append(f"\nprompt tokens, {seen.rows:,} of {record.rows:,} rows looked at:")
+    parts.append(f"\nprompt tokens, {seen.rows:,} of {counted(record.rows, 'row')} looked at:")
     parts += histogram(seen.lengths)
     if seen.errors:
         parts.append(

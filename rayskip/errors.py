@@ -89,8 +89,9 @@ def shown(value: object) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number of things: "1 row", "2,000 rows"."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    """A number of things: "1 row", "2,000 rows", "2 retries"."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def first_line(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rayskip.driver.progress import Progress
-from rayskip.driver.report import aligned
+from rayskip.driver.report import aligned, error_lines, told_generations
 from rayskip.driver.status import JobStatus
 
 if TYPE_CHECKING:
@@ -94,9 +94,14 @@ def format_status(status: JobStatus) -> str:
         "job": status.name,
         "state": "finished" if status.finished else "not finished; the same run command resumes",
         "shards": f"{status.shards:,} of {status.shards_total:,} committed",
-        "rows": f"{status.rows:,} of {status.rows_total:,}, {status.rows_failed:,} failed",
+        "rows": f"{status.rows:,} of {status.rows_total:,}",
+        "generations": told_generations(
+            status.generations, status.generations_failed, status.generations_cut
+        ),
         "completion tokens": f"{status.completion_tokens:,}",
     }
+    if status.errors:
+        facts["errors"] = "\n".join(error_lines(status.errors))
     if status.lost:
         facts["missing or changed"] = _some(status.lost)
     if status.strays:
@@ -117,7 +122,7 @@ def _facts(progress: Progress) -> dict[str, str]:
     rows = {"rows": f"{progress.rows:,}/{progress.rows_total:,}"}
     elapsed = {"elapsed": _clock(progress.elapsed_s)}
     replicas = {"replicas": f"{progress.replicas}/{progress.replicas_total}"}
-    troubles = {"retries": progress.retries, "errors": progress.rows_failed}
+    troubles = {"retries": progress.retries, "failed": progress.failed}
     if not progress.replicas and not progress.tokens:  # nothing has loaded yet, or the last replica is gone
         return rows | elapsed | replicas | {key: f"{count:,}" for key, count in troubles.items() if count}
     speed = {

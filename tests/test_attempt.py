@@ -94,9 +94,9 @@ def test_rows_are_counted_in_every_format(format: str) -> None:
     shard = Shard(0, "f", "f", 5, 7)
     rows = [Generation(5, 0, "stop", "a"), Generation(6, 0, "error", error_type="x", error_message="y")]
     data = encode(format, output_table(pa.table({"id": [1, 2]}), rows, shard, job))
-    assert count_rows(data, format, shard) == (2, 1)
+    assert count_rows(data, format, "", shard) == (2, 1)
     assert SUFFIXES[format] in data_key(0, NONCE, SUFFIXES[format])
     with pytest.raises(ValueError, match="rows 5 to 7 of f"):
-        count_rows(data, format, Shard(0, "f", "f", 5, 8))
+        count_rows(data, format, "", Shard(0, "f", "f", 5, 8))
     with pytest.raises(ValueError, match="is no output"):
-        count_rows(data[:-3], format, shard)
+        count_rows(data[:-3], format, "", shard)

@@ -194,7 +194,7 @@ def test_a_job_from_run_to_verify_and_again(job: Path) -> None:
     assert "finished" in cli("status", "out", cwd=job.parent).stdout
     verified = cli("verify", "out", cwd=job.parent)
     assert verified.returncode == 0, verified.stderr
-    assert "41 rows (1 failed) exactly once in 3 files" in verified.stdout
+    assert "41 rows exactly once in 3 files, 41 generations (1 failed)" in verified.stdout
 
     other = cli("plan", job.name, "--set", "sampling.max_tokens=5", cwd=job.parent)
     assert other.returncode == 2
@@ -214,17 +214,17 @@ def test_plain_lines_are_few_when_not_on_a_terminal() -> None:
     shown = io.StringIO()
     with live_view("bench", Console(file=shown)) as on_progress:
         on_progress(progress("loading", 0, tokens=0, replicas=0))
-        on_progress(replace(progress("starting", 0, tokens=0, replicas=0), retries=0, rows_failed=0))
+        on_progress(replace(progress("starting", 0, tokens=0, replicas=0), retries=0, failed=0))
         for rows in range(100):
             on_progress(progress("generating", rows))
         on_progress(progress("finished", 200))
     assert shown.getvalue().splitlines() == [
-        "bench: loading: rows 0/200, elapsed 0:01:01, replicas 0/2, retries 3, errors 4",
+        "bench: loading: rows 0/200, elapsed 0:01:01, replicas 0/2, retries 3, failed 4",
         "bench: starting: rows 0/200, elapsed 0:01:01, replicas 0/2",
         "bench: generating: rows 0/200, tokens 5,000, tok/s 400 now 350 overall, elapsed 0:01:01, ETA -, "
-        "replicas 1/2, retries 3, errors 4",
+        "replicas 1/2, retries 3, failed 4",
         "bench: finished: rows 200/200, tokens 5,000, tok/s 400 now 350 overall, elapsed 0:01:01, ETA -, "
-        "replicas 1/2, retries 3, errors 4",
+        "replicas 1/2, retries 3, failed 4",
     ]
 
 

@@ -40,6 +40,7 @@ from rayskip.errors import (
 )
 from rayskip.pool import ReplicaInfo, ReplicaProgress
 from rayskip.stats import Stats
+from rayskip.view import format_status
 
 ROWS = 10
 
@@ -135,12 +136,13 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     seen: list[Progress] = []
     report = run(config(tmp_path), on_progress=seen.append)
     assert content(tmp_path) == whole()
-    assert (report.rows, report.rows_failed, report.completion_tokens) == (60, 6, 420)
+    assert (report.rows, report.generations, report.generations_failed) == (60, 60, 6)
     assert report.shards_resumed == report.retries == 0
     assert report == Report.model_validate_json((tmp_path / "report.json").read_bytes())
     assert report.errors == {f"odd_{kind}": RowErrors(3, "a", kind * ROWS, "it is odd") for kind in (0, 1)}
     assert "odd_1: 3, such as a row 10: it is odd" in format_report(report)
     assert report.failure is None
+    assert report.completion_tokens == 420
     assert "60, 6 failed" in format_report(report)
     in_vain = report.model_copy(
         update={"drafted": 3, "drafted_by": {"lookup": 3}, "accepted_by": {}, "mean_accepted": 1.0}
@@ -149,6 +151,8 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     assert (seen[0].rows, seen[-1].rows, seen[-1].rows_total, seen[-1].phase) == (0, 60, 60, "finished")
     now = status(str(tmp_path))
     assert (now.finished, now.shards, now.rows, now.completion_tokens) == (True, 6, 60, 420)
+    assert now.errors == report.errors
+    assert "60, 6 failed, 0 cut off" in format_status(now)
     assert {path.name for path in tmp_path.iterdir()} == {
         "_commits",
         "_epochs",
@@ -242,10 +246,12 @@ def test_an_error_of_the_user_is_not_retried(tmp_path: Path) -> None:
 def test_max_failed_rows(tmp_path: Path, limit: float, fails: bool) -> None:
     job = config(tmp_path, retry={"max_failed_rows": limit})
     if fails:
-        with pytest.raises(JobFailed, match="max_failed_rows"):
+        with pytest.raises(
+            JobFailed, match=r"generations failed, .*max_failed_rows.*: odd_\d: \d, such as a row"
+        ):
             run(job)
     else:
-        assert run(job).rows_failed == 6
+        assert run(job).generations_failed == 6
 
 
 def test_another_fingerprint_is_refused_and_fresh_starts_over(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def _edit_config(out: Path, section: str, **values: Any) -> None:
 
 def test_a_folder_of_an_earlier_version_is_finished(old: Path) -> None:
     assert status("finished").finished
-    assert verify("finished").rows == 12
+    assert verify("finished").rows == 6
     report = _run("job.yaml")
     assert (report.completion_tokens, report.rayskip) == (70, None)
 
@@ -82,11 +82,39 @@ def test_a_folder_of_an_earlier_version_is_resumed_with_its_tokens(old: Path) ->
     with pytest.raises(OutputError, match="not finished"):
         verify("unfinished")
     report = _run("job.yaml", "output.path=unfinished")
-    assert (report.shards_resumed, report.shards, report.rows) == (1, 3, 12)
+    assert (report.shards_resumed, report.shards, report.rows) == (1, 3, 6)
     assert (old / "unfinished/_commits/shard-00001.json").read_bytes() == committed
-    assert verify("unfinished").rows == 12
+    assert verify("unfinished").rows == 6
     assert len(list((old / "unfinished/data").iterdir())) == 3
     assert _rows(old / "unfinished") == _rows(old / "finished")
+
+
+def test_a_jobs_output_is_the_next_jobs_input(old: Path) -> None:
+    """Which has our columns' names already: the next job's begin with a prefix, also when it is resumed."""
+    given = ("input.path=finished/data/*.jsonl", "output.path=next", "sampling.n=1")
+    seen = dry_run(load_config("job.yaml", given))
+    assert "the output's columns begin with generated_, as generated_text" in format_dry_run(seen)
+    report = _run("job.yaml", *given)
+    assert (report.rows, report.generations, report.prefix) == (12, 12, "generated_")
+    first = _rows(old / "next")[0]
+    assert {"note", "row_index", "text", "generated_row_index", "generated_text"} <= first.keys()
+    assert [row["generated_row_index"] for row in _rows(old / "next")] == [0, 1, 2, 3] * 3
+
+    before = (old / "next/manifest.json").read_bytes()
+    for gone in ("manifest.json", "_commits/shard-00001.json", "_commits/shard-00002.json"):
+        (old / "next" / gone).unlink()
+    next(
+        (old / "next/data").glob("shard-00002-*")
+    ).unlink()  # the other is found, as of a run that was killed
+    assert _run("job.yaml", *given).shards_resumed == 4
+    assert verify("next").rows == verify("next").generations == 12
+    sums = [
+        [file["sha256"] for file in json.loads(text)["files"]]
+        for text in (before, (old / "next/manifest.json").read_bytes())
+    ]
+    assert sums[0] == sums[1]
+    with pytest.raises(OutputError, match=r"different: output\.prefix \('generated_' there, 'a_' here\)"):
+        _run("job.yaml", *given, "output.prefix=a_")
 
 
 def test_the_quality_audits_of_an_earlier_version_count(old: Path) -> None:
@@ -109,7 +137,7 @@ def test_the_quality_audits_of_an_earlier_version_count(old: Path) -> None:
 
 def test_a_job_under_another_name_is_the_same_job(old: Path) -> None:
     assert _run("job.yaml", "output.path=unfinished", "name=later").shards_resumed == 1
-    assert verify("unfinished").rows == 12
+    assert verify("unfinished").rows == 6
     assert _rows(old / "unfinished") == _rows(old / "finished")
 
 

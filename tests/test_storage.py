@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from s3_server import Fault, FaultProxy, s3_server
 
-from rayskip.data.storage import LocalStorage, Storage, open_storage, probe
+from rayskip.data.storage import LocalStorage, Storage, open_storage, probe, probe_unmade
 from rayskip.errors import OutputError, StorageBusy
 
 
@@ -46,6 +46,14 @@ def test_round_trip(storage: Storage) -> None:
 def test_probe_accepts_and_leaves_nothing(storage: Storage) -> None:
     probe(storage)
     assert storage.list("") == {}
+
+
+def test_a_look_at_a_folder_does_not_make_it(storage: Storage, tmp_path: Path) -> None:
+    probe_unmade(storage)
+    assert storage.list("") == {}
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OutputError, match=r"^/proc/"):
+        probe_unmade(open_storage("/proc/none/out"))
 
 
 def test_exactly_one_racer_creates(storage: Storage) -> None:

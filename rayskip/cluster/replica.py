@@ -113,7 +113,8 @@ class Replica:
     def _other(self, result: ShardResult, shard: Shard, there: bytes) -> ShardResult:
         """The result of an attempt that was first and differs, as engines do that are not batch-invariant."""
         try:
-            rows, rows_failed = count_rows(there, self._job.output.format, shard)
+            output = self._job.output
+            rows, rows_failed = count_rows(there, output.format, output.prefix or "", shard)
         except ValueError as error:
             raise OutputError(
                 f"{self._storage.url}/{shard.output}: {error}; delete it and run again"

@@ -42,7 +42,7 @@ from rayskip.driver.records import (
     epoch_key,
     to_commit,
 )
-from rayskip.errors import OutputError, TakenOver
+from rayskip.errors import OutputError, TakenOver, counted
 
 D = TypeVar("D", bound=Document)
 
@@ -237,9 +237,9 @@ def _same_job(storage: Storage, existing: JobRecord, record: JobRecord) -> JobRe
     if differ := differences(existing, record):
         committed = len(commit_keys(storage))
         raise OutputError(
-            f"{storage.url} holds another job, {existing.name!r}, {committed:,} of {existing.shards:,} shards "
-            f"committed; different: {', '.join(differ)}. Choose another output.path, or run with --fresh to "
-            f"delete what is there and start over"
+            f"{storage.url} holds another job, {existing.name!r}, {committed:,} of "
+            f"{counted(existing.shards, 'shard')} committed; different: {', '.join(differ)}. Choose another "
+            f"output.path, or run with --fresh to delete what is there and start over"
         )
     # before a job kept its date, every run told its own day
     return existing if existing.date else existing.model_copy(update={"date": record.date})

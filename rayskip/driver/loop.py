@@ -28,13 +28,13 @@ from rayskip.driver.commit import (
     sweep,
     take_back,
 )
-from rayskip.driver.plan import Plan, make_plan
+from rayskip.driver.plan import Plan, make_plan, settled
 from rayskip.driver.progress import Meter, Progress
 from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, commit_key, fold, signature
-from rayskip.driver.report import Report, merged, total, total_errors
+from rayskip.driver.report import Report, error_lines, merged, total, total_errors
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
-from rayskip.errors import Interrupted, JobFailed, Retryable
+from rayskip.errors import Interrupted, JobFailed, Retryable, counted
 from rayskip.pool import Alive, Done, Event, Failed, Lost, Pool, Ready, ReplicaInfo
 
 PoolFactory = Callable[[JobConfig, Source], Pool]
@@ -79,7 +79,7 @@ def run_plan(
     with StopSignal() as stop:
         lease = open_job(storage, plan.record, fresh)
         plan = replace(plan, record=adopt(storage, plan.record))
-        run = JobRun(job.dated(plan.record.date), plan, storage, lease, stop, on_progress)
+        run = JobRun(settled(job, plan.record), plan, storage, lease, stop, on_progress)
         run.check_limits()  # what an earlier run committed may be past them already
         if not run.dispatch.finished:
             run.generate(pool_factory)
@@ -134,7 +134,7 @@ class JobRun:
         self.commits = still_there(storage, load_commits(storage, plan.record.fingerprint, plan.shards))
         self.whole = total(self.commits.values())
         self.resumed = frozenset(self.commits)
-        self.rows_failed = sum(record.rows_failed for record in self.commits.values())
+        self.failed = sum(record.rows_failed for record in self.commits.values())
         self.dispatch = Dispatch(
             [shard for shard in plan.shards if shard.index not in self.commits],
             job.cluster.replica_range,
@@ -204,7 +204,7 @@ class JobRun:
         while self.dispatch.in_flight and time.monotonic() < deadline:
             self._turn(pool)
         raise Interrupted(
-            f"stopped by a signal; {len(self.commits)} of {len(self.plan.shards)} shards are committed, "
+            f"stopped by a signal; {len(self.commits):,} of {counted(len(self.plan.shards), 'shard')} committed, "
             f"the same command resumes"
         )
 
@@ -271,7 +271,7 @@ class JobRun:
     def _committed(self, done: Done, record: CommitRecord) -> None:
         self.commits[record.shard] = record
         self.last_commit = time.monotonic()
-        self.rows_failed += record.rows_failed
+        self.failed += record.rows_failed
         self.whole += record.counters
         self.meter.committed(done.replica, record.stop - record.start, done.result.stats.completion_tokens)
 
@@ -289,10 +289,11 @@ class JobRun:
         if limit is None:
             return
         most = limit * self.plan.rows * self.job.sampling.n if isinstance(limit, float) else limit
-        if self.rows_failed > most:
+        if self.failed > most:
+            errors = error_lines(total_errors(self.commits.values()))
             raise JobFailed(
-                f"{self.rows_failed} rows failed, more than retry.max_failed_rows = {limit} allows; "
-                f"see error_type and error_message in {self.storage.url}/data"
+                f"{counted(self.failed, 'generation')} failed, more than retry.max_failed_rows = {limit} allows: "
+                + "; ".join(errors)
             )
 
     @property
@@ -333,7 +334,7 @@ class JobRun:
                 replicas=self.dispatch.ready,
                 replicas_total=self.job.cluster.replica_range[1],
                 retries=self.dispatch.retries,
-                rows_failed=self.rows_failed,
+                failed=self.failed,
             )
         )
 
@@ -355,9 +356,11 @@ class JobRun:
             shards=len(self.plan.shards),
             shards_resumed=len(self.resumed),
             retries=self.dispatch.retries,
-            rows=sum(record.rows for record in self.commits.values()),
-            rows_failed=self.rows_failed,
-            rows_cut=whole.rows_cut,
+            rows=self.plan.rows,
+            generations=sum(record.rows for record in self.commits.values()),
+            generations_failed=self.failed,
+            generations_cut=whole.rows_cut,
+            prefix=self.plan.record.prefix,
             errors=total_errors(record for _, record in sorted(self.commits.items())),
             prompt_tokens=whole.prompt_tokens,
             prefix_tokens=whole.prefix_tokens,

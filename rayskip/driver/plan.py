@@ -11,7 +11,7 @@ from datetime import date
 from pathlib import Path
 
 from rayskip.config import DecodeConfig, JobConfig
-from rayskip.data.output import check_output
+from rayskip.data.output import choose_prefix
 from rayskip.data.prompts import check_input, prompt_source
 from rayskip.data.records import Shard
 from rayskip.data.sources import Source, discover, plan_shards
@@ -47,7 +47,7 @@ def make_plan(job: JobConfig) -> Plan:
     began = time.monotonic()
     source = discover(job.input)
     check_input(job.input, source.columns)
-    check_output(job, source.columns)
+    prefix = choose_prefix(job, source.columns)
     shards = list(plan_shards(source, job.output.shard_rows, job.input.max_rows))
     folder = resolve(job.model.path, job.model.revision)
     check(folder, Path(job.model.adapter).expanduser() if job.model.adapter else None)
@@ -62,15 +62,24 @@ def make_plan(job: JobConfig) -> Plan:
     )
     record = JobRecord(
         name=job.name,
-        fingerprint=digest([parts, deciding(said(config)), str(day)]),
+        fingerprint=digest([parts, deciding(said(config)), str(day), prefix]),
         parts=parts,
         date=day,
+        prefix=prefix,
         shards=len(shards),
         rows=sum(shard.rows for shard in shards),
         config=config,
         **signature(),
     )
     return Plan(source, shards, record, time.monotonic() - began)
+
+
+def settled(job: JobConfig, record: JobRecord) -> JobConfig:
+    """The job with what it leaves open filled in, as its record says."""
+    given = job.input.model_copy(update={"date": record.date})
+    return job.model_copy(
+        update={"input": given, "output": job.output.model_copy(update={"prefix": record.prefix})}
+    )
 
 
 def job_date(job: JobConfig, source: Source, model: Path) -> date | None:

@@ -17,6 +17,7 @@ _NOTHING = ReplicaProgress(0, 0)
 class Progress:
     """A snapshot. Rows are input rows, committed or generated and not yet committed; resumed ones count.
 
+    failed: generations without an answer, of those committed.
     tokens: completion tokens of this run. tok_s_now, tok_s: per second, over the last seconds and over
     the run since the first replica was ready. eta_s: seconds to go, None before the first commit.
     phase: what goes on. elapsed_s: since the run began.
@@ -33,7 +34,7 @@ class Progress:
     replicas: int
     replicas_total: int
     retries: int
-    rows_failed: int
+    failed: int
 
 
 class Meter:

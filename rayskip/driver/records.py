@@ -78,7 +78,8 @@ class JobRecord(Signed):
 
     fingerprint: hash of what decided the output when the job began; ties its commit records to it.
     parts: hash of each content, files and weights. config: the job's config as given, every key of it.
-    date: that chat templates tell as today's; None where none asks for it. rows: input rows.
+    date: that chat templates tell as today's; None where none asks for it. prefix: of the output columns' names.
+    rows: input rows.
     nonce: new whenever a job begins in the folder; "" before it does, and in folders of earlier versions.
     """
 
@@ -90,7 +91,13 @@ class JobRecord(Signed):
     rows: int
     config: dict[str, Any]
     date: datetime.date | None = None
+    prefix: str = ""
     nonce: str = Field("", pattern="^[0-9a-f]*$")
+
+    @property
+    def format(self) -> str:
+        """Of the data files."""
+        return str(self.config.get("output", {}).get("format", "parquet"))
 
     @field_validator("config")
     @classmethod

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from rayskip.data.records import Shard
-from rayskip.errors import JobFailed
+from rayskip.errors import JobFailed, counted
 from rayskip.pool import LOOK_AHEAD
 
 # Replicas that may die while loading, one after the other, before the job does without them.
@@ -167,7 +167,7 @@ class Dispatch:
         self._faults[shard] += 1
         if self._faults[shard] >= self._max_attempts:
             raise self._gave_up(
-                failed, f"failed {self._max_attempts} times (retry.max_shard_attempts)", reason
+                failed, f"failed {counted(self._max_attempts, 'time')} (retry.max_shard_attempts)", reason
             )
         self.retries += 1
         (self._suspects if failed.probe else self._pending).append(failed)
@@ -182,7 +182,9 @@ class Dispatch:
                 and not self.ready
                 and len(self._replicas) < min(self._least, self._left)
             ):
-                raise JobFailed(f"{self._failed_starts} replicas in a row died loading; the last: {reason}")
+                raise JobFailed(
+                    f"{counted(self._failed_starts, 'replica')} in a row died loading; the last: {reason}"
+                )
         alone = len(gone.shards) == 1
         self.retries += len(gone.shards)
         self._suspects.extend(self._after_death(shard, alone, reason) for shard in gone.shards)

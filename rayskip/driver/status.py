@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rayskip.data.attempt import JOB
+from rayskip.data.records import RowErrors
 from rayskip.data.storage import Storage, open_storage
 from rayskip.driver.commit import data_files, epoch_keys, read, read_commits, sizes
 from rayskip.driver.records import MANIFEST, EpochRecord, JobRecord, Manifest
-from rayskip.driver.report import total
+from rayskip.driver.report import total, total_errors
 from rayskip.errors import OutputError
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """rows: input rows; rows_failed: output rows. driver: the last to claim the job, alive or not.
+    """rows: of the input, those committed and all. generations: committed, and of them those without an answer and
+    those cut off at max_tokens. errors: those that failed, by error_type. driver: the last to claim the job, alive
+    or not.
 
     lost: committed files that are missing or have another size. strays: files of a finished job's data/ that no
     record names, though they have a name of ours.
@@ -26,7 +29,10 @@ class JobStatus:
     shards_total: int
     rows: int
     rows_total: int
-    rows_failed: int
+    generations: int
+    generations_failed: int
+    generations_cut: int
+    errors: dict[str, RowErrors]
     completion_tokens: int
     driver: EpochRecord | None
     lost: list[str]
@@ -40,6 +46,7 @@ def status(out: str) -> JobStatus:
     commits = read_commits(storage)
     finished = read(storage, MANIFEST, Manifest) is not None
     committed, there = sizes(commits), data_files(storage)
+    whole = total(commits)
     last = max(epoch_keys(storage), default=None)
     return JobStatus(
         name=job.name,
@@ -48,8 +55,11 @@ def status(out: str) -> JobStatus:
         shards_total=job.shards,
         rows=sum(commit.stop - commit.start for commit in commits),
         rows_total=job.rows,
-        rows_failed=sum(commit.rows_failed for commit in commits),
-        completion_tokens=total(commits).completion_tokens,
+        generations=sum(commit.rows for commit in commits),
+        generations_failed=sum(commit.rows_failed for commit in commits),
+        generations_cut=whole.rows_cut,
+        errors=total_errors(commits),
+        completion_tokens=whole.completion_tokens,
         driver=read(storage, last, EpochRecord) if last else None,
         lost=sorted(path for path, size in committed.items() if there.get(path) != size),
         strays=sorted(there.keys() - committed.keys()) if finished else [],
