@@ -6,7 +6,7 @@ Does not know replicas or Ray. Looks at up to SAMPLE_ROWS rows, taken from shard
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from rayskip.config import JobConfig
@@ -17,8 +17,8 @@ from rayskip.data.sources import read_shard
 from rayskip.data.storage import open_storage, probe_unmade
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.data.values import python_rows
-from rayskip.driver.commit import adopt, load_commits, lost_files, sizes
-from rayskip.driver.plan import Plan, make_plan, settled
+from rayskip.driver.commit import load_commits, lost_files, sizes
+from rayskip.driver.plan import Plan, adopted, make_plan, settled
 from rayskip.driver.report import commonest_first, error_lines
 from rayskip.errors import JobFailed, OutputError, RayskipError, RowError, counted, shown
 from rayskip.model.checkpoint import read_spec, resolve, suggested_sampling
@@ -96,7 +96,7 @@ def _committed(job: JobConfig, plan: Plan) -> tuple[Plan, int, OutputError | Non
     """The plan as the output folder has it, and shards that are committed there or why it is refused."""
     storage = open_storage(job.output.path)
     try:
-        plan = replace(plan, record=adopt(storage, plan.record))
+        plan = adopted(job, plan, storage)
         probe_unmade(storage)
         commits = load_commits(storage, plan.record.fingerprint, plan.shards)
         return plan, len(commits) - len(lost_files(storage, sizes(commits.values()))), None

@@ -28,7 +28,7 @@ def job(fingerprint: str = "f1", parts: dict[str, str] | None = None, **sections
         "name": "j",
         "model": {"path": "m"},
         "input": {"path": "a"},
-        "output": {"path": "out"},
+        "output": {"path": "out", "shard_rows": 10},
         **sections,
     }
     config = JobConfig.model_validate(given).model_dump(mode="json")

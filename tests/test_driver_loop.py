@@ -24,7 +24,7 @@ from rayskip.data.sources import Source
 from rayskip.data.storage import open_storage
 from rayskip.driver.loop import run_plan
 from rayskip.driver.plan import Plan
-from rayskip.driver.progress import Progress
+from rayskip.driver.progress import Meter, Progress
 from rayskip.driver.records import JobRecord, Manifest
 from rayskip.driver.report import Report, format_report
 from rayskip.driver.status import status
@@ -103,6 +103,7 @@ def plan(shards: int, fingerprint: str = "f1") -> Plan:
         parts={"input files": "i", "model": fingerprint},
         shards=shards,
         rows=shards * ROWS,
+        shard_rows=ROWS,
         config=config(Path("out")).model_dump(mode="json"),
     )
     return Plan(cast(Source, None), cut, record)
@@ -181,6 +182,20 @@ def test_what_replicas_warn_of_is_said_once_and_stays_in_the_report(
     said = [record.getMessage() for record in caplog.records]
     assert said.count("replica on node-7: slow attention: no kernel") == 1
     assert said.count("replica on node-7: no compiler") == 1
+
+
+def test_time_to_go_is_told_from_the_first_token_on() -> None:
+    meter = Meter(rows_resumed=5, most_tokens=100)
+    meter.start(0.0)
+    assert meter.eta_s(0.0, 15) is None
+    meter.said(0, ReplicaProgress(0, 200))  # of ten rows to go, none is done: they may all come to the most
+    assert meter.eta_s(20.0, 15) == (10 * 100 - 200) / 20
+    meter.said(0, ReplicaProgress(5, 300))
+    assert meter.eta_s(20.0, 15) == (10 * 60 - 300) / 20
+    meter.committed(0, 4, 40)
+    assert meter.eta_s(20.0, 15) == 0.0  # those committed took ten each
+    meter.committed(0, 2, 440)
+    assert meter.eta_s(20.0, 15) == (10 * 80 - 480) / 20
 
 
 def test_a_finished_job_is_not_run_again(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
@@ -21,8 +22,9 @@ from rayskip.cluster.local_pool import LocalPool
 from rayskip.cluster.replica import Replica
 from rayskip.config import JobConfig
 from rayskip.config.file import load_config
-from rayskip.data.sources import Source
+from rayskip.data.sources import InputFile, Source, discover
 from rayskip.driver.loop import run_job
+from rayskip.driver.plan import choose_shard_rows
 from rayskip.driver.progress import Progress
 from rayskip.driver.records import VERSION, CommitRecord
 from rayskip.driver.report import Report
@@ -87,6 +89,41 @@ def test_a_folder_of_an_earlier_version_is_resumed_with_its_tokens(old: Path) ->
     assert verify("unfinished").rows == 6
     assert len(list((old / "unfinished/data").iterdir())) == 3
     assert _rows(old / "unfinished") == _rows(old / "finished")
+
+
+def test_a_job_keeps_the_shards_it_began_with(old: Path) -> None:
+    """Also where it leaves their size open, and another number of replicas would choose another."""
+    anew = ("output.shard_rows=null", "output.path=new")
+    assert choose_shard_rows(load_config("job.yaml", anew), discover(load_config("job.yaml").input)) == 6
+    assert _run("job.yaml", *anew, "cluster.replicas=3").shards == 3
+    for gone in ("manifest.json", "_commits/shard-00001.json"):
+        (old / "new" / gone).unlink()
+    assert "6 rows in 3 shards, 2 committed" in format_dry_run(dry_run(load_config("job.yaml", anew)))
+    assert _run("job.yaml", *anew).shards_resumed == 2
+    assert _rows(old / "new") == _rows(old / "finished")
+    report = _run("job.yaml", "output.shard_rows=null", "output.path=unfinished")
+    assert (report.shards, report.shards_resumed) == (3, 1)
+    with pytest.raises(OutputError, match=r"different: output\.shard_rows \(2 there, 3 here\)"):
+        _run("job.yaml", "output.shard_rows=3", "output.path=unfinished")
+
+
+@pytest.mark.parametrize(
+    ("rows", "cluster", "shard_rows"),
+    [
+        (200, {}, 32),
+        (200, {"replicas": [1, 2]}, 32),
+        (20, {"replicas": 2}, 10),
+        (1, {"replicas": 2}, 1),
+        (1600, {}, 100),
+        (10**6, {"replicas": 8}, 256),
+        (2000, {"gpus_per_replica": 1}, 128),
+    ],
+)
+def test_a_small_job_has_small_shards(rows: int, cluster: dict[str, Any], shard_rows: int) -> None:
+    config = {"name": "j", "model": {"path": "m"}, "input": {"path": "in"}, "output": {"path": "out"}}
+    job = JobConfig.model_validate(config | {"cluster": cluster})
+    source = Source("jsonl", [InputFile("in", "in", rows, "")], pa.schema([]))
+    assert choose_shard_rows(job, source) == shard_rows
 
 
 def test_a_jobs_output_is_the_next_jobs_input(old: Path) -> None:

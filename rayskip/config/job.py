@@ -192,7 +192,12 @@ class OutputConfig(Section):
         description="what the added columns' names begin with; null: nothing, or generated_ where the input has "
         "a column of such a name",
     )
-    shard_rows: int = Field(256, ge=1, description="input rows per shard, the unit of commit and retry")
+    shard_rows: int | None = Field(
+        None,
+        ge=1,
+        description="input rows per shard, the unit of commit and retry; null: up to 256, fewer in a small job, so "
+        "that each replica has several",
+    )
 
     @model_validator(mode="after")
     def _check_prefix(self) -> OutputConfig:

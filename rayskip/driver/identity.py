@@ -29,7 +29,7 @@ _NAMING = {
 }
 """Keys that only say what the contents are; told where those differ."""
 
-_ELSEWHERE = (*_NAMING["input files"], "output.path", "input.date", "output.prefix")
+_ELSEWHERE = (*_NAMING["input files"], "output.path", "input.date", "output.prefix", "output.shard_rows")
 """Not compared with their part: contents are hashed, the folder is the same, and the last are chosen where the
 config has none (`chosen`)."""
 
@@ -67,7 +67,11 @@ def deciding(values: Values) -> Values:
 
 def chosen(record: JobRecord) -> Values:
     """What a job's record says of the keys that a config may leave open, by dotted key."""
-    return {"input.date": record.date and str(record.date), "output.prefix": record.prefix}
+    return {
+        "input.date": record.date and str(record.date),
+        "output.prefix": record.prefix,
+        "output.shard_rows": record.shard_rows,
+    }
 
 
 def differences(there: JobRecord, here: JobRecord) -> list[str]:

@@ -28,7 +28,7 @@ from rayskip.driver.commit import (
     sweep,
     take_back,
 )
-from rayskip.driver.plan import Plan, make_plan, settled
+from rayskip.driver.plan import Plan, adopted, make_plan, settled
 from rayskip.driver.progress import Meter, Progress
 from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, commit_key, fold, signature
 from rayskip.driver.report import Report, error_lines, merged, total, total_errors
@@ -78,7 +78,7 @@ def run_plan(
         return report
     with StopSignal() as stop:
         lease = open_job(storage, plan.record, fresh)
-        plan = replace(plan, record=adopt(storage, plan.record))
+        plan = adopted(job, plan, storage)
         run = JobRun(settled(job, plan.record), plan, storage, lease, stop, on_progress)
         run.check_limits()  # what an earlier run committed may be past them already
         if not run.dispatch.finished:
@@ -141,7 +141,10 @@ class JobRun:
             job.retry.max_shard_attempts,
             job.retry.shard_timeout_s,
         )
-        self.meter = Meter(sum(shard.rows for shard in plan.shards if shard.index in self.resumed))
+        self.meter = Meter(
+            sum(shard.rows for shard in plan.shards if shard.index in self.resumed),
+            job.sampling.max_tokens * job.sampling.n,
+        )
         self.replicas: list[ReplicaInfo] = []
         self.warned: set[str] = set()
         self.most_replicas = 0

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 import rayskip
 from rayskip.data.records import RowErrors, Shard, ShardResult
@@ -79,7 +79,7 @@ class JobRecord(Signed):
     fingerprint: hash of what decided the output when the job began; ties its commit records to it.
     parts: hash of each content, files and weights. config: the job's config as given, every key of it.
     date: that chat templates tell as today's; None where none asks for it. prefix: of the output columns' names.
-    rows: input rows.
+    shard_rows: most rows of a shard; in folders of before it was chosen, what the config says. rows: input rows.
     nonce: new whenever a job begins in the folder; "" before it does, and in folders of earlier versions.
     """
 
@@ -92,7 +92,14 @@ class JobRecord(Signed):
     config: dict[str, Any]
     date: datetime.date | None = None
     prefix: str = ""
+    shard_rows: int
     nonce: str = Field("", pattern="^[0-9a-f]*$")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_given(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given = values.get("config", {}).get("output", {}).get("shard_rows")
+        return {"shard_rows": given} | values
 
     @property
     def format(self) -> str:
