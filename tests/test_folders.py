@@ -110,13 +110,12 @@ def test_a_job_keeps_the_shards_it_began_with(old: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "cluster", "shard_rows"),
     [
-        (200, {}, 32),
-        (200, {"replicas": [1, 2]}, 32),
+        (200, {}, 16),
+        (800, {"replicas": [1, 2]}, 25),
         (20, {"replicas": 2}, 10),
         (1, {"replicas": 2}, 1),
         (1600, {}, 100),
         (10**6, {"replicas": 8}, 256),
-        (2000, {"gpus_per_replica": 1}, 128),
     ],
 )
 def test_a_small_job_has_small_shards(rows: int, cluster: dict[str, Any], shard_rows: int) -> None:

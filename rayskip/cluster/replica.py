@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Replica:
-    """One engine. LOOK_AHEAD threads call `run` at once: while one shard is read, tokenized or written,
+    """One engine. Several threads call `run` at once: while one shard is read, tokenized or written,
     another generates."""
 
     def __init__(self, job: JobConfig, source: Source) -> None:
@@ -61,7 +61,9 @@ class Replica:
         self._columns = prompt_columns(job.input, templates)
         facts = hardware(device), engine.info  # the latter tries out batch invariance, a part of loading
         self._engine = EngineThread(engine)
-        return ReplicaInfo(time.monotonic() - began, *facts)
+        return ReplicaInfo(
+            time.monotonic() - began, *facts, batch_rows=engine.sizes.workers * engine.sizes.batch_rows
+        )
 
     def progress(self) -> ReplicaProgress:
         """Rows finished and tokens generated since the start."""

@@ -6,6 +6,7 @@ Does not know Ray, torch or files: it runs on any pool and any storage.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -35,7 +36,7 @@ from rayskip.driver.report import Report, error_lines, merged, total, total_erro
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
 from rayskip.errors import Interrupted, JobFailed, Retryable, counted
-from rayskip.pool import Alive, Done, Event, Failed, Lost, Pool, Ready, ReplicaInfo
+from rayskip.pool import LOOK_AHEAD, MOST_AHEAD, Alive, Done, Event, Failed, Lost, Pool, Ready, ReplicaInfo
 
 PoolFactory = Callable[[JobConfig, Source], Pool]
 OnProgress = Callable[[Progress], None]
@@ -240,7 +241,7 @@ class JobRun:
                 self._lost(replica, reason)
 
     def _ready(self, replica: int, info: ReplicaInfo, now: float) -> None:
-        self.dispatch.became_ready(replica, now)
+        self.dispatch.became_ready(replica, now, self._places(info))
         self.meter.start(now)
         self.first_ready = self.first_ready or now
         for warning in info.engine.get("warnings", []):
@@ -249,6 +250,11 @@ class JobRun:
                 _log.warning("replica on %s: %s", info.hardware.get("host", "this machine"), warning)
         self.replicas.append(info)
         self.most_replicas = max(self.most_replicas, self.dispatch.ready)
+
+    def _places(self, info: ReplicaInfo) -> int:
+        """Shards for a replica to hold: as many as fill its batch, and one that is read or written meanwhile."""
+        shard = self.plan.record.shard_rows * self.job.sampling.n
+        return min(max(LOOK_AHEAD, 1 + math.ceil(info.batch_rows / shard)), MOST_AHEAD)
 
     def _commit(self, finished: list[Done]) -> None:
         """Commit together what came in together: with hundreds of replicas, shards finish faster than a store

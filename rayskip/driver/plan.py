@@ -25,9 +25,8 @@ from rayskip.skip import skip_policy
 
 SHARDS_PER_REPLICA = 16
 LARGEST_SHARD = 256
-LEAST_SHARD = 32
-LEAST_SHARD_GPU = 128
-"""See `choose_shard_rows`. A run that is stopped may lose what its shards in flight have done, two a replica."""
+LEAST_SHARD = 16
+"""See `choose_shard_rows`. A run that is stopped may lose what its shards in flight have done."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +86,11 @@ def make_plan(job: JobConfig) -> Plan:
 def choose_shard_rows(job: JobConfig, source: Source) -> int:
     """Rows of a shard where the job does not say: as many as give each replica SHARDS_PER_REPLICA of them.
 
-    Not so few that the two shards which a replica holds are too small a batch, and not more than LARGEST_SHARD; but
-    each replica has a shard.
+    At least LEAST_SHARD, and not more than LARGEST_SHARD; but each replica has a shard.
     """
     rows = min(source.rows, job.input.max_rows or source.rows)
     replicas = job.cluster.replica_range[1]
-    least = LEAST_SHARD_GPU if job.cluster.gpus_per_replica else LEAST_SHARD
-    wanted = min(max(-(-rows // (replicas * SHARDS_PER_REPLICA)), least), LARGEST_SHARD)
+    wanted = min(max(-(-rows // (replicas * SHARDS_PER_REPLICA)), LEAST_SHARD), LARGEST_SHARD)
     return max(1, min(wanted, -(-rows // replicas)))
 
 
