@@ -6,7 +6,7 @@ Does not know replicas or Ray. Looks at up to SAMPLE_ROWS rows, taken from shard
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rayskip.config import JobConfig
@@ -49,6 +49,11 @@ class DryRun:
     lengths: list[int] = field(default_factory=list)
     completion_tokens: int = 0
     errors: dict[str, RowErrors] = field(default_factory=dict)
+
+    @property
+    def share(self) -> float:
+        """How many rows of the job stand behind one looked at."""
+        return self.plan.rows / self.rows if self.rows else 0.0
 
 
 def dry_run(job: JobConfig) -> DryRun:
@@ -111,6 +116,31 @@ def sample(shards: list[Shard], rows: int) -> list[Shard]:
     return shards[::step]
 
 
+def facts(seen: DryRun) -> dict[str, Any]:
+    """The dry run as plain values; the README lists them."""
+    record = seen.plan.record
+    return {
+        "name": record.name,
+        "model": seen.job.model.path,
+        "max_model_len": seen.max_model_len,
+        "rows": record.rows,
+        "shards": record.shards,
+        "shard_rows": record.shard_rows,
+        "shards_committed": seen.committed,
+        "date": record.date and str(record.date),
+        "prefix": record.prefix,
+        "suggested_sampling": seen.suggested,
+        "rows_looked_at": seen.rows,
+        "rows_failed": seen.rows - len(seen.lengths),
+        "errors": {kind: asdict(found) for kind, found in seen.errors.items()},
+        "prompts": seen.prompts,
+        "longest_prompt": max(seen.lengths, default=0),
+        "prompt_tokens": round(sum(seen.lengths) * seen.share),
+        "most_completion_tokens": round(seen.completion_tokens * seen.share),
+        "refused": seen.refused and str(seen.refused),
+    }
+
+
 def format_dry_run(seen: DryRun) -> str:
     """The dry run as text for a terminal."""
     record = seen.plan.record
@@ -163,8 +193,7 @@ def _suggestion(seen: DryRun) -> str:
 
 
 def _estimate(seen: DryRun) -> str:
-    share = seen.plan.rows / seen.rows if seen.rows else 0.0
     return (
-        f"in all about {sum(seen.lengths) * share:,.0f} prompt tokens "
-        f"and at most {seen.completion_tokens * share:,.0f} completion tokens"
+        f"in all about {sum(seen.lengths) * seen.share:,.0f} prompt tokens "
+        f"and at most {seen.completion_tokens * seen.share:,.0f} completion tokens"
     )

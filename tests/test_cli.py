@@ -21,10 +21,11 @@ from rayskip.cluster.replica import Replica
 from rayskip.config import JobConfig
 from rayskip.config.file import load_config
 from rayskip.config.train import TrainSkipConfig
+from rayskip.data.output import OutputRow
 from rayskip.driver.loop import run_job
 from rayskip.driver.progress import Progress
 from rayskip.dry_run import histogram
-from rayskip.view import live_view
+from rayskip.view import format_rows, live_view
 
 ROOT = Path(__file__).parent.parent
 MAIN = "from rayskip.cli import main; main()"
@@ -183,6 +184,15 @@ def test_a_job_of_which_nothing_succeeds_is_exit_1(
     assert ran.returncode == 1
     assert "empty_prompt: 1, such as bad.jsonl row 1: the prompt is empty" in ran.stdout
     assert f"error: no row succeeded; {commonest}" in ran.stderr
+    told = json.loads(cli("status", "out", "--json").stdout)
+    assert (told["state"], told["rows"], told["errors"]["bad_token_id"]["row_index"]) == ("failed", 3, 0)
+    assert told["reason"].startswith(f"no row succeeded; {commonest}")
+    checked = json.loads(cli("verify", "out", "--json").stdout)
+    assert (checked["rows"], checked["generations_failed"]) == (3, 3)
+    expected = json.loads(cli("plan", *args, "--json").stdout)
+    assert (expected["rows_looked_at"], expected["rows_failed"]) == (3, 3)
+    readme = (ROOT / "README.md").read_text()
+    assert [key for key in told | checked | expected if f"`{key}`" not in readme] == []
 
 
 @pytest.mark.timeout(240)
@@ -234,6 +244,17 @@ def test_a_terminal_gets_a_live_view() -> None:
         on_progress(progress("generating", 150))
     assert "150/200" in shown.getvalue()
     assert "400 now 350 overall" in shown.getvalue()
+
+
+def test_text_from_the_data_does_not_command_the_terminal() -> None:
+    messages = [{"role": "user", "content": "\x1b[2J"}, {"role": "assistant", "content": "b"}]
+    row = OutputRow("f", 3, 1, "stop", "a\nb\ud800" + "c" * 2000, None, None, {"m": messages, "id": 7})
+    assert format_rows([row], {"m"}) == (
+        f"f row 3, sample 1: stop\n  m user: \\x1b[2J\n    assistant: b\n  => a\n    b\\ud800{'c' * 996} ... "
+        "and 1,004 characters more"
+    )
+    bad = OutputRow("f", 4, 0, "error", None, "null_prompt", "it is null", {"m": None})
+    assert format_rows([bad], {"m"}) == "f row 4: error\n  null_prompt it is null"
 
 
 def test_a_name_with_brackets_is_shown_as_it_is() -> None:

@@ -22,6 +22,7 @@ from rayskip.data.output import (
     output_table,
     read_identities,
     read_output,
+    read_rows,
 )
 from rayskip.data.records import BROKEN_ROW, Generation, Shard, TokenLogprob
 from rayskip.errors import InputError
@@ -141,6 +142,15 @@ def test_identities_are_read_back(format: str, samples: list[tuple[int, bool]], 
     encoded = encode(format, made)
     identities = [("a.jsonl", row.row_index, row.sample_index) for row in rows]
     assert read_identities(encoded, format, prefix) == identities
+    shown = list(read_rows(encoded, format, prefix))
+    assert [(row.row_file, row.row_index, row.sample_index) for row in shown] == identities
+    if format != "openai":  # which fails a row as a whole
+        assert [(row.text, row.finish_reason, row.error_type, row.error_message) for row in shown] == [
+            (row.text, row.finish_reason, row.error_type, row.error_message) for row in rows
+        ]
+        assert all(
+            row.columns == dict.fromkeys(["q", "text", "row_index", "error_type"], text) for row in shown
+        )
     failed = sum(row.error_type is not None for row in rows)
     if rows:
         assert count_rows(encoded, format, prefix, shard(0, len(samples))) == (len(rows), failed)
@@ -173,6 +183,16 @@ def test_openai_lines() -> None:
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "text"}
     assert body["choices"][0]["logprobs"]["content"][0]["token"] == "token_id:7"
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    shown = list(read_rows(encode("openai", table(config, rows, data)), "openai", ""))
+    assert [(row.columns["custom_id"], row.row_index, row.sample_index, row.text) for row in shown] == [
+        ("one", 10, 0, "text"),
+        ("one", 10, 1, "text"),
+        ("two", 11, 0, None),
+    ]
+    assert [(row.finish_reason, row.error_type) for row in shown[1:]] == [
+        ("stop", None),
+        ("error", "null_prompt"),
+    ]
     assert second["response"] is None
     assert second["custom_id"] == "two"
     assert second["error"] == {"code": "null_prompt", "message": "column 'q' is null"}

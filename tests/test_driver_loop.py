@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import cast
 
@@ -27,7 +29,7 @@ from rayskip.driver.plan import Plan
 from rayskip.driver.progress import Meter, Progress
 from rayskip.driver.records import JobRecord, Manifest
 from rayskip.driver.report import Report, format_report
-from rayskip.driver.status import status
+from rayskip.driver.status import JobStatus, status
 from rayskip.driver.verify import repair, verify
 from rayskip.errors import (
     InputError,
@@ -224,9 +226,10 @@ def test_a_shard_that_never_succeeds_fails_the_job_and_the_rest_stays(tmp_path: 
         if shard.index == 2:
             raise ReplicaLost("signal 9")
 
-    with pytest.raises(JobFailed, match=r"shard 2 \(rows 20 to 29 of a\) ends every replica"):
+    with pytest.raises(JobFailed, match=r"shard 2 \(rows 20 to 29 of a\) ends every replica") as failed:
         run(config(tmp_path, retry={"max_shard_attempts": 2}), mishap)
     committed = status(str(tmp_path)).shards
+    assert (status(str(tmp_path)).state, status(str(tmp_path)).reason) == ("failed", str(failed.value))
     assert committed >= 4  # all but the shard and its neighbour on the first replica
     assert not (tmp_path / "manifest.json").exists()
     assert run(config(tmp_path)).shards_resumed == committed
@@ -247,6 +250,41 @@ def test_a_row_that_ends_replicas_is_left_out_of_its_shard(tmp_path: Path) -> No
     assert left_out == [((23, "signal 11"),)]
     assert content(tmp_path) == whole()
     assert (report.rows, report.completion_tokens) == (60, 420)
+
+
+def test_status_tells_a_running_job_from_one_that_lost_its_driver(tmp_path: Path) -> None:
+    seen: list[JobStatus] = []
+
+    def look(progress: Progress) -> None:
+        if progress.phase == "generating" and not seen:
+            seen.append(status(str(tmp_path)))
+
+    run(config(tmp_path), on_progress=look)
+    (running,) = seen
+    assert (running.state, running.finished, running.reason) == ("running", False, None)
+    assert running.driver
+    assert (running.driver.pid, running.driver.host) == (os.getpid(), socket.gethostname())
+    assert "running (" in format_status(running)
+    assert "ETA" in format_status(running)
+    assert status(str(tmp_path)).state == "finished"
+
+    (tmp_path / "manifest.json").unlink()
+    heartbeat, epoch = tmp_path / "_epochs/000001-heartbeat.json", tmp_path / "_epochs/000001.json"
+    said = json.loads(heartbeat.read_text()) | {"ended": None}
+
+    def state(seen: datetime, **claim: object) -> str:
+        heartbeat.write_text(json.dumps(said | {"seen": seen.isoformat()}))
+        epoch.write_text(json.dumps(json.loads(epoch.read_text()) | claim))
+        return status(str(tmp_path)).state
+
+    now = datetime.now(UTC)
+    assert state(now) == "running"
+    assert state(now - timedelta(minutes=5)) == "stale"
+    assert "said nothing for 0:05:0" in format_status(status(str(tmp_path)))
+    assert state(now, pid=2**22) == "stale"  # no process has the number
+    assert state(now, host="elsewhere") == "running"
+    heartbeat.unlink()
+    assert status(str(tmp_path)).state == "unfinished"  # as of an earlier version
 
 
 def test_an_error_of_the_user_is_not_retried(tmp_path: Path) -> None:
@@ -478,6 +516,8 @@ def test_a_signal_commits_what_is_in_flight(tmp_path: Path, number: signal.Signa
     finally:
         signal.signal(number, before)
     committed = status(str(tmp_path)).shards
+    assert status(str(tmp_path)).state == "interrupted"
+    assert "interrupted: stopped by a signal" in format_status(status(str(tmp_path)))
     assert 2 <= committed < 6
     assert run(config(tmp_path)).shards_resumed == committed
     assert content(tmp_path) == whole()

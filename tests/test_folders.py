@@ -28,11 +28,14 @@ from rayskip.driver.plan import choose_shard_rows
 from rayskip.driver.progress import Progress
 from rayskip.driver.records import VERSION, CommitRecord
 from rayskip.driver.report import Report
+from rayskip.driver.show import show
 from rayskip.driver.status import status
 from rayskip.driver.verify import verify
 from rayskip.dry_run import dry_run, format_dry_run
 from rayskip.engine import Engine
 from rayskip.errors import OutputError
+from rayskip.preview import preview
+from rayskip.view import format_rows
 
 FIXTURE = Path(__file__).parent / "fixtures/folders_0.1.0"
 
@@ -123,6 +126,14 @@ def test_a_small_job_has_small_shards(rows: int, cluster: dict[str, Any], shard_
     job = JobConfig.model_validate(config | {"cluster": cluster})
     source = Source("jsonl", [InputFile("in", "in", rows, "")], pa.schema([]))
     assert choose_shard_rows(job, source) == shard_rows
+
+
+def test_a_preview_is_what_the_job_gives_and_writes_nothing(old: Path) -> None:
+    before = sorted(old.rglob("*"))
+    given = ("output.path=finished", "decode.draft={kind: lookup}")
+    assert preview(load_config("job.yaml", given), 3) == show("finished", 3)[0]
+    assert len(preview(load_config("job.yaml", ("input.max_rows=1",)), 3)) == 2
+    assert sorted(old.rglob("*")) == before
 
 
 def test_a_jobs_output_is_the_next_jobs_input(old: Path) -> None:
@@ -285,6 +296,10 @@ def test_a_job_keeps_the_date_of_its_first_run(dated: Path) -> None:
     assert 1 <= _run(config).shards_resumed < 6
     assert [row["prompt_tokens"] for row in _rows(out)] == lengths
     assert _run(config, earlier).shards_resumed >= 1
+    answers, said = show(str(out), 3)
+    assert all(row.text for row in answers)
+    assert preview(load_config(config, [earlier]), 3) == answers
+    assert format_rows(answers, said).startswith("rows.jsonl row 0: length\n  prompt row 0\n  =>")
 
 
 def test_the_date_is_todays_where_none_is_given_and_none_where_no_template_asks(dated: Path) -> None:

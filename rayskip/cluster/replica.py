@@ -85,11 +85,16 @@ class Replica:
         if shard.probe:
             return _result(shard, b"", rows + generated.rows, generated.stats + own)
         with own.timed("write"):
-            rows = sorted(rows + generated.rows, key=lambda row: (row.row_index, row.sample_index))
+            rows = _in_order(rows + generated.rows)
             data = encode(self._job.output.format, output_table(table, rows, shard, self._job))
             there = write_attempt(self._storage, shard.output, data)
         result = _result(shard, data, rows, generated.stats + own + agreement(rows, generated.again))
         return result if there == data else self._other(result, shard, there)
+
+    def generate(self, shard: Shard) -> list[Generation]:
+        """The output rows of a shard, which is neither written nor audited. Raises as `run` does."""
+        prompts, rows = self._prompts_of(read_shard(shard, self._source), shard)
+        return _in_order(rows + self._engine.generate(prompts, [], shard.full_depth).rows)
 
     def _prompts_of(self, table: pa.Table, shard: Shard) -> tuple[list[Prompt], list[Generation]]:
         """The rows that can run, and the output rows of those that cannot."""
@@ -128,6 +133,10 @@ class Replica:
             rows=rows,
             rows_failed=rows_failed,
         )
+
+
+def _in_order(rows: list[Generation]) -> list[Generation]:
+    return sorted(rows, key=lambda row: (row.row_index, row.sample_index))
 
 
 def _result(shard: Shard, data: bytes, rows: list[Generation], stats: Stats) -> ShardResult:

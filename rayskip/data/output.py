@@ -15,7 +15,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from itertools import chain, count, groupby
 from typing import Any
 
@@ -279,6 +279,46 @@ def read_output(format: str, files: Iterable[bytes]) -> pa.Table:
 def _read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
     # One thread: pyarrow 26's pool aborts one in four processes that end soon after a threaded read.
     return pq.read_table(pa.BufferReader(data), columns=columns, use_threads=False)
+
+
+@dataclass(frozen=True)
+class OutputRow:
+    """An output row for people to read. columns: the input's, as far as the format carries them."""
+
+    row_file: str
+    row_index: int
+    sample_index: int
+    finish_reason: str
+    text: str | None
+    error_type: str | None
+    error_message: str | None
+    columns: dict[str, Any]
+
+
+_SHOWN = tuple(field.name for field in fields(OutputRow))[:-1]
+
+
+def read_rows(data: bytes, format: str, prefix: str) -> Iterator[OutputRow]:
+    """The output rows in a data file, in its order. prefix: of the job's output columns."""
+    if format == "openai":
+        for line in _lines(data):
+            yield from _openai_rows(line)
+        return
+    ours = {prefix + name for name in _COLUMNS}
+    for row in whole_rows(_read_parquet(data)) if format == "parquet" else _lines(data):
+        columns = {name: value for name, value in row.items() if name not in ours}
+        yield OutputRow(**{name: row[prefix + name] for name in _SHOWN}, columns=columns)
+
+
+def _openai_rows(line: dict[str, Any]) -> Iterator[OutputRow]:
+    identity, columns = (line["row_file"], line["row_index"]), {_CUSTOM_ID: line["custom_id"]}
+    if error := line["error"]:
+        for sample in range(line["samples"]):
+            yield OutputRow(*identity, sample, "error", None, error["code"], error["message"], columns)
+        return
+    for choice in line["response"]["body"]["choices"]:
+        content, reason = choice["message"]["content"], choice["finish_reason"]
+        yield OutputRow(*identity, choice["index"], reason, content, None, None, columns)
 
 
 def read_identities(data: bytes, format: str, prefix: str) -> list[tuple[str, int, int]]:

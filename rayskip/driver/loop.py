@@ -29,6 +29,7 @@ from rayskip.driver.commit import (
     sweep,
     take_back,
 )
+from rayskip.driver.heartbeat import beating
 from rayskip.driver.plan import Plan, adopted, make_plan, settled
 from rayskip.driver.progress import Meter, Progress
 from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, commit_key, fold, signature
@@ -80,11 +81,12 @@ def run_plan(
     with StopSignal() as stop:
         lease = open_job(storage, plan.record, fresh)
         plan = adopted(job, plan, storage)
-        run = JobRun(settled(job, plan.record), plan, storage, lease, stop, on_progress)
-        run.check_limits()  # what an earlier run committed may be past them already
-        if not run.dispatch.finished:
-            run.generate(pool_factory)
-        return run.finish()
+        with beating(storage, lease.epoch, on_progress) as show:
+            run = JobRun(settled(job, plan.record), plan, storage, lease, stop, show)
+            run.check_limits()  # what an earlier run committed may be past them already
+            if not run.dispatch.finished:
+                run.generate(pool_factory)
+            return run.finish()
 
 
 def finished_report(storage: Storage, plan: Plan) -> Report | None:

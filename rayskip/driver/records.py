@@ -4,6 +4,7 @@ Does not know storage. Layout, relative to OUT:
 
     job.json                       what the job is; created once
     _epochs/000001.json            one per driver that ever ran; the highest is the one that may commit
+    _epochs/000001-heartbeat.json  how far that driver is, for people; written again and again
     data/shard-00042-<hex>.parquet created once per shard, <hex> being the job's nonce; counts once it is committed
     _commits/shard-00042.json      created once per shard: the first creator wins
     report.json                    throughput of the run that finished the job
