@@ -88,6 +88,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def plain(text: str, keep: str = "") -> str:
+    """Text from the data as a terminal may have it: with escapes for what is not printable, but for the characters
+    to `keep`."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
 def counted(number: int, noun: str) -> str:
     """A number of things: "1 row", "2,000 rows", "2 retries"."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"

@@ -22,7 +22,7 @@ from rayskip.data.output import OutputRow
 from rayskip.driver.progress import Progress
 from rayskip.driver.report import aligned, error_lines, told_generations
 from rayskip.driver.status import JobStatus
-from rayskip.errors import counted
+from rayskip.errors import counted, plain
 
 if TYPE_CHECKING:
     from rayskip.train.loop import Point
@@ -137,7 +137,7 @@ def format_rows(rows: Iterable[OutputRow], prompts: Collection[str]) -> str:
 def _row(row: OutputRow, prompts: Collection[str]) -> str:
     sample = f", sample {row.sample_index}" if row.sample_index else ""
     columns = {name: value for name, value in row.columns.items() if name in prompts} or row.columns
-    lines = [f"{row.row_file} row {row.row_index}{sample}: {row.finish_reason}"]
+    lines = [plain(f"{row.row_file} row {row.row_index}{sample}: {row.finish_reason}")]
     lines += [_indented(name, _readable(value)) for name, value in columns.items() if value is not None]
     if row.error_type is not None:
         lines.append(_indented(row.error_type, row.error_message or ""))
@@ -157,8 +157,7 @@ def _indented(name: str, text: str) -> str:
     """Cut where it is long; what a terminal would obey is written out."""
     more = len(text) - MOST_CHARACTERS
     text = text[:MOST_CHARACTERS] + (f" ... and {counted(more, 'character')} more" if more > 0 else "")
-    plain = (c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
-    lines = f"{name} {''.join(plain)}".splitlines()
+    lines = plain(f"{name} {text}", keep="\n\t").split("\n")
     return "\n".join([f"  {lines[0]}", *(f"    {line}" for line in lines[1:])])
 
 

@@ -28,7 +28,7 @@ from rayskip.driver.loop import run_plan
 from rayskip.driver.plan import Plan
 from rayskip.driver.progress import Meter, Progress
 from rayskip.driver.records import JobRecord, Manifest
-from rayskip.driver.report import Report, format_report
+from rayskip.driver.report import Report, error_lines, format_report
 from rayskip.driver.status import JobStatus, status
 from rayskip.driver.verify import repair, verify
 from rayskip.errors import (
@@ -145,6 +145,8 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     assert report.errors == {f"odd_{kind}": RowErrors(3, "a", kind * ROWS, "it is odd") for kind in (0, 1)}
     assert "odd_1: 3, such as a row 10: it is odd" in format_report(report)
     assert report.failure is None
+    odd = {"odd": RowErrors(1, "a", 0, "quotes \x1b[2J\n")}
+    assert error_lines(odd) == ["odd: 1, such as a row 0: quotes \\x1b[2J\\n"]
     assert report.completion_tokens == 420
     assert "60, 6 failed" in format_report(report)
     in_vain = report.model_copy(

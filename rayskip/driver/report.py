@@ -10,7 +10,7 @@ from pydantic import AliasChoices, Field, model_validator
 
 from rayskip.data.records import RowErrors
 from rayskip.driver.records import CommitRecord, Signed
-from rayskip.errors import counted
+from rayskip.errors import counted, plain
 from rayskip.stats import Stats
 
 
@@ -124,7 +124,7 @@ def commonest_first(errors: dict[str, RowErrors]) -> dict[str, RowErrors]:
 def error_lines(errors: dict[str, RowErrors]) -> list[str]:
     """A line for each error_type: how often, and one of them."""
     return [
-        f"{kind}: {found.count:,}, such as {found.row_file} row {found.row_index}: {found.message}"
+        plain(f"{kind}: {found.count:,}, such as {found.row_file} row {found.row_index}: {found.message}")
         for kind, found in errors.items()
     ]
 
