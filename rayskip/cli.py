@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from rayskip.errors import ConfigError, Interrupted, RayskipError
+from rayskip.errors import ConfigError, Interrupted, JobFailed, RayskipError, counted
 
 app = typer.Typer(
     name="rayskip",
@@ -24,8 +24,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Batch generation over a dataset, on Ray replicas, committed exactly once.",
-    epilog="Exit codes: 0 done; 1 the job failed; 2 something given is wrong (one line says what); "
-    "75 a run was interrupted, the same command resumes.",
+    epilog="Exit codes: 0 done; 1 the job failed, or no row succeeded; 2 something given is wrong (a line says "
+    "what); 3 another run has taken the output folder over; 75 a run was interrupted, the same command resumes.",
 )
 
 train_app = typer.Typer(no_args_is_help=True, help="Train what makes decoding faster.")
@@ -42,7 +42,11 @@ Overrides = Annotated[
         "--set", metavar="KEY=VALUE", help="Override a key, such as sampling.max_tokens=64. Repeatable."
     ),
 ]
+Count = Annotated[int, typer.Option("-n", min=1, metavar="ROWS", help="How many rows.")]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Output folder of a job: local, s3:// or gs://.")]
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print a JSON document; the README lists its keys.")]
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -50,6 +54,9 @@ def main(args: Sequence[str] | None = None) -> None:
     _open_closed_streams()
     try:
         app(args)
+    except Interrupted as stop:
+        _say(str(stop))
+        raise SystemExit(stop.exit_code) from None
     except RayskipError as error:
         _say(f"error: {error}")
         raise SystemExit(error.exit_code) from None
@@ -90,29 +97,60 @@ def run(
         report = run_job(job, fresh=fresh, progress=on_progress)
     _show(format_report(report))
     _show(f"committed to {job.output.path}")
+    if report.failure:
+        raise JobFailed(report.failure)
 
 
 @app.command()
-def plan(config: Config, overrides: Overrides = None) -> None:
+def plan(config: Config, overrides: Overrides = None, json: Json = False) -> None:
     """Check everything and show what a run would do; loads no weights, needs no GPU."""
     from rayskip.config.file import load_config
 
     job = load_config(config, overrides or ())
-    from rayskip.preview import format_preview, preview
+    from rayskip.dry_run import dry_run, facts, format_dry_run
+    from rayskip.view import as_json
 
-    seen = preview(job)
-    _show(format_preview(seen))
+    seen = dry_run(job)
+    _show(as_json(facts(seen)) if json else format_dry_run(seen))
     if seen.refused:
         raise seen.refused
 
 
-@app.command()
-def status(out: Out) -> None:
-    """How far the job in OUT is."""
-    from rayskip.driver.status import status as read_status
-    from rayskip.view import format_status
+@app.command("preview")
+def preview_rows(config: Config, overrides: Overrides = None, count: Count = 5) -> None:
+    """Answer a job's first rows here and now, without Ray; writes nothing."""
+    from rayskip.config.file import load_config
 
-    _show(format_status(read_status(out)))
+    job = load_config(config, overrides or ())
+    from rayskip.data.prompts import said_columns
+    from rayskip.preview import preview
+    from rayskip.view import format_rows
+
+    _show(format_rows(preview(job, count), said_columns(job.input)))
+
+
+@app.command()
+def show(
+    out: Out,
+    count: Count = 5,
+    errors: Annotated[bool, typer.Option("--errors", help="Only rows that failed.")] = False,
+) -> None:
+    """Print rows of a job's output, finished or not."""
+    from rayskip.driver.show import show as show_rows
+    from rayskip.view import format_rows
+
+    rows, said = show_rows(out, count, errors)
+    _show(format_rows(rows, said) or f"no row {'that failed ' if errors else ''}is committed")
+
+
+@app.command()
+def status(out: Out, json: Json = False) -> None:
+    """How far the job in OUT is, and whether it runs."""
+    from rayskip.driver.status import status as read_status
+    from rayskip.view import as_json, format_status
+
+    found = read_status(out)
+    _show(as_json(found) if json else format_status(found))
 
 
 @app.command()
@@ -122,20 +160,28 @@ def verify(
         bool,
         typer.Option("--repair", help="Take damaged shards back instead, so that a run redoes them alone."),
     ] = False,
+    json: Json = False,
 ) -> None:
     """Check a finished job: hashes, row counts, every row exactly once."""
     from rayskip.driver.verify import repair as repair_job
     from rayskip.driver.verify import verify as verify_job
+    from rayskip.view import as_json
 
     if repair:
-        for problem in (problems := repair_job(out)):
+        problems = repair_job(out)
+        if json:
+            return _show(as_json({"taken_back": problems}))
+        for problem in problems:
             _show(problem)
         _show("taken back; the run command redoes them" if problems else f"{out}: nothing to repair")
         return
     found = verify_job(out)
+    if json:
+        return _show(as_json(found))
     _show(
-        f"{found.name}: whole. {found.rows:,} rows ({found.rows_failed:,} failed) exactly once "
-        f"in {found.files:,} files, {found.bytes:,} bytes, all hashes match"
+        f"{found.name}: whole. {counted(found.rows, 'row')} exactly once in {counted(found.files, 'file')}, "
+        f"{counted(found.generations, 'generation')} ({found.generations_failed:,} failed), {found.bytes:,} bytes, "
+        f"all hashes match"
     )
 
 

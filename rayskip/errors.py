@@ -6,7 +6,8 @@
     │   ├── InputError       the dataset: path, format, column
     │   ├── ModelError       the checkpoint: missing, unsafe, unknown family
     │   └── OutputError      the output folder: another job's, corrupt, not writable
-    ├── JobFailed            the job gave up                        exit 1
+    ├── JobFailed            the job gave up, or no row succeeded   exit 1
+    ├── TakenOver            another run has the output folder now  exit 3
     ├── Interrupted          stopped by a signal; the same command resumes   exit 75
     ├── Retryable            the same work may succeed elsewhere or later
     │   ├── ReplicaLost      the replica's process died or hangs
@@ -46,7 +47,13 @@ class OutputError(UserError):
 
 
 class JobFailed(RayskipError):
-    """The job gave up: too many failed rows, or a shard that keeps killing replicas."""
+    """The job gave up, or nothing succeeded: too many failed rows, or a shard that keeps killing replicas."""
+
+
+class TakenOver(RayskipError):
+    """Another run has the output folder now; starting this one again would only take it back."""
+
+    exit_code = 3
 
 
 class Interrupted(RayskipError):
@@ -84,6 +91,18 @@ def shown(value: object) -> str:
 def kind_of(value: object) -> str:
     """The type of a Python object that is of a wrong one, by its full name."""
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
+def plain(text: str, keep: str = "") -> str:
+    """Text from the data as a terminal may have it: with escapes for what is not printable, but for the characters
+    to `keep`."""
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things: "1 row", "2,000 rows", "2 retries"."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def first_line(error: BaseException) -> str:

@@ -12,17 +12,22 @@ from typing import Any, Protocol
 from rayskip.data.records import Shard, ShardResult
 
 LOOK_AHEAD = 2
-"""Shards a replica holds at once: one is read, tokenized or written while another generates, so that the
+"""Fewest shards a replica holds at once: one is read, tokenized or written while another generates, so that the
 batch never drains at a shard's end."""
+
+MOST_AHEAD = 32
+"""Most of them, where it takes several to fill the batch."""
 
 
 @dataclass(frozen=True)
 class ReplicaInfo:
-    """A replica that has loaded. load_s: seconds its engine took. hardware, engine: facts for the report."""
+    """A replica that has loaded. load_s: seconds its engine took. hardware, engine: facts for the report.
+    batch_rows: generations that its engine has room for at once."""
 
     load_s: float
     hardware: dict[str, Any]
     engine: dict[str, Any]
+    batch_rows: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Replica(Protocol):
         """Load the engine. Raises ModelError for a checkpoint that cannot be loaded."""
 
     def run(self, shard: Shard) -> ShardResult:
-        """Generate a shard and write its output file. LOOK_AHEAD threads call it at once.
+        """Generate a shard and write its output file. Up to MOST_AHEAD threads call it at once.
 
         Raises ReplicaLost when the engine died: the replica is of no more use.
         """

@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Any, cast
 
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rayskip.data.output import OutputRow
 from rayskip.driver.progress import Progress
+from rayskip.driver.report import aligned, error_lines, told_generations
 from rayskip.driver.status import JobStatus
+from rayskip.errors import counted, plain
 
 if TYPE_CHECKING:
     from rayskip.train.loop import Point
 
 LINE_EVERY_S = 5.0
 MOST_SHOWN = 10
+MOST_CHARACTERS = 1000
 
 
 @contextmanager
@@ -91,20 +96,74 @@ def format_status(status: JobStatus) -> str:
     """A job's state, one aligned line per fact."""
     facts = {
         "job": status.name,
-        "state": "finished" if status.finished else "not finished; the same run command resumes",
+        "state": _state(status),
         "shards": f"{status.shards:,} of {status.shards_total:,} committed",
-        "rows": f"{status.rows:,} of {status.rows_total:,}, {status.rows_failed:,} failed",
+        "rows": f"{status.rows:,} of {status.rows_total:,} committed"
+        + (f", {status.rows_done:,} done" if status.rows_done > status.rows else ""),
+        "generations": told_generations(
+            status.generations, status.generations_failed, status.generations_cut
+        ),
         "completion tokens": f"{status.completion_tokens:,}",
     }
+    if status.errors:
+        facts["errors"] = "\n".join(error_lines(status.errors))
     if status.lost:
         facts["missing or changed"] = _some(status.lost)
     if status.strays:
         facts["of no record"] = f"{_some(status.strays)}; the same run command deletes them"
-    if status.driver:
-        facts["last driver"] = (
-            f"process {status.driver.pid} on {status.driver.host}, since {status.driver.started}"
-        )
-    return "\n".join(f"{key:<18} {value}" for key, value in facts.items())
+    if driver := status.driver:
+        facts["last driver"] = f"process {driver.pid} on {driver.host}, since {driver.since}"
+    return aligned(facts)
+
+
+def _state(status: JobStatus) -> str:
+    match status.state:
+        case "running":
+            phase = status.driver.phase if status.driver else ""
+            return f"running ({phase}), {status.tok_s or 0:,.0f} tokens/s, ETA {_clock(status.eta_s)}"
+        case "stale":
+            silent = status.driver.silent_s if status.driver else None
+            return f"stale: its driver has said nothing for {_clock(silent)}; the same run command resumes"
+        case "unfinished":
+            return "not finished; the same run command resumes"
+    return f"{status.state}: {status.reason}" if status.reason else status.state
+
+
+def format_rows(rows: Iterable[OutputRow], prompts: Collection[str]) -> str:
+    """Output rows below each other: where each is from, its input columns `prompts`, and what came of it."""
+    return "\n\n".join(_row(row, prompts) for row in rows)
+
+
+def _row(row: OutputRow, prompts: Collection[str]) -> str:
+    sample = f", sample {row.sample_index}" if row.sample_index else ""
+    columns = {name: value for name, value in row.columns.items() if name in prompts} or row.columns
+    lines = [plain(f"{row.row_file} row {row.row_index}{sample}: {row.finish_reason}")]
+    lines += [_indented(name, _readable(value)) for name, value in columns.items() if value is not None]
+    if row.error_type is not None:
+        lines.append(_indented(row.error_type, row.error_message or ""))
+    else:
+        lines.append(_indented("=>", row.text or ""))
+    return "\n".join(lines)
+
+
+def _readable(value: Any) -> str:
+    """Messages as a line each, other values as they are."""
+    if isinstance(value, list) and all(isinstance(item, dict) and "role" in item for item in value):
+        return "\n".join(f"{message['role']}: {message.get('content')}" for message in value)
+    return str(value)
+
+
+def _indented(name: str, text: str) -> str:
+    """Cut where it is long; what a terminal would obey is written out."""
+    more = len(text) - MOST_CHARACTERS
+    text = text[:MOST_CHARACTERS] + (f" ... and {counted(more, 'character')} more" if more > 0 else "")
+    lines = plain(f"{name} {text}", keep="\n\t").split("\n")
+    return "\n".join([f"  {lines[0]}", *(f"    {line}" for line in lines[1:])])
+
+
+def as_json(result: object) -> str:
+    """A command's result, a dataclass or plain values, as a JSON document."""
+    return TypeAdapter(type(result)).dump_json(result, indent=2).decode()
 
 
 def _some(names: list[str]) -> str:
@@ -116,7 +175,7 @@ def _facts(progress: Progress) -> dict[str, str]:
     rows = {"rows": f"{progress.rows:,}/{progress.rows_total:,}"}
     elapsed = {"elapsed": _clock(progress.elapsed_s)}
     replicas = {"replicas": f"{progress.replicas}/{progress.replicas_total}"}
-    troubles = {"retries": progress.retries, "errors": progress.rows_failed}
+    troubles = {"retries": progress.retries, "failed": progress.failed}
     if not progress.replicas and not progress.tokens:  # nothing has loaded yet, or the last replica is gone
         return rows | elapsed | replicas | {key: f"{count:,}" for key, count in troubles.items() if count}
     speed = {

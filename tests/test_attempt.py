@@ -17,7 +17,7 @@ from rayskip.data.output import ENCODERS, SUFFIXES, count_rows, encode, output_t
 from rayskip.data.records import Generation, Shard
 from rayskip.data.storage import LocalStorage
 from rayskip.driver.plan import make_plan
-from rayskip.errors import OutputError
+from rayskip.errors import OutputError, TakenOver
 
 NONCE = "ab" * 16
 
@@ -38,7 +38,7 @@ def test_the_first_to_write_is_the_only_one(storage: LocalStorage) -> None:
 
 def test_what_belongs_to_a_job_that_was_deleted_is_gone_again(storage: LocalStorage) -> None:
     old = data_key(7, "cd" * 16, "jsonl")
-    with pytest.raises(OutputError, match=r"job\.json is gone or another job's"):
+    with pytest.raises(TakenOver, match=r"job\.json is gone or another job's"):
         write_attempt(storage, old, b"late")
     assert storage.list("data") == {}
 
@@ -94,9 +94,9 @@ def test_rows_are_counted_in_every_format(format: str) -> None:
     shard = Shard(0, "f", "f", 5, 7)
     rows = [Generation(5, 0, "stop", "a"), Generation(6, 0, "error", error_type="x", error_message="y")]
     data = encode(format, output_table(pa.table({"id": [1, 2]}), rows, shard, job))
-    assert count_rows(data, format, shard) == (2, 1)
+    assert count_rows(data, format, "", shard) == (2, 1)
     assert SUFFIXES[format] in data_key(0, NONCE, SUFFIXES[format])
     with pytest.raises(ValueError, match="rows 5 to 7 of f"):
-        count_rows(data, format, Shard(0, "f", "f", 5, 8))
+        count_rows(data, format, "", Shard(0, "f", "f", 5, 8))
     with pytest.raises(ValueError, match="is no output"):
-        count_rows(data[:-3], format, shard)
+        count_rows(data[:-3], format, "", shard)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from rayskip.config import JobConfig, SamplingParams
 from rayskip.data.tokenizer import load_tokenizer
+from rayskip.dry_run import dry_run, format_dry_run
 from rayskip.errors import ModelError
 from rayskip.model import embedded
 from rayskip.model.checkpoint import (
@@ -33,7 +34,6 @@ from rayskip.model.checkpoint import (
     weights_fingerprint,
 )
 from rayskip.model.families import FAMILIES, family
-from rayskip.preview import format_preview, preview
 
 CPU = torch.device("cpu")
 CONFIG = LlamaConfig(
@@ -561,6 +561,6 @@ def test_plan_says_that_the_model_suggests_other_sampling_than_the_job(folder: P
         "the model's generation_config.json suggests temperature 0.6, top_p 0.95; "
         "the job's sampling has temperature 0.0, top_p 1.0, greedy"
     )
-    assert said in format_preview(preview(job)).splitlines()
+    assert said in format_dry_run(dry_run(job)).splitlines()
     sampled = SamplingParams(temperature=0.6, top_p=0.95)
-    assert "suggests" not in format_preview(preview(job.model_copy(update={"sampling": sampled})))
+    assert "suggests" not in format_dry_run(dry_run(job.model_copy(update={"sampling": sampled})))

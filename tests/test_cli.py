@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,11 +16,16 @@ import pytest
 from rich.console import Console
 
 import rayskip
+from rayskip.cluster.local_pool import LocalPool
+from rayskip.cluster.replica import Replica
 from rayskip.config import JobConfig
+from rayskip.config.file import load_config
 from rayskip.config.train import TrainSkipConfig
+from rayskip.data.output import OutputRow
+from rayskip.driver.loop import run_job
 from rayskip.driver.progress import Progress
-from rayskip.preview import histogram
-from rayskip.view import live_view
+from rayskip.dry_run import histogram
+from rayskip.view import format_rows, live_view
 
 ROOT = Path(__file__).parent.parent
 MAIN = "from rayskip.cli import main; main()"
@@ -27,7 +33,7 @@ BUFFERED = {key: value for key, value in os.environ.items() if key != "PYTHONUNB
 ROWS = 40
 
 
-def cli(*args: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def cli(*args: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", MAIN, *args]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
@@ -156,9 +162,39 @@ def test_plan_shows_prompts_lengths_and_bad_rows(job: Path) -> None:
     assert f"{ROWS + 1} rows in 3 shards" in found.stdout
     assert found.stdout.count("Name a colour, number 0.") == 1
     assert "prompt 3:" in found.stdout
-    assert "null_prompt: 1 rows, such as rows.jsonl row 40" in found.stdout
+    assert "null_prompt: 1, such as rows.jsonl row 40" in found.stdout
     assert f"at most {ROWS * 4} completion tokens" in found.stdout
     assert not (job.parent / "out").exists()
+
+
+def test_a_job_of_which_nothing_succeeds_is_exit_1(
+    tiny_llama: Callable[..., Path], job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan says so before, and so does the same command after."""
+    monkeypatch.chdir(job.parent)
+    rows = [{"prompt_token_ids": ids} for ids in ([-1], [], [-2])]
+    (job.parent / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["input={path: bad.jsonl}", f"model.path={tiny_llama('bad', 1)}"]
+    args = [job.name, *(part for each in given for part in ("--set", each))]
+    commonest = "the commonest error is bad_token_id: 2, such as bad.jsonl row 0: column"
+    planned = cli("plan", *args)
+    assert planned.returncode == 1
+    assert f"error: none of the 3 rows looked at can run; {commonest}" in planned.stderr
+    config = load_config(job, given)
+    run_job(config, lambda job, source: LocalPool(lambda: Replica(job, source)))
+    ran = cli("run", *args)
+    assert ran.returncode == 1
+    assert "empty_prompt: 1, such as bad.jsonl row 1: the prompt is empty" in ran.stdout
+    assert f"error: no row succeeded; {commonest}" in ran.stderr
+    told = json.loads(cli("status", "out", "--json").stdout)
+    assert (told["state"], told["rows"], told["errors"]["bad_token_id"]["row_index"]) == ("failed", 3, 0)
+    assert told["reason"].startswith(f"no row succeeded; {commonest}")
+    checked = json.loads(cli("verify", "out", "--json").stdout)
+    assert (checked["rows"], checked["generations_failed"]) == (3, 3)
+    expected = json.loads(cli("plan", *args, "--json").stdout)
+    assert (expected["rows_looked_at"], expected["rows_failed"]) == (3, 3)
+    readme = (ROOT / "README.md").read_text()
+    assert [key for key in told | checked | expected if f"`{key}`" not in readme] == []
 
 
 @pytest.mark.timeout(240)
@@ -170,7 +206,7 @@ def test_a_job_from_run_to_verify_and_again(job: Path) -> None:
     assert "finished" in cli("status", "out", cwd=job.parent).stdout
     verified = cli("verify", "out", cwd=job.parent)
     assert verified.returncode == 0, verified.stderr
-    assert "41 rows (1 failed) exactly once in 3 files" in verified.stdout
+    assert "41 rows exactly once in 3 files, 41 generations (1 failed)" in verified.stdout
 
     other = cli("plan", job.name, "--set", "sampling.max_tokens=5", cwd=job.parent)
     assert other.returncode == 2
@@ -190,17 +226,17 @@ def test_plain_lines_are_few_when_not_on_a_terminal() -> None:
     shown = io.StringIO()
     with live_view("bench", Console(file=shown)) as on_progress:
         on_progress(progress("loading", 0, tokens=0, replicas=0))
-        on_progress(replace(progress("starting", 0, tokens=0, replicas=0), retries=0, rows_failed=0))
+        on_progress(replace(progress("starting", 0, tokens=0, replicas=0), retries=0, failed=0))
         for rows in range(100):
             on_progress(progress("generating", rows))
         on_progress(progress("finished", 200))
     assert shown.getvalue().splitlines() == [
-        "bench: loading: rows 0/200, elapsed 0:01:01, replicas 0/2, retries 3, errors 4",
+        "bench: loading: rows 0/200, elapsed 0:01:01, replicas 0/2, retries 3, failed 4",
         "bench: starting: rows 0/200, elapsed 0:01:01, replicas 0/2",
         "bench: generating: rows 0/200, tokens 5,000, tok/s 400 now 350 overall, elapsed 0:01:01, ETA -, "
-        "replicas 1/2, retries 3, errors 4",
+        "replicas 1/2, retries 3, failed 4",
         "bench: finished: rows 200/200, tokens 5,000, tok/s 400 now 350 overall, elapsed 0:01:01, ETA -, "
-        "replicas 1/2, retries 3, errors 4",
+        "replicas 1/2, retries 3, failed 4",
     ]
 
 
@@ -210,6 +246,17 @@ def test_a_terminal_gets_a_live_view() -> None:
         on_progress(progress("generating", 150))
     assert "150/200" in shown.getvalue()
     assert "400 now 350 overall" in shown.getvalue()
+
+
+def test_text_from_the_data_does_not_command_the_terminal() -> None:
+    messages = [{"role": "user", "content": "\x1b[2J"}, {"role": "assistant", "content": "b"}]
+    row = OutputRow("f", 3, 1, "stop", "a\nb\ud800" + "c" * 2000, None, None, {"m": messages, "id": 7})
+    assert format_rows([row], {"m"}) == (
+        f"f row 3, sample 1: stop\n  m user: \\x1b[2J\n    assistant: b\n  => a\n    b\\ud800{'c' * 996} ... "
+        "and 1,004 characters more"
+    )
+    bad = OutputRow("f", 4, 0, "error", None, "null_prompt", "it is null", {"m": None})
+    assert format_rows([bad], {"m"}) == "f row 4: error\n  null_prompt it is null"
 
 
 def test_a_name_with_brackets_is_shown_as_it_is() -> None:

@@ -15,12 +15,14 @@ from rayskip.config import JobConfig
 from rayskip.data.output import (
     ENCODERS,
     SUFFIXES,
-    check_output,
+    choose_prefix,
+    count_rows,
     encode,
     output_columns,
     output_table,
     read_identities,
     read_output,
+    read_rows,
 )
 from rayskip.data.records import BROKEN_ROW, Generation, Shard, TokenLogprob
 from rayskip.errors import InputError
@@ -99,10 +101,22 @@ def test_a_lost_row_is_a_defect() -> None:
         table(rows=[good(10)])
 
 
-def test_clash_of_names_is_refused() -> None:
-    with pytest.raises(InputError, match="'text'"):
-        check_output(job(), ["id", "text"])
-    check_output(job(), ["id", "token_ids"])
+def test_names_that_the_input_has_are_given_a_prefix_all_together() -> None:
+    assert choose_prefix(job(), ["id", "token_ids"]) == ""
+    assert choose_prefix(job(), ["id", "text"]) == "generated_"
+    assert choose_prefix(job(), ["text", "generated_row_file"]) == "generated2_"
+    assert choose_prefix(job(output={"format": "openai"}), ["text"]) == ""
+    assert choose_prefix(job(output={"prefix": "a_"}), ["text"]) == "a_"
+    with pytest.raises(InputError, match=r"a column 'a_text', and output\.prefix 'a_'"):
+        choose_prefix(job(output={"prefix": "a_"}), ["a_text"])
+    with pytest.raises(InputError, match=r"a column 'text', and output\.prefix ''"):
+        choose_prefix(job(output={"prefix": ""}), ["text"])
+
+
+@pytest.mark.parametrize("wrong", [{"prefix": "a b"}, {"prefix": "a_", "format": "openai"}])
+def test_a_prefix_that_cannot_be_is_refused(wrong: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match="prefix"):
+        job(output=wrong)
 
 
 @pytest.mark.parametrize("format", ENCODERS)
@@ -121,10 +135,25 @@ def test_identities_are_read_back(format: str, samples: list[tuple[int, bool]], 
         for row, (count, fine) in enumerate(samples)
         for sample in range(count)
     ]
-    data = pa.table({"q": pa.array([text] * len(samples), pa.string())})
-    made = output_table(data, rows, shard(0, len(samples)), job())
+    texts = pa.array([text] * len(samples), pa.string())
+    data = pa.table({"q": texts, "text": texts, "row_index": texts, "error_type": texts})
+    prefix = "" if format == "openai" else "a_"
+    made = output_table(data, rows, shard(0, len(samples)), job(output={"format": format, "prefix": prefix}))
     encoded = encode(format, made)
-    assert read_identities(encoded, format) == [("a.jsonl", row.row_index, row.sample_index) for row in rows]
+    identities = [("a.jsonl", row.row_index, row.sample_index) for row in rows]
+    assert read_identities(encoded, format, prefix) == identities
+    shown = list(read_rows(encoded, format, prefix))
+    assert [(row.row_file, row.row_index, row.sample_index) for row in shown] == identities
+    if format != "openai":  # which fails a row as a whole
+        assert [(row.text, row.finish_reason, row.error_type, row.error_message) for row in shown] == [
+            (row.text, row.finish_reason, row.error_type, row.error_message) for row in rows
+        ]
+        assert all(
+            row.columns == dict.fromkeys(["q", "text", "row_index", "error_type"], text) for row in shown
+        )
+    failed = sum(row.error_type is not None for row in rows)
+    if rows:
+        assert count_rows(encoded, format, prefix, shard(0, len(samples))) == (len(rows), failed)
     if rows and format != "openai":
         assert read_output(format, [encoded])["q"].to_pylist() == [text] * len(rows)
 
@@ -154,6 +183,16 @@ def test_openai_lines() -> None:
     assert body["choices"][0]["message"] == {"role": "assistant", "content": "text"}
     assert body["choices"][0]["logprobs"]["content"][0]["token"] == "token_id:7"
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    shown = list(read_rows(encode("openai", table(config, rows, data)), "openai", ""))
+    assert [(row.columns["custom_id"], row.row_index, row.sample_index, row.text) for row in shown] == [
+        ("one", 10, 0, "text"),
+        ("one", 10, 1, "text"),
+        ("two", 11, 0, None),
+    ]
+    assert [(row.finish_reason, row.error_type) for row in shown[1:]] == [
+        ("stop", None),
+        ("error", "null_prompt"),
+    ]
     assert second["response"] is None
     assert second["custom_id"] == "two"
     assert second["error"] == {"code": "null_prompt", "message": "column 'q' is null"}

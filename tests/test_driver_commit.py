@@ -17,7 +17,7 @@ from rayskip.data.storage import LocalStorage
 from rayskip.driver.commit import commit, finish, load_commits, open_job, scan_commits
 from rayskip.driver.records import CommitRecord, JobRecord, Manifest, fold, to_commit
 from rayskip.driver.report import total
-from rayskip.errors import OutputError
+from rayskip.errors import OutputError, TakenOver
 from rayskip.stats import Stats
 
 SHARDS = [Shard(i, "/in/a.jsonl", "a.jsonl", i * 10, i * 10 + 10) for i in range(4)]
@@ -28,7 +28,7 @@ def job(fingerprint: str = "f1", parts: dict[str, str] | None = None, **sections
         "name": "j",
         "model": {"path": "m"},
         "input": {"path": "a"},
-        "output": {"path": "out"},
+        "output": {"path": "out", "shard_rows": 10},
         **sections,
     }
     config = JobConfig.model_validate(given).model_dump(mode="json")
@@ -95,7 +95,7 @@ def test_a_later_driver_fences_the_earlier(storage: LocalStorage) -> None:
     first = open_job(storage, job(), fresh=False)
     first.check()
     second = open_job(storage, job(), fresh=False)
-    with pytest.raises(OutputError, match="another driver took this job over"):
+    with pytest.raises(TakenOver, match="another driver took this job over"):
         commit(storage, first, "f1", SHARDS[0], attempt(storage, 0))
     second.check()
 
@@ -181,7 +181,7 @@ def test_fresh_deletes_the_job_and_nothing_else(storage: LocalStorage) -> None:
     open_job(storage, job("f2"), fresh=True)
     assert sorted(storage.list("data")) == ["data/mine.csv"]
     assert load_commits(storage, "f2", SHARDS) == {}
-    with pytest.raises(OutputError):
+    with pytest.raises(TakenOver):
         old.check()
 
 

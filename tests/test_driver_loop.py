@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import cast
 
@@ -19,19 +21,28 @@ import pytest
 from rayskip.cluster.local_pool import LocalPool
 from rayskip.config import JobConfig
 from rayskip.data.attempt import write_attempt
-from rayskip.data.records import Shard, ShardResult
+from rayskip.data.records import RowErrors, Shard, ShardResult
 from rayskip.data.sources import Source
 from rayskip.data.storage import open_storage
 from rayskip.driver.loop import run_plan
 from rayskip.driver.plan import Plan
-from rayskip.driver.progress import Progress
+from rayskip.driver.progress import Meter, Progress
 from rayskip.driver.records import JobRecord, Manifest
-from rayskip.driver.report import Report, format_report
-from rayskip.driver.status import status
+from rayskip.driver.report import Report, error_lines, format_report
+from rayskip.driver.status import JobStatus, status
 from rayskip.driver.verify import repair, verify
-from rayskip.errors import InputError, Interrupted, JobFailed, OutputError, ReplicaLost, StorageBusy
+from rayskip.errors import (
+    InputError,
+    Interrupted,
+    JobFailed,
+    OutputError,
+    ReplicaLost,
+    StorageBusy,
+    TakenOver,
+)
 from rayskip.pool import ReplicaInfo, ReplicaProgress
 from rayskip.stats import Stats
+from rayskip.view import format_status
 
 ROWS = 10
 
@@ -66,9 +77,9 @@ class TinyReplica:
             self.wrote(shard)
         self.rows += shard.rows
         stats = Stats(rows=shard.rows, rows_failed=1, completion_tokens=shard.rows * 7, steps=1)
-        return ShardResult(
-            shard.index, shard.output, hashlib.sha256(body).hexdigest(), len(body), shard.rows, 1, stats
-        )
+        errors = {f"odd_{shard.index % 2}": RowErrors(1, shard.name, shard.start, "it is odd")}
+        digest = hashlib.sha256(body).hexdigest()
+        return ShardResult(shard.index, shard.output, digest, len(body), shard.rows, 1, stats, errors)
 
 
 def lines(name: str, start: int, stop: int) -> bytes:
@@ -94,6 +105,7 @@ def plan(shards: int, fingerprint: str = "f1") -> Plan:
         parts={"input files": "i", "model": fingerprint},
         shards=shards,
         rows=shards * ROWS,
+        shard_rows=ROWS,
         config=config(Path("out")).model_dump(mode="json"),
     )
     return Plan(cast(Source, None), cut, record)
@@ -127,9 +139,15 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     seen: list[Progress] = []
     report = run(config(tmp_path), on_progress=seen.append)
     assert content(tmp_path) == whole()
-    assert (report.rows, report.rows_failed, report.completion_tokens) == (60, 6, 420)
+    assert (report.rows, report.generations, report.generations_failed) == (60, 60, 6)
     assert report.shards_resumed == report.retries == 0
     assert report == Report.model_validate_json((tmp_path / "report.json").read_bytes())
+    assert report.errors == {f"odd_{kind}": RowErrors(3, "a", kind * ROWS, "it is odd") for kind in (0, 1)}
+    assert "odd_1: 3, such as a row 10: it is odd" in format_report(report)
+    assert report.failure is None
+    odd = {"odd": RowErrors(1, "a", 0, "quotes \x1b[2J\n")}
+    assert error_lines(odd) == ["odd: 1, such as a row 0: quotes \\x1b[2J\\n"]
+    assert report.completion_tokens == 420
     assert "60, 6 failed" in format_report(report)
     in_vain = report.model_copy(
         update={"drafted": 3, "drafted_by": {"lookup": 3}, "accepted_by": {}, "mean_accepted": 1.0}
@@ -138,6 +156,8 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     assert (seen[0].rows, seen[-1].rows, seen[-1].rows_total, seen[-1].phase) == (0, 60, 60, "finished")
     now = status(str(tmp_path))
     assert (now.finished, now.shards, now.rows, now.completion_tokens) == (True, 6, 60, 420)
+    assert now.errors == report.errors
+    assert "60, 6 failed, 0 cut off" in format_status(now)
     assert {path.name for path in tmp_path.iterdir()} == {
         "_commits",
         "_epochs",
@@ -168,6 +188,20 @@ def test_what_replicas_warn_of_is_said_once_and_stays_in_the_report(
     assert said.count("replica on node-7: no compiler") == 1
 
 
+def test_time_to_go_is_told_from_the_first_token_on() -> None:
+    meter = Meter(rows_resumed=5, most_tokens=100)
+    meter.start(0.0)
+    assert meter.eta_s(0.0, 15) is None
+    meter.said(0, ReplicaProgress(0, 200))  # of ten rows to go, none is done: they may all come to the most
+    assert meter.eta_s(20.0, 15) == (10 * 100 - 200) / 20
+    meter.said(0, ReplicaProgress(5, 300))
+    assert meter.eta_s(20.0, 15) == (10 * 60 - 300) / 20
+    meter.committed(0, 4, 40)
+    assert meter.eta_s(20.0, 15) == 0.0  # those committed took ten each
+    meter.committed(0, 2, 440)
+    assert meter.eta_s(20.0, 15) == (10 * 80 - 480) / 20
+
+
 def test_a_finished_job_is_not_run_again(tmp_path: Path) -> None:
     def never(shard: Shard) -> None:
         raise AssertionError("ran again")
@@ -194,9 +228,10 @@ def test_a_shard_that_never_succeeds_fails_the_job_and_the_rest_stays(tmp_path: 
         if shard.index == 2:
             raise ReplicaLost("signal 9")
 
-    with pytest.raises(JobFailed, match=r"shard 2 \(rows 20 to 29 of a\) ends every replica"):
+    with pytest.raises(JobFailed, match=r"shard 2 \(rows 20 to 29 of a\) ends every replica") as failed:
         run(config(tmp_path, retry={"max_shard_attempts": 2}), mishap)
     committed = status(str(tmp_path)).shards
+    assert (status(str(tmp_path)).state, status(str(tmp_path)).reason) == ("failed", str(failed.value))
     assert committed >= 4  # all but the shard and its neighbour on the first replica
     assert not (tmp_path / "manifest.json").exists()
     assert run(config(tmp_path)).shards_resumed == committed
@@ -219,6 +254,41 @@ def test_a_row_that_ends_replicas_is_left_out_of_its_shard(tmp_path: Path) -> No
     assert (report.rows, report.completion_tokens) == (60, 420)
 
 
+def test_status_tells_a_running_job_from_one_that_lost_its_driver(tmp_path: Path) -> None:
+    seen: list[JobStatus] = []
+
+    def look(progress: Progress) -> None:
+        if progress.phase == "generating" and not seen:
+            seen.append(status(str(tmp_path)))
+
+    run(config(tmp_path), on_progress=look)
+    (running,) = seen
+    assert (running.state, running.finished, running.reason) == ("running", False, None)
+    assert running.driver
+    assert (running.driver.pid, running.driver.host) == (os.getpid(), socket.gethostname())
+    assert "running (" in format_status(running)
+    assert "ETA" in format_status(running)
+    assert status(str(tmp_path)).state == "finished"
+
+    (tmp_path / "manifest.json").unlink()
+    heartbeat, epoch = tmp_path / "_epochs/000001-heartbeat.json", tmp_path / "_epochs/000001.json"
+    said = json.loads(heartbeat.read_text()) | {"ended": None}
+
+    def state(seen: datetime, **claim: object) -> str:
+        heartbeat.write_text(json.dumps(said | {"seen": seen.isoformat()}))
+        epoch.write_text(json.dumps(json.loads(epoch.read_text()) | claim))
+        return status(str(tmp_path)).state
+
+    now = datetime.now(UTC)
+    assert state(now) == "running"
+    assert state(now - timedelta(minutes=5)) == "stale"
+    assert "said nothing for 0:05:0" in format_status(status(str(tmp_path)))
+    assert state(now, pid=2**22) == "stale"  # no process has the number
+    assert state(now, host="elsewhere") == "running"
+    heartbeat.unlink()
+    assert status(str(tmp_path)).state == "unfinished"  # as of an earlier version
+
+
 def test_an_error_of_the_user_is_not_retried(tmp_path: Path) -> None:
     def mishap(shard: Shard) -> None:
         raise InputError("a: gone")
@@ -231,10 +301,12 @@ def test_an_error_of_the_user_is_not_retried(tmp_path: Path) -> None:
 def test_max_failed_rows(tmp_path: Path, limit: float, fails: bool) -> None:
     job = config(tmp_path, retry={"max_failed_rows": limit})
     if fails:
-        with pytest.raises(JobFailed, match="max_failed_rows"):
+        with pytest.raises(
+            JobFailed, match=r"generations failed, .*max_failed_rows.*: odd_\d: \d, such as a row"
+        ):
             run(job)
     else:
-        assert run(job).rows_failed == 6
+        assert run(job).generations_failed == 6
 
 
 def test_another_fingerprint_is_refused_and_fresh_starts_over(tmp_path: Path) -> None:
@@ -258,7 +330,7 @@ def test_a_later_driver_takes_over(tmp_path: Path) -> None:
     def first() -> None:
         try:
             run(config(tmp_path), mishap)
-        except OutputError as error:
+        except TakenOver as error:
             errors.append(error)
 
     thread = threading.Thread(target=first)
@@ -300,7 +372,7 @@ def test_a_replica_that_outlives_its_driver_leaves_no_second_file(
         def pool(job: JobConfig, source: Source) -> LocalPool:
             return LocalPool(lambda: TinyReplica(job.output.path, begins, ends))
 
-        with suppress(OutputError):
+        with suppress(TakenOver):
             run_plan(config(tmp_path), plan(6), pool)
 
     thread = threading.Thread(target=first)
@@ -446,6 +518,8 @@ def test_a_signal_commits_what_is_in_flight(tmp_path: Path, number: signal.Signa
     finally:
         signal.signal(number, before)
     committed = status(str(tmp_path)).shards
+    assert status(str(tmp_path)).state == "interrupted"
+    assert "interrupted: stopped by a signal" in format_status(status(str(tmp_path)))
     assert 2 <= committed < 6
     assert run(config(tmp_path)).shards_resumed == committed
     assert content(tmp_path) == whole()
@@ -469,7 +543,7 @@ def test_a_folder_that_vanishes_stops_the_job(tmp_path: Path) -> None:
         if shard.index == 2:
             out.rename(tmp_path / "moved")
 
-    with pytest.raises(OutputError, match=r"job\.json is gone or another job's"):
+    with pytest.raises(TakenOver, match=r"job\.json is gone or another job's"):
         run(config(out), mishap)
     assert not (out / "job.json").exists()
 

@@ -133,6 +133,20 @@ def test_a_replica_that_generates_does_not_hang() -> None:
     assert Kill(0) in state.decide(111)
 
 
+def test_a_replica_with_room_for_many_shards_leaves_others_their_share() -> None:
+    state = dispatch(9, replicas=(2, 2))
+    for replica in (0, 1):
+        state.started(replica, 0)
+    state.became_ready(0, 0, places=7)
+    assert assigned(state) == [(0, shard) for shard in range(5)]
+    state.became_ready(1, 1, places=3)
+    assert assigned(state) == [(1, 5), (1, 6), (1, 7)]
+    state.done(0, 0, 2)
+    assert assigned(state) == []  # eight are left, four of them here
+    state.done(1, 5, 2)
+    assert assigned(state) == [(1, 8)]
+
+
 def test_after_stop_nothing_is_assigned_or_started() -> None:
     state = dispatch(5)
     begin(state, 1)

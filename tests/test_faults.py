@@ -158,7 +158,7 @@ def undisturbed(data: Path, smollm2: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("undisturbed")
     finish(write_config(data, folder, str(folder / "out")))
     facts = report(folder / "out")
-    assert (facts.rows, facts.rows_failed, facts.retries) == (ROWS, 1, 0)
+    assert (facts.rows, facts.generations_failed, facts.retries) == (ROWS, 1, 0)
     assert facts.completion_tokens == (ROWS - 1) * 28
     assert facts.completion_tok_s > 0
     assert 0 < facts.load_s < facts.wall_s
@@ -206,7 +206,7 @@ def test_a_row_that_kills_its_replica_becomes_an_error_row(
     expected = ["replica_lost" if row == poison else None for row in range(rows)]
     assert [row["error_type"] for row in found] == expected
     assert all(row["completion_tokens"] == 28 for row in found if row["row_index"] != poison)
-    assert report(out).rows_failed == 1
+    assert report(out).generations_failed == 1
 
 
 def test_a_stopped_and_a_killed_driver_resume(data: Path, undisturbed: list[str], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
@@ -21,16 +22,20 @@ from rayskip.cluster.local_pool import LocalPool
 from rayskip.cluster.replica import Replica
 from rayskip.config import JobConfig
 from rayskip.config.file import load_config
-from rayskip.data.sources import Source
+from rayskip.data.sources import InputFile, Source, discover
 from rayskip.driver.loop import run_job
+from rayskip.driver.plan import choose_shard_rows
 from rayskip.driver.progress import Progress
 from rayskip.driver.records import VERSION, CommitRecord
 from rayskip.driver.report import Report
+from rayskip.driver.show import show
 from rayskip.driver.status import status
 from rayskip.driver.verify import verify
+from rayskip.dry_run import dry_run, format_dry_run
 from rayskip.engine import Engine
 from rayskip.errors import OutputError
-from rayskip.preview import format_preview, preview
+from rayskip.preview import preview
+from rayskip.view import format_rows
 
 FIXTURE = Path(__file__).parent / "fixtures/folders_0.1.0"
 
@@ -70,7 +75,7 @@ def _edit_config(out: Path, section: str, **values: Any) -> None:
 
 def test_a_folder_of_an_earlier_version_is_finished(old: Path) -> None:
     assert status("finished").finished
-    assert verify("finished").rows == 12
+    assert verify("finished").rows == 6
     report = _run("job.yaml")
     assert (report.completion_tokens, report.rayskip) == (70, None)
 
@@ -82,11 +87,81 @@ def test_a_folder_of_an_earlier_version_is_resumed_with_its_tokens(old: Path) ->
     with pytest.raises(OutputError, match="not finished"):
         verify("unfinished")
     report = _run("job.yaml", "output.path=unfinished")
-    assert (report.shards_resumed, report.shards, report.rows) == (1, 3, 12)
+    assert (report.shards_resumed, report.shards, report.rows) == (1, 3, 6)
     assert (old / "unfinished/_commits/shard-00001.json").read_bytes() == committed
-    assert verify("unfinished").rows == 12
+    assert verify("unfinished").rows == 6
     assert len(list((old / "unfinished/data").iterdir())) == 3
     assert _rows(old / "unfinished") == _rows(old / "finished")
+
+
+def test_a_job_keeps_the_shards_it_began_with(old: Path) -> None:
+    """Also where it leaves their size open, and another number of replicas would choose another."""
+    anew = ("output.shard_rows=null", "output.path=new")
+    assert choose_shard_rows(load_config("job.yaml", anew), discover(load_config("job.yaml").input)) == 6
+    assert _run("job.yaml", *anew, "cluster.replicas=3").shards == 3
+    for gone in ("manifest.json", "_commits/shard-00001.json"):
+        (old / "new" / gone).unlink()
+    assert "6 rows in 3 shards, 2 committed" in format_dry_run(dry_run(load_config("job.yaml", anew)))
+    assert _run("job.yaml", *anew).shards_resumed == 2
+    assert _rows(old / "new") == _rows(old / "finished")
+    report = _run("job.yaml", "output.shard_rows=null", "output.path=unfinished")
+    assert (report.shards, report.shards_resumed) == (3, 1)
+    with pytest.raises(OutputError, match=r"different: output\.shard_rows \(2 there, 3 here\)"):
+        _run("job.yaml", "output.shard_rows=3", "output.path=unfinished")
+
+
+@pytest.mark.parametrize(
+    ("rows", "cluster", "shard_rows"),
+    [
+        (200, {}, 16),
+        (800, {"replicas": [1, 2]}, 25),
+        (20, {"replicas": 2}, 10),
+        (1, {"replicas": 2}, 1),
+        (1600, {}, 100),
+        (10**6, {"replicas": 8}, 256),
+    ],
+)
+def test_a_small_job_has_small_shards(rows: int, cluster: dict[str, Any], shard_rows: int) -> None:
+    config = {"name": "j", "model": {"path": "m"}, "input": {"path": "in"}, "output": {"path": "out"}}
+    job = JobConfig.model_validate(config | {"cluster": cluster})
+    source = Source("jsonl", [InputFile("in", "in", rows, "")], pa.schema([]))
+    assert choose_shard_rows(job, source) == shard_rows
+
+
+def test_a_preview_is_what_the_job_gives_and_writes_nothing(old: Path) -> None:
+    before = sorted(old.rglob("*"))
+    given = ("output.path=finished", "decode.draft={kind: lookup}")
+    assert preview(load_config("job.yaml", given), 3) == show("finished", 3)[0]
+    assert len(preview(load_config("job.yaml", ("input.max_rows=1",)), 3)) == 2
+    assert sorted(old.rglob("*")) == before
+
+
+def test_a_jobs_output_is_the_next_jobs_input(old: Path) -> None:
+    """Which has our columns' names already: the next job's begin with a prefix, also when it is resumed."""
+    given = ("input.path=finished/data/*.jsonl", "output.path=next", "sampling.n=1")
+    seen = dry_run(load_config("job.yaml", given))
+    assert "the output's columns begin with generated_, as generated_text" in format_dry_run(seen)
+    report = _run("job.yaml", *given)
+    assert (report.rows, report.generations, report.prefix) == (12, 12, "generated_")
+    first = _rows(old / "next")[0]
+    assert {"note", "row_index", "text", "generated_row_index", "generated_text"} <= first.keys()
+    assert [row["generated_row_index"] for row in _rows(old / "next")] == [0, 1, 2, 3] * 3
+
+    before = (old / "next/manifest.json").read_bytes()
+    for gone in ("manifest.json", "_commits/shard-00001.json", "_commits/shard-00002.json"):
+        (old / "next" / gone).unlink()
+    next(
+        (old / "next/data").glob("shard-00002-*")
+    ).unlink()  # the other is found, as of a run that was killed
+    assert _run("job.yaml", *given).shards_resumed == 4
+    assert verify("next").rows == verify("next").generations == 12
+    sums = [
+        [file["sha256"] for file in json.loads(text)["files"]]
+        for text in (before, (old / "next/manifest.json").read_bytes())
+    ]
+    assert sums[0] == sums[1]
+    with pytest.raises(OutputError, match=r"different: output\.prefix \('generated_' there, 'a_' here\)"):
+        _run("job.yaml", *given, "output.prefix=a_")
 
 
 def test_the_quality_audits_of_an_earlier_version_count(old: Path) -> None:
@@ -109,7 +184,7 @@ def test_the_quality_audits_of_an_earlier_version_count(old: Path) -> None:
 
 def test_a_job_under_another_name_is_the_same_job(old: Path) -> None:
     assert _run("job.yaml", "output.path=unfinished", "name=later").shards_resumed == 1
-    assert verify("unfinished").rows == 12
+    assert verify("unfinished").rows == 6
     assert _rows(old / "unfinished") == _rows(old / "finished")
 
 
@@ -207,11 +282,11 @@ def test_a_job_keeps_the_date_of_its_first_run(dated: Path) -> None:
     earlier = "input.date=2020-02-03"
     with pytest.raises(_Killed):
         _run(config, earlier, on_progress=_until_a_commit(out))
-    shown = format_preview(preview(load_config(config)))
+    shown = format_dry_run(dry_run(load_config(config)))
     assert "the chat template tells the date: 2020-02-03\n" in shown
-    lengths = preview(load_config(config, [earlier, f"output.path={dated}/new"])).lengths
+    lengths = dry_run(load_config(config, [earlier, f"output.path={dated}/new"])).lengths
     assert (
-        lengths != preview(load_config(config, [f"output.path={dated}/new", "input.date=2020-02-04"])).lengths
+        lengths != dry_run(load_config(config, [f"output.path={dated}/new", "input.date=2020-02-04"])).lengths
     )
     assert "03 Feb 2020, 00:00: row 0" in shown
     with pytest.raises(
@@ -221,14 +296,18 @@ def test_a_job_keeps_the_date_of_its_first_run(dated: Path) -> None:
     assert 1 <= _run(config).shards_resumed < 6
     assert [row["prompt_tokens"] for row in _rows(out)] == lengths
     assert _run(config, earlier).shards_resumed >= 1
+    answers, said = show(str(out), 3)
+    assert all(row.text for row in answers)
+    assert preview(load_config(config, [earlier]), 3) == answers
+    assert format_rows(answers, said).startswith("rows.jsonl row 0: length\n  prompt row 0\n  =>")
 
 
 def test_the_date_is_todays_where_none_is_given_and_none_where_no_template_asks(dated: Path) -> None:
     before = date.today()
     config, elsewhere = str(dated / "job.yaml"), f"output.path={dated}/new"
-    seen = preview(load_config(config, [elsewhere]))
+    seen = dry_run(load_config(config, [elsewhere]))
     assert before <= seen.plan.record.date <= date.today()
     assert f"{seen.plan.record.date:%d %b %Y}, 00:00: row 0" in seen.prompts[0]
-    plain = preview(load_config(config, [elsewhere, "input.chat=false"]))
+    plain = dry_run(load_config(config, [elsewhere, "input.chat=false"]))
     assert plain.plan.record.date is None
-    assert "tells the date" not in format_preview(plain)
+    assert "tells the date" not in format_dry_run(plain)

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from s3_server import Fault, FaultProxy, s3_server
 
-from rayskip.data.storage import LocalStorage, Storage, open_storage, probe
+from rayskip.data.storage import LocalStorage, Storage, open_storage, probe, probe_unmade
+from rayskip.driver.show import show
 from rayskip.errors import OutputError, StorageBusy
+from rayskip.view import format_rows
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,31 @@ def test_round_trip(storage: Storage) -> None:
 def test_probe_accepts_and_leaves_nothing(storage: Storage) -> None:
     probe(storage)
     assert storage.list("") == {}
+
+
+def test_a_look_at_a_folder_does_not_make_it(storage: Storage, tmp_path: Path) -> None:
+    probe_unmade(storage)
+    assert storage.list("") == {}
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OutputError, match=r"^/proc/"):
+        probe_unmade(open_storage("/proc/none/out"))
+
+
+def test_rows_of_an_unfinished_folder_are_shown(storage: Storage) -> None:
+    folder = Path(__file__).parent / "fixtures/folders_0.1.0/unfinished"
+    for path in folder.rglob("*.json*"):
+        storage.put(path.relative_to(folder).as_posix(), path.read_bytes())
+    rows, said = show(storage.url, 1)
+    assert [(row.row_file, row.row_index, row.sample_index) for row in rows] == [
+        ("rows.jsonl", 2, 0),
+        ("rows.jsonl", 2, 1),
+    ]
+    assert said >= {"prompt_token_ids"}
+    assert "rows.jsonl row 2: length\n  prompt_token_ids [5, 7, 11]\n  =>" in format_rows(rows, said)
+    assert show(storage.url, 5, errors=True)[0] == []
+    storage.delete([key for key in storage.list("data") if "shard-00001" in key])
+    with pytest.raises(OutputError, match=r"shard-00001-\w+\.jsonl is gone"):
+        show(storage.url, 1)
 
 
 def test_exactly_one_racer_creates(storage: Storage) -> None:

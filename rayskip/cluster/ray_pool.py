@@ -15,7 +15,7 @@ from rayskip.cluster.ray_cluster import RayCluster
 from rayskip.config import JobConfig
 from rayskip.data.records import Shard
 from rayskip.errors import Interrupted, ReplicaLost
-from rayskip.pool import LOOK_AHEAD, Alive, Done, Event, Failed, Lost, Ready
+from rayskip.pool import MOST_AHEAD, Alive, Done, Event, Failed, Lost, Ready
 
 if TYPE_CHECKING:
     from rayskip.data.sources import Source
@@ -62,7 +62,7 @@ class RayPool:
                 num_gpus=self._cluster.gpus_per_replica,
                 max_restarts=0,
                 max_task_retries=0,
-                max_concurrency=LOOK_AHEAD + 1,  # + 1: progress answers while shards run
+                max_concurrency=MOST_AHEAD + 1,  # + 1: progress answers while shards run
             )
             .remote(self._job, self._source)
         )

@@ -18,7 +18,7 @@ from rayskip.cluster.engine_thread import EngineThread
 from rayskip.config import JobConfig
 from rayskip.data.agreement import agreement
 from rayskip.data.attempt import write_attempt
-from rayskip.data.output import count_rows, encode, output_table
+from rayskip.data.output import count_rows, encode, errors_by_type, output_table
 from rayskip.data.records import Generation, Prompt, Shard, ShardResult, failed_row
 from rayskip.data.sources import Source, read_shard
 from rayskip.data.storage import open_storage
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Replica:
-    """One engine. LOOK_AHEAD threads call `run` at once: while one shard is read, tokenized or written,
+    """One engine. Several threads call `run` at once: while one shard is read, tokenized or written,
     another generates."""
 
     def __init__(self, job: JobConfig, source: Source) -> None:
@@ -61,7 +61,9 @@ class Replica:
         self._columns = prompt_columns(job.input, templates)
         facts = hardware(device), engine.info  # the latter tries out batch invariance, a part of loading
         self._engine = EngineThread(engine)
-        return ReplicaInfo(time.monotonic() - began, *facts)
+        return ReplicaInfo(
+            time.monotonic() - began, *facts, batch_rows=engine.sizes.workers * engine.sizes.batch_rows
+        )
 
     def progress(self) -> ReplicaProgress:
         """Rows finished and tokens generated since the start."""
@@ -83,11 +85,16 @@ class Replica:
         if shard.probe:
             return _result(shard, b"", rows + generated.rows, generated.stats + own)
         with own.timed("write"):
-            rows = sorted(rows + generated.rows, key=lambda row: (row.row_index, row.sample_index))
+            rows = _in_order(rows + generated.rows)
             data = encode(self._job.output.format, output_table(table, rows, shard, self._job))
             there = write_attempt(self._storage, shard.output, data)
         result = _result(shard, data, rows, generated.stats + own + agreement(rows, generated.again))
         return result if there == data else self._other(result, shard, there)
+
+    def generate(self, shard: Shard) -> list[Generation]:
+        """The output rows of a shard, which is neither written nor audited. Raises as `run` does."""
+        prompts, rows = self._prompts_of(read_shard(shard, self._source), shard)
+        return _in_order(rows + self._engine.generate(prompts, [], shard.full_depth).rows)
 
     def _prompts_of(self, table: pa.Table, shard: Shard) -> tuple[list[Prompt], list[Generation]]:
         """The rows that can run, and the output rows of those that cannot."""
@@ -113,7 +120,8 @@ class Replica:
     def _other(self, result: ShardResult, shard: Shard, there: bytes) -> ShardResult:
         """The result of an attempt that was first and differs, as engines do that are not batch-invariant."""
         try:
-            rows, rows_failed = count_rows(there, self._job.output.format, shard)
+            output = self._job.output
+            rows, rows_failed = count_rows(there, output.format, output.prefix or "", shard)
         except ValueError as error:
             raise OutputError(
                 f"{self._storage.url}/{shard.output}: {error}; delete it and run again"
@@ -125,6 +133,10 @@ class Replica:
             rows=rows,
             rows_failed=rows_failed,
         )
+
+
+def _in_order(rows: list[Generation]) -> list[Generation]:
+    return sorted(rows, key=lambda row: (row.row_index, row.sample_index))
 
 
 def _result(shard: Shard, data: bytes, rows: list[Generation], stats: Stats) -> ShardResult:
@@ -143,6 +155,7 @@ def _result(shard: Shard, data: bytes, rows: list[Generation], stats: Stats) -> 
         rows=stats.rows,
         rows_failed=stats.rows_failed,
         stats=stats,
+        errors=errors_by_type(rows, shard),
     )
 
 

@@ -187,7 +187,25 @@ class OutputConfig(Section):
     path: str = Field(description="folder, local or s3:// or gs://")
     format: Literal["parquet", "jsonl", "openai"] = "parquet"
     token_ids: bool = Field(False, description="write the token_ids column")
-    shard_rows: int = Field(256, ge=1, description="input rows per shard, the unit of commit and retry")
+    prefix: str | None = Field(
+        None,
+        description="what the added columns' names begin with; null: nothing, or generated_ where the input has "
+        "a column of such a name",
+    )
+    shard_rows: int | None = Field(
+        None,
+        ge=1,
+        description="input rows per shard, the unit of commit and retry; null: up to 256, fewer in a small job, so "
+        "that each replica has several",
+    )
+
+    @model_validator(mode="after")
+    def _check_prefix(self) -> OutputConfig:
+        if self.prefix is not None and not re.fullmatch(r"\w*", self.prefix):
+            raise ValueError(f"prefix may hold letters, digits and underscores, got {self.prefix!r}")
+        if self.prefix and self.format == "openai":
+            raise ValueError("prefix has no meaning with format: openai, whose keys are fixed")
+        return self
 
 
 class JobConfig(Section):
@@ -203,7 +221,3 @@ class JobConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     retry: RetryConfig = RetryConfig()
     output: OutputConfig
-
-    def dated(self, day: datetime.date | None) -> JobConfig:
-        """The same with `input.date` filled in."""
-        return self.model_copy(update={"input": self.input.model_copy(update={"date": day})})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 
 from rayskip.data.storage import Storage
-from rayskip.errors import OutputError
+from rayskip.errors import OutputError, TakenOver
 
 JOB = "job.json"
 DATA = "data"
@@ -25,13 +25,13 @@ def write_attempt(storage: Storage, key: str, data: bytes) -> bytes:
 
     The file goes again when the folder has been given to another job meanwhile (`--fresh`), whose readers would
     find it: job.json is looked at after the write, since a look before says nothing about the moment of the write.
-    Raises OutputError then.
+    Raises TakenOver then.
     """
     created = storage.create(key, data)
     nonce = PurePosixPath(key).stem.rsplit("-", 1)[1]
     if nonce.encode() not in (storage.get(JOB) or b""):
         storage.delete([key])
-        raise OutputError(f"{storage.url}/{JOB} is gone or another job's; this one stops")
+        raise TakenOver(f"{storage.url}/{JOB} is gone or another job's; this one stops")
     there = data if created else storage.get(key)
     if there is None:
         raise OutputError(f"{storage.url}/{key} was deleted while it was written; run the same command again")

@@ -15,14 +15,15 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from dataclasses import dataclass, fields, replace
+from itertools import chain, count, groupby
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayskip.config import InputConfig, JobConfig
-from rayskip.data.records import BROKEN_ROW, Generation, Shard, TokenLogprob
+from rayskip.data.records import BROKEN_ROW, Generation, RowErrors, Shard, TokenLogprob
 from rayskip.data.values import whole_rows
 from rayskip.errors import InputError
 
@@ -46,7 +47,13 @@ _COLUMNS: dict[str, pa.DataType] = {
     "mean_layers": pa.float32(),
 }
 
+_MESSAGE = 300
+"""Most characters of an error's message where it stands for others of its type."""
+
 _IDENTITY = ("row_file", "row_index", "sample_index")
+
+_CUSTOM_ID = "custom_id"
+"""The input column that an openai line carries."""
 
 _MODEL = b"rayskip.model"
 """Schema metadata: the job's model.path. Parquet keeps it in its footer, openai lines carry it."""
@@ -69,32 +76,49 @@ def _has_row_params(config: InputConfig) -> bool:
     return config.sampling_params is not None or config.format == "openai"
 
 
-def check_output(job: JobConfig, columns: Iterable[str]) -> None:
-    """Refuse an input whose columns would meet an output column's name. Raises InputError."""
-    clash = [name for name in columns if name in output_columns(job)]
-    if clash:
+def choose_prefix(job: JobConfig, columns: Iterable[str]) -> str:
+    """What all output columns' names begin with, so that none is the name of one of the input's `columns`.
+
+    The job's `output.prefix`; where it has none nothing, generated_, generated2_ and so on, the first that is free.
+    Raises InputError where the job's own does not do.
+    """
+    if job.output.format == "openai":
+        return ""  # its lines hold none of the input's columns by their names
+    present, ours = set(columns), output_columns(job)
+
+    def clash(prefix: str) -> list[str]:
+        return [prefix + name for name in ours if prefix + name in present]
+
+    if (given := job.output.prefix) is None:
+        more = (f"generated{number}_" for number in count(2))
+        return next(prefix for prefix in chain(("", "generated_"), more) if not clash(prefix))
+    if taken := clash(given):
         raise InputError(
-            f"{job.input.path}: the output adds a column named {clash[0]!r} and the input has one already; "
-            f"rename it, such as input.rename: {{{clash[0]}: input_{clash[0]}}}, and use the new name in the other "
-            f"keys (all clashes: {', '.join(clash)})"
+            f"{job.input.path}: the input has a column {taken[0]!r}, and output.prefix {given!r} makes one of the "
+            f"output's the same; leave it out, or choose another"
         )
+    return given
 
 
 def output_table(table: pa.Table, rows: Sequence[Generation], shard: Shard, job: JobConfig) -> pa.Table:
     """The shard's input columns, repeated per sample, beside its generations.
 
     table: the shard's rows, from `read_shard`. rows: sorted by (row_index, sample_index), at least one per
-    input row. Raises ValueError when a row is missing: no output may lose one.
+    input row. job: its `output.prefix` is chosen. Raises ValueError when a row is missing: no output may lose one.
     """
     if sorted({row.row_index for row in rows}) != list(range(shard.start, shard.stop)):
         raise ValueError(f"shard {shard.index}: generations do not cover rows {shard.start} to {shard.stop}")
-    kept = table.drop_columns([BROKEN_ROW]) if BROKEN_ROW in table.column_names else table
+    carried = set(table.column_names) - {BROKEN_ROW}
+    if job.output.format == "openai":
+        carried &= {_CUSTOM_ID}
+    kept = table.select([name for name in table.column_names if name in carried])
     repeated = kept.take(pa.array([row.row_index - shard.start for row in rows], pa.int64()))
     columns = {field.name: repeated[field.name] for field in kept.schema}
     fields = [field.with_nullable(True) for field in kept.schema]
     for name in output_columns(job):
-        columns[name] = pa.array([_value(row, name, shard) for row in rows], _COLUMNS[name])
-        fields.append(pa.field(name, _COLUMNS[name]))
+        full_name = (job.output.prefix or "") + name
+        columns[full_name] = pa.array([_value(row, name, shard) for row in rows], _COLUMNS[name])
+        fields.append(pa.field(full_name, _COLUMNS[name]))
     schema = pa.schema(fields, {_MODEL: job.model.path.encode()})
     return pa.table(list(columns.values()), schema=schema)
 
@@ -103,8 +127,27 @@ def _value(row: Generation, column: str, shard: Shard) -> Any:
     if column == "logprobs":
         return None if row.logprobs is None else [_logprob(token) for token in row.logprobs]
     value = shard.name if column == "row_file" else getattr(row, column)
-    # An error may quote what was wrong with the row, and that may be what no UTF-8 file can hold.
-    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
+    return _utf8(value) if isinstance(value, str) else value
+
+
+def _utf8(text: str) -> str:
+    """An error may quote what was wrong with the row, and that may be what no UTF-8 file can hold."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def errors_by_type(rows: Iterable[Generation], shard: Shard) -> dict[str, RowErrors]:
+    """Those of a shard's output rows that failed, by error_type; messages are cut short."""
+    found: dict[str, RowErrors] = {}
+    for row in rows:
+        if row.error_type is not None:
+            count_error(found, row.error_type, shard.name, row.row_index, row.error_message or "")
+    return found
+
+
+def count_error(found: dict[str, RowErrors], kind: str, row_file: str, row_index: int, message: str) -> None:
+    """One more error of type `kind`; the first of a type is its example, with its message cut short."""
+    first = found.get(kind) or RowErrors(0, _utf8(row_file), row_index, _utf8(message)[:_MESSAGE])
+    found[kind] = replace(first, count=first.count + 1)
 
 
 def _logprob(token: TokenLogprob) -> dict[str, Any]:
@@ -142,7 +185,7 @@ def _openai(samples: list[dict[str, Any]], model: str) -> dict[str, Any]:
     failed = next((row for row in samples if row["error_type"] is not None), None)
     head = {
         "id": f"batch_req_{request}",
-        "custom_id": first.get("custom_id") or identity,
+        "custom_id": first.get(_CUSTOM_ID) or identity,
         "row_file": first["row_file"],
         "row_index": first["row_index"],
         "samples": len(samples),
@@ -238,18 +281,61 @@ def _read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
     return pq.read_table(pa.BufferReader(data), columns=columns, use_threads=False)
 
 
-def read_identities(data: bytes, format: str) -> list[tuple[str, int, int]]:
-    """(row_file, row_index, sample_index) of every output row in a data file, in its order."""
+@dataclass(frozen=True)
+class OutputRow:
+    """An output row for people to read. columns: the input's, as far as the format carries them."""
+
+    row_file: str
+    row_index: int
+    sample_index: int
+    finish_reason: str
+    text: str | None
+    error_type: str | None
+    error_message: str | None
+    columns: dict[str, Any]
+
+
+_SHOWN = tuple(field.name for field in fields(OutputRow))[:-1]
+
+
+def read_rows(data: bytes, format: str, prefix: str) -> Iterator[OutputRow]:
+    """The output rows in a data file, in its order. prefix: of the job's output columns."""
+    if format == "openai":
+        for line in _lines(data):
+            yield from _openai_rows(line)
+        return
+    ours = {prefix + name for name in _COLUMNS}
+    for row in whole_rows(_read_parquet(data)) if format == "parquet" else _lines(data):
+        columns = {name: value for name, value in row.items() if name not in ours}
+        yield OutputRow(**{name: row[prefix + name] for name in _SHOWN}, columns=columns)
+
+
+def _openai_rows(line: dict[str, Any]) -> Iterator[OutputRow]:
+    identity, columns = (line["row_file"], line["row_index"]), {_CUSTOM_ID: line["custom_id"]}
+    if error := line["error"]:
+        for sample in range(line["samples"]):
+            yield OutputRow(*identity, sample, "error", None, error["code"], error["message"], columns)
+        return
+    for choice in line["response"]["body"]["choices"]:
+        content, reason = choice["message"]["content"], choice["finish_reason"]
+        yield OutputRow(*identity, choice["index"], reason, content, None, None, columns)
+
+
+def read_identities(data: bytes, format: str, prefix: str) -> list[tuple[str, int, int]]:
+    """(row_file, row_index, sample_index) of every output row in a data file, in its order. prefix: of the job's
+    output columns."""
+    names = [prefix + name for name in _IDENTITY]
     if format == "parquet":
-        table = _read_parquet(data, list(_IDENTITY))
-        return list(zip(*(table[name].to_pylist() for name in _IDENTITY), strict=True))
+        table = _read_parquet(data, names)
+        return list(zip(*(table[name].to_pylist() for name in names), strict=True))
     if format == "openai":
         return [
             (line["row_file"], line["row_index"], sample)
             for line in _lines(data)
             for sample in range(line["samples"])
         ]
-    return [(line["row_file"], line["row_index"], line["sample_index"]) for line in _lines(data)]
+    file, row, sample = names
+    return [(line[file], line[row], line[sample]) for line in _lines(data)]
 
 
 def identity_problems(
@@ -264,11 +350,11 @@ def identity_problems(
         yield "holds a sample twice or lacks one"
 
 
-def count_rows(data: bytes, format: str, shard: Shard) -> tuple[int, int]:
+def count_rows(data: bytes, format: str, prefix: str, shard: Shard) -> tuple[int, int]:
     """Output rows of a shard's data file, and how many of them failed. Raises ValueError if it is not one."""
     try:
-        identities = read_identities(data, format)
-        failed = _count_failed(data, format)
+        identities = read_identities(data, format, prefix)
+        failed = _count_failed(data, format, prefix)
     except (ValueError, KeyError, TypeError, OSError) as error:  # OSError: pyarrow's, of damaged bytes
         raise ValueError(f"is no output of this job ({error})") from error
     for problem in identity_problems(identities, shard.name, shard.start, shard.stop):
@@ -276,13 +362,14 @@ def count_rows(data: bytes, format: str, shard: Shard) -> tuple[int, int]:
     return len(identities), failed
 
 
-def _count_failed(data: bytes, format: str) -> int:
+def _count_failed(data: bytes, format: str, prefix: str) -> int:
+    error_type = f"{prefix}error_type"
     if format == "parquet":
-        errors = _read_parquet(data, ["error_type"])["error_type"]
+        errors = _read_parquet(data, [error_type])[error_type]
         return len(errors) - int(errors.null_count)
     if format == "openai":
         return sum(line["samples"] for line in _lines(data) if line["error"])
-    return sum(line["error_type"] is not None for line in _lines(data))
+    return sum(line[error_type] is not None for line in _lines(data))
 
 
 def _lines(data: bytes) -> Iterator[dict[str, Any]]:

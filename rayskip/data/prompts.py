@@ -97,6 +97,11 @@ def prompt_columns(config: InputConfig, templates: Templates | None = None) -> s
     return {*(named or SOURCES), config.sampling_params or OPENAI_PARAMS, BROKEN_ROW}
 
 
+def said_columns(config: InputConfig) -> set[str]:
+    """Of `prompt_columns` those that hold what is said to the model."""
+    return prompt_columns(config) - {BROKEN_ROW, config.sampling_params or OPENAI_PARAMS}
+
+
 class PromptBuilder:
     """Turns rows into prompts; made once per replica, may be called from several threads.
 

@@ -109,11 +109,21 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class RowErrors:
+    """Output rows that failed in one way: how many, and which input row was the first, with its error_message."""
+
+    count: int
+    row_file: str
+    row_index: int
+    message: str
+
+
+@dataclass(frozen=True)
 class ShardResult:
     """What a replica did for a shard: its whole output file is there, not yet committed.
 
     path: relative to the output folder; empty for a probe, which writes none. sha256, bytes: of the file.
-    rows: output rows in it.
+    rows: output rows in it. errors: those of them that failed, by error_type.
     """
 
     shard: int
@@ -123,3 +133,4 @@ class ShardResult:
     rows: int
     rows_failed: int
     stats: Stats
+    errors: dict[str, RowErrors] = field(default_factory=dict)

@@ -82,12 +82,23 @@ def probe(storage: Storage) -> None:
         storage.delete([key])
 
 
+def probe_unmade(storage: Storage) -> None:
+    """`probe` for a look at a folder that may not be there yet, and is not made by it."""
+    probe(storage.nearest() if isinstance(storage, LocalStorage) else storage)
+
+
 class LocalStorage:
     """Objects as files. Works on NFS: a hard link is what creates a name."""
 
     def __init__(self, path: str) -> None:
         self.url = path
         self._root = Path(path)
+
+    def nearest(self) -> LocalStorage:
+        """Of this folder and those that it lies in, the first that is there."""
+        return LocalStorage(
+            str(next(path for path in (self._root, *self._root.absolute().parents) if path.exists()))
+        )
 
     def create(self, key: str, data: bytes) -> bool:
         return self._write(key, data, os.link)

@@ -42,7 +42,7 @@ from rayskip.driver.records import (
     epoch_key,
     to_commit,
 )
-from rayskip.errors import OutputError
+from rayskip.errors import OutputError, TakenOver, counted
 
 D = TypeVar("D", bound=Document)
 
@@ -154,10 +154,10 @@ class Lease:
                 return
 
     def check(self) -> None:
-        """Raises OutputError when a later driver has taken the job over."""
+        """Raises TakenOver when a later driver has taken the job over."""
         later = read(self._storage, epoch_key(self.epoch + 1), EpochRecord)
         if later is not None:
-            raise OutputError(
+            raise TakenOver(
                 f"{self._storage.url}: another driver took this job over "
                 f"(process {later.pid} on {later.host}, since {later.started}); this one stops"
             )
@@ -167,7 +167,7 @@ def open_job(storage: Storage, record: JobRecord, fresh: bool) -> Lease:
     """Make the folder this job's and this driver's; job.json is created when there is none.
 
     fresh: an earlier job's files are deleted. Raises OutputError when the folder holds another job, before
-    a driver that may still run it is fenced.
+    a driver that may still run it is fenced; TakenOver when another run starts it over at this moment.
     """
     if fresh:
         refuse_strangers(storage)
@@ -180,7 +180,7 @@ def open_job(storage: Storage, record: JobRecord, fresh: bool) -> Lease:
     storage.create(JOB, record.model_copy(update={"nonce": uuid.uuid4().hex}).to_bytes())
     there = read(storage, JOB, JobRecord)
     if there is None:
-        raise OutputError(f"{storage.url}/{JOB} is gone: another run starts this job over; this one stops")
+        raise TakenOver(f"{storage.url}/{JOB} is gone: another run starts this job over; this one stops")
     _same_job(storage, there, record)
     lease.nonce = there.nonce or there.fingerprint[:32]
     return lease
@@ -237,9 +237,9 @@ def _same_job(storage: Storage, existing: JobRecord, record: JobRecord) -> JobRe
     if differ := differences(existing, record):
         committed = len(commit_keys(storage))
         raise OutputError(
-            f"{storage.url} holds another job, {existing.name!r}, {committed:,} of {existing.shards:,} shards "
-            f"committed; different: {', '.join(differ)}. Choose another output.path, or run with --fresh to "
-            f"delete what is there and start over"
+            f"{storage.url} holds another job, {existing.name!r}, {committed:,} of "
+            f"{counted(existing.shards, 'shard')} committed; different: {', '.join(differ)}. Choose another "
+            f"output.path, or run with --fresh to delete what is there and start over"
         )
     # before a job kept its date, every run told its own day
     return existing if existing.date else existing.model_copy(update={"date": record.date})
@@ -262,7 +262,7 @@ def commit(
 ) -> CommitRecord:
     """Commit a shard's output and return the record that counts: ours, or the one that was first.
 
-    Raises OutputError when this driver has been replaced.
+    Raises TakenOver when this driver has been replaced.
     """
     lease.check()
     ours = to_commit(shard, result, fingerprint, lease.epoch, uuid.uuid4().hex)

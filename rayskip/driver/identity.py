@@ -29,8 +29,9 @@ _NAMING = {
 }
 """Keys that only say what the contents are; told where those differ."""
 
-_ELSEWHERE = (*_NAMING["input files"], "input.date", "output.path")
-"""Not compared with their part: contents are hashed, a record has the date, and the folder is the same."""
+_ELSEWHERE = (*_NAMING["input files"], "output.path", "input.date", "output.prefix", "output.shard_rows")
+"""Not compared with their part: contents are hashed, the folder is the same, and the last are chosen where the
+config has none (`chosen`)."""
 
 Values = dict[str, Any]
 """What a config says, by dotted key."""
@@ -64,11 +65,20 @@ def deciding(values: Values) -> Values:
     }
 
 
+def chosen(record: JobRecord) -> Values:
+    """What a job's record says of the keys that a config may leave open, by dotted key."""
+    return {
+        "input.date": record.date and str(record.date),
+        "output.prefix": record.prefix,
+        "output.shard_rows": record.shard_rows,
+    }
+
+
 def differences(there: JobRecord, here: JobRecord) -> list[str]:
     """What decides the output and is not the same in both, with both values; empty where they are one job.
 
     there: a folder's, perhaps by another version: a key that it lacks has come since and counts as its default, one
-    that only it has differs unless it is null. A date that was not given here is taken from there.
+    that only it has differs unless it is null. What is chosen where it is not given is taken from there.
     """
     try:
         known = JobConfig.model_validate(there.config, extra="ignore").model_dump(mode="json")
@@ -81,11 +91,12 @@ def differences(there: JobRecord, here: JobRecord) -> list[str]:
     for part, keys in _NAMING.items():
         if there.parts.get(part) != here.parts.get(part):
             found += _unequal(old, new, keys) or [part]
-    old, new = deciding(said(there.config) | old), deciding(new)
-    found += _unequal(old, new, sorted(old.keys() | new.keys()))
-    if here.config["input"]["date"] is not None and there.date is not None:
-        found += _unequal({"input.date": str(there.date)}, {"input.date": str(here.date)}, ["input.date"])
-    return found
+    given = {
+        key: new[key] for key, value in chosen(there).items() if value is not None and new[key] is not None
+    }
+    old = deciding(said(there.config) | old) | {key: chosen(there)[key] for key in given}
+    new = deciding(new) | given
+    return found + _unequal(old, new, sorted(old.keys() | new.keys()))
 
 
 def digest(value: Any) -> str:

@@ -6,6 +6,7 @@ Does not know Ray, torch or files: it runs on any pool and any storage.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,14 +29,15 @@ from rayskip.driver.commit import (
     sweep,
     take_back,
 )
-from rayskip.driver.plan import Plan, make_plan
+from rayskip.driver.heartbeat import beating
+from rayskip.driver.plan import Plan, adopted, make_plan, settled
 from rayskip.driver.progress import Meter, Progress
 from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, commit_key, fold, signature
-from rayskip.driver.report import Report, merged, total
+from rayskip.driver.report import Report, error_lines, merged, total, total_errors
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
-from rayskip.errors import Interrupted, JobFailed, Retryable
-from rayskip.pool import Alive, Done, Event, Failed, Lost, Pool, Ready, ReplicaInfo
+from rayskip.errors import Interrupted, JobFailed, Retryable, counted
+from rayskip.pool import LOOK_AHEAD, MOST_AHEAD, Alive, Done, Event, Failed, Lost, Pool, Ready, ReplicaInfo
 
 PoolFactory = Callable[[JobConfig, Source], Pool]
 OnProgress = Callable[[Progress], None]
@@ -78,12 +80,13 @@ def run_plan(
         return report
     with StopSignal() as stop:
         lease = open_job(storage, plan.record, fresh)
-        plan = replace(plan, record=adopt(storage, plan.record))
-        run = JobRun(job.dated(plan.record.date), plan, storage, lease, stop, on_progress)
-        run.check_limits()  # what an earlier run committed may be past them already
-        if not run.dispatch.finished:
-            run.generate(pool_factory)
-        return run.finish()
+        plan = adopted(job, plan, storage)
+        with beating(storage, lease.epoch, on_progress) as show:
+            run = JobRun(settled(job, plan.record), plan, storage, lease, stop, show)
+            run.check_limits()  # what an earlier run committed may be past them already
+            if not run.dispatch.finished:
+                run.generate(pool_factory)
+            return run.finish()
 
 
 def finished_report(storage: Storage, plan: Plan) -> Report | None:
@@ -134,14 +137,17 @@ class JobRun:
         self.commits = still_there(storage, load_commits(storage, plan.record.fingerprint, plan.shards))
         self.whole = total(self.commits.values())
         self.resumed = frozenset(self.commits)
-        self.rows_failed = sum(record.rows_failed for record in self.commits.values())
+        self.failed = sum(record.rows_failed for record in self.commits.values())
         self.dispatch = Dispatch(
             [shard for shard in plan.shards if shard.index not in self.commits],
             job.cluster.replica_range,
             job.retry.max_shard_attempts,
             job.retry.shard_timeout_s,
         )
-        self.meter = Meter(sum(shard.rows for shard in plan.shards if shard.index in self.resumed))
+        self.meter = Meter(
+            sum(shard.rows for shard in plan.shards if shard.index in self.resumed),
+            job.sampling.max_tokens * job.sampling.n,
+        )
         self.replicas: list[ReplicaInfo] = []
         self.warned: set[str] = set()
         self.most_replicas = 0
@@ -204,7 +210,7 @@ class JobRun:
         while self.dispatch.in_flight and time.monotonic() < deadline:
             self._turn(pool)
         raise Interrupted(
-            f"stopped by a signal; {len(self.commits)} of {len(self.plan.shards)} shards are committed, "
+            f"stopped by a signal; {len(self.commits):,} of {counted(len(self.plan.shards), 'shard')} committed, "
             f"the same command resumes"
         )
 
@@ -237,7 +243,7 @@ class JobRun:
                 self._lost(replica, reason)
 
     def _ready(self, replica: int, info: ReplicaInfo, now: float) -> None:
-        self.dispatch.became_ready(replica, now)
+        self.dispatch.became_ready(replica, now, self._places(info))
         self.meter.start(now)
         self.first_ready = self.first_ready or now
         for warning in info.engine.get("warnings", []):
@@ -246,6 +252,11 @@ class JobRun:
                 _log.warning("replica on %s: %s", info.hardware.get("host", "this machine"), warning)
         self.replicas.append(info)
         self.most_replicas = max(self.most_replicas, self.dispatch.ready)
+
+    def _places(self, info: ReplicaInfo) -> int:
+        """Shards for a replica to hold: as many as fill its batch, and one that is read or written meanwhile."""
+        shard = self.plan.record.shard_rows * self.job.sampling.n
+        return min(max(LOOK_AHEAD, 1 + math.ceil(info.batch_rows / shard)), MOST_AHEAD)
 
     def _commit(self, finished: list[Done]) -> None:
         """Commit together what came in together: with hundreds of replicas, shards finish faster than a store
@@ -271,7 +282,7 @@ class JobRun:
     def _committed(self, done: Done, record: CommitRecord) -> None:
         self.commits[record.shard] = record
         self.last_commit = time.monotonic()
-        self.rows_failed += record.rows_failed
+        self.failed += record.rows_failed
         self.whole += record.counters
         self.meter.committed(done.replica, record.stop - record.start, done.result.stats.completion_tokens)
 
@@ -289,10 +300,11 @@ class JobRun:
         if limit is None:
             return
         most = limit * self.plan.rows * self.job.sampling.n if isinstance(limit, float) else limit
-        if self.rows_failed > most:
+        if self.failed > most:
+            errors = error_lines(total_errors(self.commits.values()))
             raise JobFailed(
-                f"{self.rows_failed} rows failed, more than retry.max_failed_rows = {limit} allows; "
-                f"see error_type and error_message in {self.storage.url}/data"
+                f"{counted(self.failed, 'generation')} failed, more than retry.max_failed_rows = {limit} allows: "
+                + "; ".join(errors)
             )
 
     @property
@@ -333,7 +345,7 @@ class JobRun:
                 replicas=self.dispatch.ready,
                 replicas_total=self.job.cluster.replica_range[1],
                 retries=self.dispatch.retries,
-                rows_failed=self.rows_failed,
+                failed=self.failed,
             )
         )
 
@@ -355,9 +367,12 @@ class JobRun:
             shards=len(self.plan.shards),
             shards_resumed=len(self.resumed),
             retries=self.dispatch.retries,
-            rows=sum(record.rows for record in self.commits.values()),
-            rows_failed=self.rows_failed,
-            rows_cut=whole.rows_cut,
+            rows=self.plan.rows,
+            generations=sum(record.rows for record in self.commits.values()),
+            generations_failed=self.failed,
+            generations_cut=whole.rows_cut,
+            prefix=self.plan.record.prefix,
+            errors=total_errors(record for _, record in sorted(self.commits.items())),
             prompt_tokens=whole.prompt_tokens,
             prefix_tokens=whole.prefix_tokens,
             completion_tokens=whole.completion_tokens,

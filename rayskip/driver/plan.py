@@ -6,20 +6,27 @@ Does not know replicas. Holds memory per shard, never per row.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
 from rayskip.config import DecodeConfig, JobConfig
-from rayskip.data.output import check_output
+from rayskip.data.output import choose_prefix
 from rayskip.data.prompts import check_input, prompt_source
 from rayskip.data.records import Shard
 from rayskip.data.sources import Source, discover, plan_shards
+from rayskip.data.storage import Storage
 from rayskip.data.tokenizer import tells_date
+from rayskip.driver.commit import adopt
 from rayskip.driver.identity import contents, deciding, digest, said
 from rayskip.driver.records import JobRecord, signature
 from rayskip.model.checkpoint import check, read_layer_count, resolve
 from rayskip.skip import skip_policy
+
+SHARDS_PER_REPLICA = 16
+LARGEST_SHARD = 256
+LEAST_SHARD = 16
+"""See `choose_shard_rows`. A run that is stopped may lose what its shards in flight have done."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,9 @@ def make_plan(job: JobConfig) -> Plan:
     began = time.monotonic()
     source = discover(job.input)
     check_input(job.input, source.columns)
-    check_output(job, source.columns)
-    shards = list(plan_shards(source, job.output.shard_rows, job.input.max_rows))
+    prefix = choose_prefix(job, source.columns)
+    shard_rows = job.output.shard_rows or choose_shard_rows(job, source)
+    shards = list(plan_shards(source, shard_rows, job.input.max_rows))
     folder = resolve(job.model.path, job.model.revision)
     check(folder, Path(job.model.adapter).expanduser() if job.model.adapter else None)
     if job.decode != DecodeConfig():
@@ -62,15 +70,51 @@ def make_plan(job: JobConfig) -> Plan:
     )
     record = JobRecord(
         name=job.name,
-        fingerprint=digest([parts, deciding(said(config)), str(day)]),
+        fingerprint=digest([parts, deciding(said(config)), str(day), prefix, shard_rows]),
         parts=parts,
         date=day,
+        prefix=prefix,
+        shard_rows=shard_rows,
         shards=len(shards),
         rows=sum(shard.rows for shard in shards),
         config=config,
         **signature(),
     )
     return Plan(source, shards, record, time.monotonic() - began)
+
+
+def choose_shard_rows(job: JobConfig, source: Source) -> int:
+    """Rows of a shard where the job does not say: as many as give each replica SHARDS_PER_REPLICA of them.
+
+    At least LEAST_SHARD, and not more than LARGEST_SHARD; but each replica has a shard.
+    """
+    rows = min(source.rows, job.input.max_rows or source.rows)
+    replicas = job.cluster.replica_range[1]
+    wanted = min(max(-(-rows // (replicas * SHARDS_PER_REPLICA)), LEAST_SHARD), LARGEST_SHARD)
+    return max(1, min(wanted, -(-rows // replicas)))
+
+
+def adopted(job: JobConfig, plan: Plan, storage: Storage) -> Plan:
+    """The plan as the folder has it, if that holds the job already: with its record, and cut into its shards.
+
+    Raises OutputError when it holds another.
+    """
+    record = adopt(storage, plan.record)
+    if record.shard_rows == plan.record.shard_rows:
+        return replace(plan, record=record)
+    shards = list(plan_shards(plan.source, record.shard_rows, job.input.max_rows))
+    return replace(plan, record=record, shards=shards)
+
+
+def settled(job: JobConfig, record: JobRecord) -> JobConfig:
+    """The job with what it leaves open filled in, as its record says."""
+    chosen = {"prefix": record.prefix, "shard_rows": record.shard_rows}
+    return job.model_copy(
+        update={
+            "input": job.input.model_copy(update={"date": record.date}),
+            "output": job.output.model_copy(update=chosen),
+        }
+    )
 
 
 def job_date(job: JobConfig, source: Source, model: Path) -> date | None:

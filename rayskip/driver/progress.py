@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -17,8 +18,9 @@ _NOTHING = ReplicaProgress(0, 0)
 class Progress:
     """A snapshot. Rows are input rows, committed or generated and not yet committed; resumed ones count.
 
+    failed: generations without an answer, of those committed.
     tokens: completion tokens of this run. tok_s_now, tok_s: per second, over the last seconds and over
-    the run since the first replica was ready. eta_s: seconds to go, None before the first commit.
+    the run since the first replica was ready. eta_s: seconds to go, None before the first token.
     phase: what goes on. elapsed_s: since the run began.
     """
 
@@ -33,13 +35,15 @@ class Progress:
     replicas: int
     replicas_total: int
     retries: int
-    rows_failed: int
+    failed: int
 
 
 class Meter:
     """Adds up what was committed and what replicas say of work under way. Seconds are handed in."""
 
-    def __init__(self, rows_resumed: int) -> None:
+    def __init__(self, rows_resumed: int, most_tokens: int) -> None:
+        """most_tokens: that a row may come to."""
+        self._most_tokens = most_tokens
         self._rows_resumed = rows_resumed
         self._rows = 0
         self._tokens = 0
@@ -107,14 +111,21 @@ class Meter:
         )
 
     def eta_s(self, tok_s: float, rows_total: int) -> float | None:
-        """Seconds to go at a speed in tokens, once a commit has told how many tokens a row takes.
+        """Seconds to go at a speed in tokens, of which a row is expected to take as many as those committed took.
 
-        Not from rows: many are under way together, and none is done for a long time.
+        Not from rows: many are under way together, and none is done for a long time. Before the first commit, when
+        most rows are under way and those done are the shortest, it is the tokens so far for each row done, and not
+        more than a row may come to.
         """
-        if not self._tokens or not tok_s:
+        if not self.tokens or not tok_s:
             return None
-        expected = self._tokens / self._rows * (rows_total - self._rows_resumed)
-        return max(0.0, expected - self.tokens) / tok_s
+        done = self.rows - self._rows_resumed
+        a_row = (
+            self._tokens / self._rows
+            if self._tokens
+            else min(self._most_tokens, self.tokens / done if done else math.inf)
+        )
+        return max(0.0, a_row * (rows_total - self._rows_resumed) - self.tokens) / tok_s
 
     def _count_ahead(self, replica: int) -> None:
         """Bring the totals up to date with what is known of one replica."""

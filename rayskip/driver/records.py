@@ -4,6 +4,7 @@ Does not know storage. Layout, relative to OUT:
 
     job.json                       what the job is; created once
     _epochs/000001.json            one per driver that ever ran; the highest is the one that may commit
+    _epochs/000001-heartbeat.json  how far that driver is, for people; written again and again
     data/shard-00042-<hex>.parquet created once per shard, <hex> being the job's nonce; counts once it is committed
     _commits/shard-00042.json      created once per shard: the first creator wins
     report.json                    throughput of the run that finished the job
@@ -19,10 +20,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 import rayskip
-from rayskip.data.records import Shard, ShardResult
+from rayskip.data.records import RowErrors, Shard, ShardResult
 from rayskip.stats import Stats
 
 VERSION = 1
@@ -78,7 +79,8 @@ class JobRecord(Signed):
 
     fingerprint: hash of what decided the output when the job began; ties its commit records to it.
     parts: hash of each content, files and weights. config: the job's config as given, every key of it.
-    date: that chat templates tell as today's; None where none asks for it. rows: input rows.
+    date: that chat templates tell as today's; None where none asks for it. prefix: of the output columns' names.
+    shard_rows: most rows of a shard; in folders of before it was chosen, what the config says. rows: input rows.
     nonce: new whenever a job begins in the folder; "" before it does, and in folders of earlier versions.
     """
 
@@ -90,7 +92,20 @@ class JobRecord(Signed):
     rows: int
     config: dict[str, Any]
     date: datetime.date | None = None
+    prefix: str = ""
+    shard_rows: int
     nonce: str = Field("", pattern="^[0-9a-f]*$")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_given(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given = values.get("config", {}).get("output", {}).get("shard_rows")
+        return {"shard_rows": given} | values
+
+    @property
+    def format(self) -> str:
+        """Of the data files."""
+        return str(self.config.get("output", {}).get("format", "parquet"))
 
     @field_validator("config")
     @classmethod
@@ -113,6 +128,7 @@ class CommitRecord(Signed):
     """A shard is done: this file is its output.
 
     name, start, stop: the input rows (see Shard). rows, rows_failed: output rows. bytes, sha256: of the file.
+    errors: the output rows that failed, by error_type; empty in records of before these were told apart.
     """
 
     shard: int
@@ -128,6 +144,7 @@ class CommitRecord(Signed):
     fingerprint: str
     epoch: int
     nonce: str
+    errors: dict[str, RowErrors] = Field(default_factory=dict)
 
     @property
     def counters(self) -> Stats:
@@ -192,6 +209,7 @@ def to_commit(shard: Shard, result: ShardResult, fingerprint: str, epoch: int, n
         fingerprint=fingerprint,
         epoch=epoch,
         nonce=nonce,
+        errors=result.errors,
         **signature(),
     )
 

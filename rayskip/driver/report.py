@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, model_validator
 
+from rayskip.data.records import RowErrors
 from rayskip.driver.records import CommitRecord, Signed
+from rayskip.errors import counted, plain
 from rayskip.stats import Stats
 
 
 class Report(Signed):
     """Throughput of the run that finished a job.
 
-    Rows and tokens are the whole job's (output rows: input rows x n), seconds and speeds are this run's:
-    shards_resumed says how many shards earlier runs had committed.
-    rows_cut: output rows cut off at max_tokens or the context's end, but for shards committed before these were
-    counted.
+    Rows, generations and tokens are the whole job's, seconds and speeds are this run's: shards_resumed says how
+    many shards earlier runs had committed.
+    rows: of the input; None in reports of before these were told from generations, of which each row has `n`.
+    generations_failed, generations_cut: of all generations, those without an answer and those cut off at max_tokens
+    or the context's end. errors: those that failed, by error_type, the commonest first. Of shards committed before
+    they were counted, the last two have none. prefix: of the output columns' names.
     load_s: seconds a replica took to load (the slowest). generate_s: from the first replica ready to the
     last shard committed. wall_s: the whole run. seconds: per phase, summed over this run's replicas.
     completion_tok_s: completion tokens of this run / generate_s.
@@ -43,8 +48,10 @@ class Report(Signed):
     shards: int
     shards_resumed: int
     retries: int
-    rows: int
-    rows_failed: int
+    rows: int | None
+    generations: int
+    generations_failed: int
+    generations_cut: int
     prompt_tokens: int
     prefix_tokens: int
     completion_tokens: int
@@ -73,8 +80,23 @@ class Report(Signed):
     agreement: dict[str, float]
     fell_back_to_full_depth: bool
     seconds: dict[str, float]
-    rows_cut: int = 0
+    prefix: str = ""
+    errors: dict[str, RowErrors] = Field(default_factory=dict)
     kv_fill: float | None = None
+
+    @property
+    def failure(self) -> str | None:
+        """Why the finished job is a failure, None for one that is not."""
+        return failure(self.generations, self.generations_failed, self.errors)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Earlier reports called generations rows."""
+        if "generations" in values:
+            return values
+        names = {"rows": "generations", "rows_failed": "generations_failed", "rows_cut": "generations_cut"}
+        return values | {"rows": None} | {new: values.get(old, 0) for old, new in names.items()}
 
 
 def total(commits: Iterable[CommitRecord]) -> Stats:
@@ -83,6 +105,40 @@ def total(commits: Iterable[CommitRecord]) -> Stats:
     for commit in commits:
         stats += commit.counters
     return stats
+
+
+def total_errors(commits: Iterable[CommitRecord]) -> dict[str, RowErrors]:
+    """The failed rows of all records by error_type, the commonest first, each with the first record's example."""
+    found: dict[str, RowErrors] = {}
+    for commit in commits:
+        for kind, errors in commit.errors.items():
+            first = found.get(kind)
+            found[kind] = replace(first, count=first.count + errors.count) if first else errors
+    return commonest_first(found)
+
+
+def commonest_first(errors: dict[str, RowErrors]) -> dict[str, RowErrors]:
+    return dict(sorted(errors.items(), key=lambda item: -item[1].count))
+
+
+def error_lines(errors: dict[str, RowErrors]) -> list[str]:
+    """A line for each error_type: how often, and one of them."""
+    return [
+        plain(f"{kind}: {found.count:,}, such as {found.row_file} row {found.row_index}: {found.message}")
+        for kind, found in errors.items()
+    ]
+
+
+def failure(generations: int, failed: int, errors: dict[str, RowErrors]) -> str | None:
+    """Why so many generations, with so many failed, are no success: not one has an answer. None if one has."""
+    if not generations or failed < generations:
+        return None
+    return "; the commonest error is ".join(["no row succeeded", *error_lines(errors)[:1]])
+
+
+def told_generations(generations: int, failed: int, cut: int) -> str:
+    """How many there are, and what became of them."""
+    return f"{generations:,}, {failed:,} failed, {cut:,} cut off at max_tokens or the context's end"
 
 
 def _layers(report: Report) -> str:
@@ -122,9 +178,12 @@ def format_report(report: Report) -> str:
         "job": f"{report.name}  ({report.fingerprint[:12]})",
         "model": report.model,
         "hardware": ", ".join(f"{key} {value}" for key, value in report.hardware.items()),
-        "replicas": f"{report.replicas}, {report.retries} shard retries",
+        "replicas": f"{report.replicas}, {counted(report.retries, 'retry')} of shards",
         "shards": f"{report.shards:,}, {report.shards_resumed:,} from earlier runs",
-        "rows": f"{report.rows:,}, {report.rows_failed:,} failed, {report.rows_cut:,} cut off at their most tokens",
+        "rows": "-" if report.rows is None else f"{report.rows:,}",
+        "generations": told_generations(
+            report.generations, report.generations_failed, report.generations_cut
+        ),
         "prompt tokens": f"{report.prompt_tokens:,}, {report.prefix_tokens:,} from a shared prefix",
         "completion tokens": f"{report.completion_tokens:,}",
         "tokens/s": f"{report.completion_tok_s:,.1f}, {report.completion_tok_s_per_replica:,.1f} a replica",
@@ -134,6 +193,10 @@ def format_report(report: Report) -> str:
         f"driver {report.driver_cpu_s_per_1000_rows:.2f} CPU s per 1,000 rows",
         "phases": ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in report.seconds.items()),
     }
+    if report.errors:
+        facts["errors"] = "\n".join(error_lines(report.errors))
+    if report.prefix:
+        facts["columns"] = f"added ones begin with {report.prefix}, as {report.prefix}text"
     if report.skip != "none":
         facts["layers"] = _layers(report)
     if report.drafted:
@@ -141,5 +204,12 @@ def format_report(report: Report) -> str:
             f"{kind} {report.accepted_by.get(kind, 0):,} of {n:,}" for kind, n in report.drafted_by.items()
         )
         facts["drafts"] = f"{report.mean_accepted:.2f} tokens a verification; held: {kinds}"
-    width = max(map(len, facts))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in facts.items())
+    return aligned(facts)
+
+
+def aligned(facts: dict[str, str]) -> str:
+    """A line for each fact, its values below each other."""
+    width = max(map(len, facts)) + 2
+    return "\n".join(
+        name.ljust(width) + value.replace("\n", "\n" + " " * width) for name, value in facts.items()
+    )

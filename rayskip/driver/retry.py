@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from rayskip.data.records import Shard
-from rayskip.errors import JobFailed
+from rayskip.errors import JobFailed, counted
 from rayskip.pool import LOOK_AHEAD
 
 # Replicas that may die while loading, one after the other, before the job does without them.
@@ -45,9 +45,11 @@ Instruction = Start | Assign | Kill
 
 @dataclass
 class _Replica:
-    """since: when it last started or finished something, or was given its first shard; seconds."""
+    """since: when it last started or finished something, or was given its first shard; seconds. places: shards that
+    it holds at most."""
 
     since: float
+    places: int = LOOK_AHEAD
     ready: bool = False
     shards: list[Shard] = field(default_factory=list)
 
@@ -139,10 +141,11 @@ class Dispatch:
         """A replica has been started, under this id."""
         self._replicas[replica] = _Replica(since=now)
 
-    def became_ready(self, replica: int, now: float) -> None:
-        """A replica has loaded."""
+    def became_ready(self, replica: int, now: float, places: int = LOOK_AHEAD) -> None:
+        """A replica has loaded, and may hold so many shards."""
         self._failed_starts = 0
         self._replicas[replica].ready = True
+        self._replicas[replica].places = places
         self._replicas[replica].since = now
 
     def progressed(self, replica: int, now: float) -> None:
@@ -167,7 +170,7 @@ class Dispatch:
         self._faults[shard] += 1
         if self._faults[shard] >= self._max_attempts:
             raise self._gave_up(
-                failed, f"failed {self._max_attempts} times (retry.max_shard_attempts)", reason
+                failed, f"failed {counted(self._max_attempts, 'time')} (retry.max_shard_attempts)", reason
             )
         self.retries += 1
         (self._suspects if failed.probe else self._pending).append(failed)
@@ -182,7 +185,9 @@ class Dispatch:
                 and not self.ready
                 and len(self._replicas) < min(self._least, self._left)
             ):
-                raise JobFailed(f"{self._failed_starts} replicas in a row died loading; the last: {reason}")
+                raise JobFailed(
+                    f"{counted(self._failed_starts, 'replica')} in a row died loading; the last: {reason}"
+                )
         alone = len(gone.shards) == 1
         self.retries += len(gone.shards)
         self._suspects.extend(self._after_death(shard, alone, reason) for shard in gone.shards)
@@ -248,15 +253,16 @@ class Dispatch:
         return max(0, min(wanted, self._left) - len(self._replicas))
 
     def _assign(self, now: float) -> list[Instruction]:
-        """Fill every replica's first place before any second, so that the last shards spread out; a replica that
-        still loads has its first shard kept for it."""
+        """Fill every replica's first place before any second, so that the last shards spread out; of one that still
+        loads, the first shard is kept for it, and of all no one gets more than its share."""
         assigned: list[Instruction] = []
         loading = len(self._replicas) - self.ready
-        for place in range(LOOK_AHEAD):
+        for place in range(max((state.places for state in self._replicas.values()), default=0)):
             for replica, state in self._replicas.items():
-                if place and len(self._pending) <= loading:
+                if place and (len(self._pending) <= loading or place * len(self._replicas) >= self._left):
                     break
-                if state.ready and len(state.shards) == place and (shard := self._next_for(state)):
+                room = state.ready and len(state.shards) == place < state.places
+                if room and (shard := self._next_for(state)):
                     if not state.shards:
                         state.since = now
                     state.shards.append(shard)

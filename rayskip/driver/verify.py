@@ -26,20 +26,21 @@ from rayskip.driver.commit import (
 )
 from rayskip.driver.records import MANIFEST, CommitRecord, JobRecord, Manifest, commit_key, fold
 from rayskip.driver.status import read_job
-from rayskip.errors import OutputError
+from rayskip.errors import OutputError, counted
 
 MOST_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What was verified. rows, rows_failed: output rows."""
+    """What was verified. rows: of the input."""
 
     name: str
     files: int
     bytes: int
     rows: int
-    rows_failed: int
+    generations: int
+    generations_failed: int
 
 
 def verify(out: str) -> VerifyResult:
@@ -59,8 +60,9 @@ def verify(out: str) -> VerifyResult:
         name=manifest.name,
         files=len(manifest.files),
         bytes=sum(file.bytes for file in manifest.files),
-        rows=manifest.rows,
-        rows_failed=manifest.rows_failed,
+        rows=job.rows,
+        generations=manifest.rows,
+        generations_failed=manifest.rows_failed,
     )
 
 
@@ -75,10 +77,9 @@ def repair(out: str) -> list[str]:
     Lease(storage)
     commits, damaged = scan_commits(storage)
     problems = list(damaged.values())
-    format = job.config.get("output", {}).get("format", "parquet")
     bad = set(damaged)
     for commit in commits:
-        found = list(_file_problems(storage, format, commit))
+        found = list(_file_problems(storage, job, commit))
         if commit.fingerprint != job.fingerprint:
             found.append(f"shard {commit.shard} is of another job")
         if found:
@@ -116,7 +117,7 @@ def _problems(storage: Storage, job: JobRecord, manifest: Manifest) -> Iterator[
         yield f"{MANIFEST} does not match the commit records"
     yield from _partition_problems(job, commits)
     for commit in commits:
-        yield from _file_problems(storage, manifest.format, commit)
+        yield from _file_problems(storage, job, commit)
 
 
 def _strays(storage: Storage, manifest: Manifest) -> Iterator[str]:
@@ -131,7 +132,7 @@ def _strays(storage: Storage, manifest: Manifest) -> Iterator[str]:
 def _partition_problems(job: JobRecord, commits: list[CommitRecord]) -> Iterator[str]:
     """Do the shards' ranges cover every input row once?"""
     if [commit.shard for commit in commits] != list(range(job.shards)):
-        yield f"{len(commits)} of {job.shards} shards are committed"
+        yield f"{len(commits):,} of {counted(job.shards, 'shard')} committed"
     ends: dict[str, int] = {}
     for commit in sorted(commits, key=lambda commit: (commit.name, commit.start)):
         if commit.fingerprint != job.fingerprint:
@@ -142,10 +143,10 @@ def _partition_problems(job: JobRecord, commits: list[CommitRecord]) -> Iterator
         ends[commit.name] = commit.stop
     rows = sum(commit.stop - commit.start for commit in commits)
     if rows != job.rows:
-        yield f"{rows} input rows are covered, the job has {job.rows}"
+        yield f"{counted(rows, 'input row')} covered, the job has {job.rows:,}"
 
 
-def _file_problems(storage: Storage, format: str, commit: CommitRecord) -> Iterator[str]:
+def _file_problems(storage: Storage, job: JobRecord, commit: CommitRecord) -> Iterator[str]:
     """Is a data file the one that was committed, with each sample of each of its rows once?"""
     data = storage.get(commit.file)
     if data is None:
@@ -154,8 +155,8 @@ def _file_problems(storage: Storage, format: str, commit: CommitRecord) -> Itera
     if hashlib.sha256(data).hexdigest() != commit.sha256:
         yield f"{commit.file} has changed since it was committed (sha256 differs)"
         return
-    identities = read_identities(data, format)
+    identities = read_identities(data, job.format, job.prefix)
     if len(identities) != commit.rows:
-        yield f"{commit.file} holds {len(identities)} rows, {commit.rows} were committed"
+        yield f"{commit.file} holds {counted(len(identities), 'generation')}, {commit.rows:,} were committed"
     for problem in identity_problems(identities, commit.name, commit.start, commit.stop):
         yield f"{commit.file} {problem}"
