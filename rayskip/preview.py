@@ -6,23 +6,28 @@ Does not know replicas or Ray. Looks at up to SAMPLE_ROWS rows, taken from shard
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayskip.config import JobConfig
+from rayskip.data.attempt import JOB
 from rayskip.data.prompts import PromptBuilder, prompt_columns
 from rayskip.data.records import Prompt, Shard
 from rayskip.data.sources import read_shard
 from rayskip.data.storage import open_storage
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.data.values import python_rows
-from rayskip.driver.commit import adopt, load_commits, lost_files, sizes
+from rayskip.driver.commit import adopt, load_commits, lost_files, read, sizes
+from rayskip.driver.identity import as_begun
 from rayskip.driver.plan import Plan, make_plan
+from rayskip.driver.records import JobRecord
 from rayskip.errors import OutputError, RowError, shown
 from rayskip.model.checkpoint import read_spec, resolve, suggested_sampling
 
 SAMPLE_ROWS = 10_000
 PROMPTS_SHOWN = 3
+FILES_SHOWN = 3
 BAR = 40
 
 
@@ -56,6 +61,8 @@ def preview(job: JobConfig) -> Preview:
     Raises UserError for what a run would be refused for; what the output folder is refused for is in `refused`, so
     that what is wrong with the rows shows first.
     """
+    with suppress(OutputError):  # told last
+        job = as_begun(job, read(open_storage(job.output.path), JOB, JobRecord))
     plan = make_plan(job)
     plan, committed, refused = _committed(job, plan)
     job = job.dated(plan.record.date)
@@ -111,10 +118,15 @@ def format_preview(seen: Preview) -> str:
         f"{record.name}: {record.rows:,} rows in {record.shards:,} shards, {seen.committed:,} committed",
         f"model {seen.job.model.path}, context {seen.max_model_len:,} tokens",
     ]
+    source = seen.plan.source
+    if source.format == "csv" or source.partitions.names:
+        parts.append("columns: " + ", ".join(f"{name} ({kind})" for name, kind in source.types.items()))
+    parts += [f"{file.name}: {note}" for file in source.files[:FILES_SHOWN] for note in file.notes]
     if record.date:
         parts.append(f"the chat template tells the date: {record.date}")
     if seen.suggested:
         parts.append(_suggestion(seen))
+    parts += [f"warning: {warning}" for warning in seen.plan.warnings]
     parts += [f"\nprompt {number}:\n{text}" for number, text in enumerate(seen.prompts, 1)]
     parts.append(f"\nprompt tokens, {seen.rows:,} of {record.rows:,} rows looked at:")
     parts += histogram(seen.lengths)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rayskip.config.decode import DecodeConfig
 from rayskip.config.sampling import SamplingParams
-from rayskip.config.section import ModelConfig, Section
+from rayskip.config.section import ModelConfig, Section, UserPath
 
 
 class InputConfig(Section):
@@ -20,15 +20,30 @@ class InputConfig(Section):
     those three columns that the data has is used.
     """
 
-    path: str = Field(
+    path: UserPath = Field(
         description="file, glob, folder, save_to_disk folder, s3:// or gs:// url, or hub dataset name"
     )
-    format: Literal["parquet", "arrow", "jsonl", "openai", "csv", "datasets", "hub"] | None = Field(
+    format: Literal["parquet", "arrow", "jsonl", "json", "openai", "csv", "datasets", "hub"] | None = Field(
         None, description="read from the suffix when left out"
     )
     split: str | None = Field(
         None, description="which split to read of data that has several, by datasets' names; all: every one"
     )
+    encoding: str | None = Field(
+        None, description="of text files, such as latin-1; null: UTF-8, or UTF-16 where the file says so"
+    )
+    delimiter: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1,
+        description="between CSV's fields; null: what the first rows agree on",
+    )
+    text_columns: tuple[str, ...] | Literal["all"] = Field(
+        (),
+        description="columns of CSV that stay text, as the prompt's does, whatever is in them; all: every one, an "
+        "empty field is an empty text, and neither delimiter nor encoding is guessed",
+    )
+    partitions: bool = Field(True, description="folders named key=value become columns")
     prompt: str | None = Field(None, description="column with a text prompt")
     messages: str | None = Field(None, description="column with a list of {role, content}")
     prompt_token_ids: str | None = Field(None, description="column with a list of token ids")
@@ -66,6 +81,25 @@ class InputConfig(Section):
             value.encode()
         except UnicodeEncodeError as error:
             raise ValueError("is not valid UTF-8; rename the file or folder") from error
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, value: str | None) -> str | None:
+        try:
+            if value is not None:
+                "a".encode(value)
+        except (LookupError, UnicodeError):
+            raise ValueError(
+                f"no encoding is called {value!r}; utf-8, utf-16, latin-1 and cp1252 are some"
+            ) from None
+        return value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _check_delimiter(cls, value: str | None) -> str | None:
+        if value in ('"', "\n", "\r"):
+            raise ValueError(f"may be no quote and no line break, got {value!r}")
         return value
 
     @field_validator("split")
@@ -184,7 +218,7 @@ class QualityConfig(Section):
 class OutputConfig(Section):
     """Where generations go."""
 
-    path: str = Field(description="folder, local or s3:// or gs://")
+    path: UserPath = Field(description="folder, local or s3:// or gs://")
     format: Literal["parquet", "jsonl", "openai"] = "parquet"
     token_ids: bool = Field(False, description="write the token_ids column")
     shard_rows: int = Field(256, ge=1, description="input rows per shard, the unit of commit and retry")

@@ -32,17 +32,35 @@ _NAMING = {
 _ELSEWHERE = (*_NAMING["input files"], "input.date", "output.path")
 """Not compared with their part: contents are hashed, a record has the date, and the folder is the same."""
 
+_BEFORE: dict[str, dict[str, Any]] = {"input": {"text_columns": "all", "partitions": False}}
+"""How a job reads that began before there was the key, where that is not the key's default."""
+
 Values = dict[str, Any]
 """What a config says, by dotted key."""
 
 
 def contents(job: JobConfig, source: Source, model: Path) -> dict[str, str]:
     """A hash for each content that decides the output. model: the folder of its checkpoint."""
-    adapter = job.model.adapter and adapter_fingerprint(Path(job.model.adapter).expanduser())
+    adapter = job.model.adapter and adapter_fingerprint(Path(job.model.adapter))
     return {
         "input files": digest([(file.name, file.rows, file.fingerprint) for file in source.files]),
         "model": digest([weights_fingerprint(model), adapter, job.model.dtype]),
     }
+
+
+def as_begun(job: JobConfig, there: JobRecord | None) -> JobConfig:
+    """The job as it goes on in a folder that an earlier version began: what has become a key since is as it was
+    then, where the job leaves it out."""
+    if there is None:
+        return job
+    old = {key: value for key, value in _BEFORE["input"].items() if key not in there.config.get("input", {})}
+    kept = {key: value for key, value in old.items() if key not in job.input.model_fields_set}
+    return job.model_copy(update={"input": job.input.model_copy(update=kept)})
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """What a folder's config says, with what an earlier version did where there was no key yet."""
+    return config | {name: values | config.get(name, {}) for name, values in _BEFORE.items()}
 
 
 def said(config: dict[str, Any], under: str = "") -> Values:
@@ -67,11 +85,13 @@ def deciding(values: Values) -> Values:
 def differences(there: JobRecord, here: JobRecord) -> list[str]:
     """What decides the output and is not the same in both, with both values; empty where they are one job.
 
-    there: a folder's, perhaps by another version: a key that it lacks has come since and counts as its default, one
-    that only it has differs unless it is null. A date that was not given here is taken from there.
+    there: a folder's, perhaps by another version: a key that it lacks has come since and counts as what was done
+    before, which is its default but for _BEFORE; one that only it has differs unless it is null. A date that was
+    not given here is taken from there.
     """
+    config = _complete(there.config)
     try:
-        known = JobConfig.model_validate(there.config, extra="ignore").model_dump(mode="json")
+        known = JobConfig.model_validate(config, extra="ignore").model_dump(mode="json")
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
@@ -81,7 +101,7 @@ def differences(there: JobRecord, here: JobRecord) -> list[str]:
     for part, keys in _NAMING.items():
         if there.parts.get(part) != here.parts.get(part):
             found += _unequal(old, new, keys) or [part]
-    old, new = deciding(said(there.config) | old), deciding(new)
+    old, new = deciding(said(config) | old), deciding(new)
     found += _unequal(old, new, sorted(old.keys() | new.keys()))
     if here.config["input"]["date"] is not None and there.date is not None:
         found += _unequal({"input.date": str(there.date)}, {"input.date": str(here.date)}, ["input.date"])

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rayskip.config import JobConfig
-from rayskip.data.attempt import data_key
+from rayskip.data.attempt import JOB, data_key
 from rayskip.data.output import SUFFIXES
 from rayskip.data.sources import Source
 from rayskip.data.storage import Storage, open_storage
@@ -28,9 +28,19 @@ from rayskip.driver.commit import (
     sweep,
     take_back,
 )
+from rayskip.driver.identity import as_begun
 from rayskip.driver.plan import Plan, make_plan
 from rayskip.driver.progress import Meter, Progress
-from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, commit_key, fold, signature
+from rayskip.driver.records import (
+    MANIFEST,
+    REPORT,
+    CommitRecord,
+    JobRecord,
+    Manifest,
+    commit_key,
+    fold,
+    signature,
+)
 from rayskip.driver.report import Report, merged, total
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
@@ -61,6 +71,8 @@ def run_job(
     Raises UserError before any replica starts when the job cannot run as given, JobFailed when it gave up,
     Interrupted after SIGTERM or Ctrl-C; what was committed stays in each case.
     """
+    if not fresh:
+        job = as_begun(job, read(open_storage(job.output.path), JOB, JobRecord))
     return run_plan(job, make_plan(job), pool_factory, fresh, on_progress)
 
 
@@ -72,6 +84,8 @@ def run_plan(
     on_progress: OnProgress = _ignore,
 ) -> Report:
     """`run_job` for a plan that is made already."""
+    for warning in plan.warnings:
+        _log.warning("%s", warning)
     storage = open_storage(job.output.path)
     if not fresh and (report := finished_report(storage, plan)):
         _log.warning("%s is finished already, nothing was done; --fresh starts over", job.output.path)

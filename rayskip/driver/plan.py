@@ -25,13 +25,15 @@ from rayskip.skip import skip_policy
 @dataclass(frozen=True)
 class Plan:
     """A job cut into shards. source: what replicas need to read them. record: what job.json says, of a folder that
-    holds the job already its own (see `commit.adopt`). seconds: what planning took.
+    holds the job already its own (see `commit.adopt`). seconds: what planning took. warnings: what is perhaps not
+    meant.
     """
 
     source: Source
     shards: list[Shard]
     record: JobRecord
     seconds: float = 0.0
+    warnings: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -50,7 +52,7 @@ def make_plan(job: JobConfig) -> Plan:
     check_output(job, source.columns)
     shards = list(plan_shards(source, job.output.shard_rows, job.input.max_rows))
     folder = resolve(job.model.path, job.model.revision)
-    check(folder, Path(job.model.adapter).expanduser() if job.model.adapter else None)
+    check(folder, Path(job.model.adapter) if job.model.adapter else None)
     if job.decode != DecodeConfig():
         from rayskip.decode.drafters import check_files  # imports torch, which takes its time
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from rayskip.config import SamplingParams
 from rayskip.data.formats import jsonl
-from rayskip.data.formats.base import Format, Scan, table_of
+from rayskip.data.formats.base import Format, Reading, Scan, table_of
+from rayskip.data.formats.text import MARK_ROWS
 
 CHAT = "/v1/chat/completions"
 SCHEMA = pa.schema(
@@ -26,14 +27,19 @@ _ELSEWHERE = {"messages", "max_completion_tokens", "logprobs", "top_logprobs"}
 _NO_EFFECT = {"model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 
 
-def scan(url: str) -> Scan:
-    rows, marks = jsonl.count(url)
-    return Scan(rows, SCHEMA, marks)
+def scan(url: str, reading: Reading) -> Scan:
+    rows, marks = 0, list[int]()
+    for rows, (offset, _) in enumerate(jsonl.lines_of(url, reading)(0), 1):
+        if rows % MARK_ROWS == 1:
+            marks.append(offset)
+    return Scan(rows, SCHEMA, tuple(marks))
 
 
-def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema) -> pa.Table:
+def read(
+    url: str, reading: Reading, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema
+) -> pa.Table:
     rows, reasons = [], list[str | None]()
-    for line in jsonl.read_range(url, marks, start, stop):
+    for line in jsonl.rows_between(jsonl.lines_of(url, reading), marks, start, stop):
         request, reason = jsonl.parse(line)
         body = request.get("body")
         if reason is None:
@@ -71,4 +77,4 @@ def _params(body: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-FORMAT = Format(scan, read)
+FORMAT = Format(scan, read, text=True)
