@@ -31,7 +31,7 @@ _READ_ROWS = 4096
 _SCANS = 8
 """Files looked at together: in a bucket, waiting is most of the work."""
 
-OPENAI_COLUMNS = ("custom_id", "messages", "sampling_params")
+OPENAI_COLUMNS = ("custom_id", "url", "messages", "sampling_params")
 """What an openai batch line is read into; these names have a meaning."""
 
 _OPENAI = {"custom_id", "method", "url", "body"}
@@ -43,7 +43,7 @@ _MOST_STATE = 1 << 26
 @dataclass(frozen=True)
 class InputFile:
     """name: the file's part of the row identity. fingerprint: changes when the content does (see `stamp`).
-    marks: what its format needs to find rows again. notes: see `Scan`."""
+    marks: what its format needs to find rows again. notes, warnings: see `Scan`."""
 
     url: str
     name: str
@@ -51,6 +51,7 @@ class InputFile:
     fingerprint: str
     marks: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 _NO_COLUMNS = pa.schema([])
@@ -108,7 +109,7 @@ def discover(config: InputConfig) -> Source:
         scans = list(pool.map(lambda file: _scan(kind, file.url, reading), located))
     schema = _schema(kind, scans, config)
     files = [
-        InputFile(file.url, file.name, scan.rows, file.stamp, scan.marks, scan.notes)
+        InputFile(file.url, file.name, scan.rows, file.stamp, scan.marks, scan.notes, scan.warnings)
         for file, scan in zip(located, scans, strict=True)
     ]
     if not any(file.rows for file in files):
