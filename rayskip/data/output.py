@@ -133,7 +133,7 @@ def to_jsonl(table: pa.Table) -> bytes:
 def to_openai(table: pa.Table, token_bytes: TokenBytes | None = None) -> bytes:
     """One line of the OpenAI batch output format per input row; its samples are the choices.
 
-    custom_id is the input's, or "FILE:ROW". created is when the job began, so that all of its attempts write the same.
+    custom_id is the input's, or "FILE:ROW". created is when the job began: every attempt writes the same.
     token_bytes: None where there is no tokenizer; then a token of the log-probabilities is written "token_id:ID".
     Beside OpenAI's own keys a line has the row's identity, row_file and row_index, and its number of samples.
     """

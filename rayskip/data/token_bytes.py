@@ -38,7 +38,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> TokenBytes:
             return bytes.fromhex(found[1])
         if kinds & {"ByteFallback", "Metaspace"}:
             return token.replace(_SPACE, " ").encode()
-        return tokenizer.decode([token_id]).encode()
+        return str(tokenizer.decode([token_id])).encode()
 
     return bytes_of
 
@@ -53,4 +53,4 @@ def _decoders(tokenizer: PreTrainedTokenizerBase) -> set[str]:
 def _of_bytes() -> dict[str, int]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    return {character: byte for byte, character in bytes_to_unicode().items()}
+    return {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
