@@ -101,10 +101,13 @@ class Source:
         return next(file for file in self.files if file.name == name)
 
 
-def discover(config: InputConfig) -> Source:
-    """Find and count the input. Raises InputError naming the file that is missing, corrupt or different."""
+def discover(config: InputConfig, texts: Collection[str] = ()) -> Source:
+    """Find and count the input. texts: columns of CSV that stay text, beside those that the config names.
+
+    Raises InputError naming the file that is missing, corrupt or different.
+    """
     kind, located = _locate(config)
-    reading = _reading(config, kind)
+    reading = _reading(config, kind, texts)
     with ThreadPoolExecutor(_SCANS) as pool:
         scans = list(pool.map(lambda file: _scan(kind, file.url, reading), located))
     schema = _schema(kind, scans, config)
@@ -168,7 +171,7 @@ def every_row(
             yield shard, index, row
 
 
-def _reading(config: InputConfig, kind: str) -> Reading:
+def _reading(config: InputConfig, kind: str, texts: Collection[str]) -> Reading:
     """How the job has text read, by the files' own column names. Raises InputError for a key that says nothing of
     the format."""
     if config.encoding is not None and not FORMATS[kind].text:
@@ -179,7 +182,7 @@ def _reading(config: InputConfig, kind: str) -> Reading:
     if config.text_columns == "all":
         return Reading(config.encoding, config.delimiter, None)
     named = {new: old for old, new in config.rename.items()}
-    texts = [*config.text_columns, config.prompt or "prompt"]
+    texts = [*texts, *config.text_columns, config.prompt or "prompt"]
     return Reading(config.encoding, config.delimiter, frozenset(named.get(name, name) for name in texts))
 
 
