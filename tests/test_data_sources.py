@@ -505,7 +505,7 @@ class TestOpenai:
     def test_a_custom_id_that_is_there_twice_is_noticed(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "a.jsonl", [REQUEST | {"custom_id": name, "body": {}} for name in "abcb"])
         (file,) = discover(InputConfig(path=str(tmp_path), format="openai")).files
-        assert file.warnings == ("rows 1 and 3 have the same custom_id, 'b'",)
+        assert file.warnings == ('rows 1 and 3 have the same custom_id, "b"',)
         write_jsonl(tmp_path / "a.jsonl", [{"custom_id": name} for name in "abc"] + [{}, {}])
         (file,) = discover(InputConfig(path=str(tmp_path), format="openai")).files
         assert file.warnings == ()

@@ -8,6 +8,7 @@ Does not know whether the messages or parameters are right: that is seen when a 
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import pyarrow as pa
 from rayskip.config import SamplingParams
 from rayskip.data.formats import jsonl
 from rayskip.data.formats.base import Format, Reading, Scan, table_of
-from rayskip.data.formats.text import MARK_ROWS
+from rayskip.data.formats.text import MARK_ROWS, Line
 from rayskip.data.records import TEMPLATE_KWARGS
 
 CHAT = "/v1/chat/completions"
@@ -62,27 +63,36 @@ _NO_OP: dict[str, tuple[Any, ...]] = {
 """What clients write for what is so anyway; null, 0, false and what is empty says that of any field."""
 
 
+_CUSTOM_ID = re.compile(rb'"custom_id"\s*+:\s*+("(?:[^"\\]|\\.)*+")')
+
+
 def scan(url: str, reading: Reading) -> Scan:
     rows, marks, ids = 0, list[int](), array("q")  # a hash each: eight bytes a row
     for rows, (offset, line) in enumerate(jsonl.lines_of(url, reading)(0), 1):
         if rows % MARK_ROWS == 1:
             marks.append(offset)
-        if (custom_id := jsonl.parse(line)[0].get("custom_id")) is not None:
-            ids.append(hash(str(custom_id)))
+        if custom_id := _custom_id(line):
+            ids.append(hash(custom_id))
     return Scan(rows, SCHEMA, tuple(marks), warnings=_repeated(url, reading, ids))
+
+
+def _custom_id(line: Line) -> bytes | None:
+    """As the line has it, which is not parsed for that."""
+    found = _CUSTOM_ID.search(line) if isinstance(line, bytes) else None
+    return found and found[1]
 
 
 def _repeated(url: str, reading: Reading, ids: Sequence[int]) -> tuple[str, ...]:
     """A warning of a custom_id that several lines have. ids: hashes of all."""
     ordered = np.sort(np.asarray(ids, np.int64))
     again = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
-    if not again:
-        return ()
-    seen: dict[str, int] = {}
-    for row, (_, line) in enumerate(jsonl.lines_of(url, reading)(0)):
-        custom_id = str(jsonl.parse(line)[0].get("custom_id"))
-        if hash(custom_id) in again and seen.setdefault(custom_id, row) != row:
-            return (f"rows {seen[custom_id]} and {row} have the same custom_id, {custom_id!r}",)
+    seen: dict[bytes, int] = {}
+    for row, (_, line) in enumerate(jsonl.lines_of(url, reading)(0) if again else ()):
+        custom_id = _custom_id(line)
+        if custom_id and hash(custom_id) in again and seen.setdefault(custom_id, row) != row:
+            return (
+                f"rows {seen[custom_id]} and {row} have the same custom_id, {custom_id.decode(errors='replace')}",
+            )
     return ()
 
 
