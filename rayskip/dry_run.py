@@ -6,10 +6,12 @@ Does not know replicas or Ray. Looks at up to SAMPLE_ROWS rows, taken from shard
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rayskip.config import JobConfig
+from rayskip.config import JobConfig, SamplingParams
+from rayskip.data.attempt import JOB
 from rayskip.data.output import count_error
 from rayskip.data.prompts import PromptBuilder, prompt_columns
 from rayskip.data.records import Prompt, RowErrors, Shard
@@ -17,14 +19,17 @@ from rayskip.data.sources import read_shard
 from rayskip.data.storage import open_storage, probe_unmade
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.data.values import python_rows
-from rayskip.driver.commit import load_commits, lost_files, sizes
+from rayskip.driver.commit import load_commits, lost_files, read, sizes
+from rayskip.driver.identity import as_begun
 from rayskip.driver.plan import Plan, adopted, make_plan, settled
+from rayskip.driver.records import JobRecord
 from rayskip.driver.report import commonest_first, error_lines
 from rayskip.errors import JobFailed, OutputError, RayskipError, RowError, counted, shown
 from rayskip.model.checkpoint import read_spec, resolve, suggested_sampling
 
 SAMPLE_ROWS = 10_000
 PROMPTS_SHOWN = 3
+FILES_SHOWN = 3
 BAR = 40
 
 
@@ -35,7 +40,7 @@ class DryRun:
     completion_tokens: the most that the good rows looked at may generate. errors: the rows that cannot run, by
     error_type. committed: shards that earlier runs of this job finished. refused: why a run would not write into
     that folder, or that none of the rows can run; None if all is well. suggested: sampling parameters that the
-    model's generation_config.json has and the job has otherwise.
+    model's generation_config.json has and the job has otherwise. continued: rows whose last message is continued.
     """
 
     job: JobConfig
@@ -43,6 +48,7 @@ class DryRun:
     committed: int
     refused: RayskipError | None
     max_model_len: int
+    continued: int = 0
     suggested: dict[str, Any] = field(default_factory=dict)
     rows: int = 0
     prompts: list[str] = field(default_factory=list)
@@ -62,6 +68,8 @@ def dry_run(job: JobConfig) -> DryRun:
     Raises UserError for what a run would be refused for; what the output folder is refused for is in `refused`, so
     that what is wrong with the rows shows first.
     """
+    with suppress(OutputError):  # told last
+        job = as_begun(job, read(open_storage(job.output.path), JOB, JobRecord))
     plan = make_plan(job)
     plan, committed, refused = _committed(job, plan)
     job = settled(job, plan.record)
@@ -71,7 +79,7 @@ def dry_run(job: JobConfig) -> DryRun:
     sampling = job.sampling.model_dump()
     suggested = {name: value for name, value in suggested_sampling(folder).items() if value != sampling[name]}
     max_model_len = min(job.engine.max_model_len or longest, longest)
-    seen = DryRun(job, plan, committed, refused, max_model_len, suggested)
+    seen = DryRun(job, plan, committed, refused, max_model_len, suggested=suggested)
     builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len)
     columns = prompt_columns(job.input)
     for shard in sample(plan.shards, SAMPLE_ROWS):
@@ -88,6 +96,7 @@ def dry_run(job: JobConfig) -> DryRun:
                 )
             seen.lengths.append(len(prompt.token_ids))
             seen.completion_tokens += _most_tokens(prompt, seen.max_model_len)
+    seen.continued = builder.continued
     seen.errors = commonest_first(seen.errors)
     if seen.errors and not seen.lengths and not seen.refused:
         seen.refused = JobFailed(
@@ -149,15 +158,27 @@ def format_dry_run(seen: DryRun) -> str:
         f"{seen.committed:,} committed",
         f"model {seen.job.model.path}, context {seen.max_model_len:,} tokens",
     ]
+    source = seen.plan.source
+    if source.format == "csv" or source.partitions.names:
+        parts.append("columns: " + ", ".join(f"{name} ({kind})" for name, kind in source.types.items()))
+    parts += [f"{file.name}: {note}" for file in source.files[:FILES_SHOWN] for note in file.notes]
+    if seen.job.sampling.stop or seen.job.sampling.stop_token_ids:
+        parts.append(f"a text ends before {_stops(seen.job.sampling)}")
     if record.date:
         parts.append(f"the chat template tells the date: {record.date}")
     if record.prefix:
         parts.append(f"the output's columns begin with {record.prefix}, as {record.prefix}text")
     if seen.suggested:
         parts.append(_suggestion(seen))
+    parts += [f"warning: {warning}" for warning in seen.plan.warnings]
     parts += [f"\nprompt {number}:\n{text}" for number, text in enumerate(seen.prompts, 1)]
     parts.append(f"\nprompt tokens, {seen.rows:,} of {counted(record.rows, 'row')} looked at:")
     parts += histogram(seen.lengths)
+    if seen.continued:
+        parts.append(
+            f"{counted(seen.continued, 'row')} end with the assistant's message, which is continued; "
+            "input.continue_final_message: false has a new answer begin"
+        )
     if seen.errors:
         parts.append(
             f"{counted(seen.rows - len(seen.lengths), 'row')} cannot run and would come out with an error:"
@@ -182,6 +203,11 @@ def histogram(lengths: list[int]) -> list[str]:
 
 def _most_tokens(prompt: Prompt, max_model_len: int) -> int:
     return prompt.params.n * min(prompt.params.max_tokens, max_model_len - len(prompt.token_ids))
+
+
+def _stops(sampling: SamplingParams) -> str:
+    tokens = [f"token {token}" for token in sampling.stop_token_ids]
+    return ", ".join([*map(shown, sampling.stop), *tokens])
 
 
 def _suggestion(seen: DryRun) -> str:

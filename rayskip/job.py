@@ -59,8 +59,6 @@ def _bar(name: str, shown: bool) -> Iterator[Callable[[Progress], None]]:
 
         def show(progress: Progress) -> None:
             bar.total, bar.n = progress.rows_total, progress.rows
-            bar.set_postfix_str(
-                f"{progress.phase}, {progress.tok_s:,.0f} tok/s, {progress.rows_failed:,} failed"
-            )
+            bar.set_postfix_str(f"{progress.phase}, {progress.tok_s:,.0f} tok/s, {progress.failed:,} failed")
 
         yield show

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import pickle
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -24,7 +26,8 @@ from s3_server import s3_server
 
 from rayskip.config import InputConfig
 from rayskip.data.formats import FORMATS
-from rayskip.data.formats.base import MARK_ROWS, MAX_LINE
+from rayskip.data.formats.base import BUFFER
+from rayskip.data.formats.text import MARK_ROWS, MAX_LINE
 from rayskip.data.records import BROKEN_ROW
 from rayskip.data.sources import InputFile, Source, discover, plan_shards, read_shard
 from rayskip.data.splits import splits_of
@@ -38,11 +41,26 @@ def write_jsonl(path: Path, rows: Rows) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def write_csv(path: Path, rows: Rows) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+def write_csv(path: Path, rows: Rows, **how: Any) -> None:
+    with path.open("w", newline="", encoding=how.pop("encoding", "utf-8")) as file:
+        writer = csv.DictWriter(file, list(rows[0]), **how)
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_json(path: Path, rows: Rows) -> None:
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-16")
+
+
+def packed(write: Write, pack: Callable[[bytes], bytes]) -> Write:
+    """Compressed in two pieces, as tools write that append."""
+
+    def written(path: Path, rows: Rows) -> None:
+        write(path, rows)
+        data = path.read_bytes()
+        path.write_bytes(pack(data[:1000]) + pack(data[1000:]))
+
+    return written
 
 
 def write_parquet(path: Path, rows: Rows) -> None:
@@ -64,6 +82,10 @@ def write_arrow_stream(path: Path, rows: Rows) -> None:
 WRITERS: dict[str, Write] = {
     "a.jsonl": write_jsonl,
     "a.csv": write_csv,
+    "a.tsv": lambda path, rows: write_csv(path, rows, delimiter="\t"),
+    "a.json": write_json,
+    "a.jsonl.gz": packed(write_jsonl, gzip.compress),
+    "a.csv.zst": packed(write_csv, lambda data: pa.Codec("zstd").compress(data, asbytes=True)),
     "a.parquet": write_parquet,
     "a.feather": write_arrow_file,
     "a.arrow": write_arrow_stream,
@@ -90,13 +112,19 @@ def texts(count: int) -> Rows:
     ]
 
 
+def as_read(name: str, rows: Rows) -> Rows:
+    """Rows as a file of that name has them: in CSV what is empty is null."""
+    is_csv = name.split(".")[1] in ("csv", "tsv")
+    return [row | {"prompt": row["prompt"] or (None if is_csv else ""), BROKEN_ROW: None} for row in rows]
+
+
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("count", [1, MARK_ROWS, 2 * MARK_ROWS + 7])
 def test_every_row_is_read_once_and_in_order(tmp_path: Path, name: str, count: int) -> None:
     """Also over the remembered offsets, row groups and batches, which the shards do not line up with."""
     rows = texts(count)
     WRITERS[name](tmp_path / name, rows)
-    assert rows_of(tmp_path / name) == [row | {BROKEN_ROW: None} for row in rows]
+    assert rows_of(tmp_path / name) == as_read(name, rows)
 
 
 @given(
@@ -355,9 +383,15 @@ class TestBrokenRows:
 
     def test_csv_rows_with_too_few_fields_or_wrong_bytes(self, tmp_path: Path) -> None:
         (tmp_path / "a.csv").write_bytes(b"id,prompt\n1,a\n2\n3,\xff\n4,d\n")
-        rows = rows_of(tmp_path / "a.csv")
+        assert "line 4 is not UTF-8" in refused(tmp_path / "a.csv")
+        rows = rows_of(tmp_path / "a.csv", encoding="utf-8")
         assert [bool(row[BROKEN_ROW]) for row in rows] == [False, True, True, False]
-        assert rows[2]["id"] == "3"
+        assert [row["id"] for row in rows] == [1, None, 3, 4]
+        assert rows_of(tmp_path / "a.csv", encoding="latin-1")[2] == {
+            "id": 3,
+            "prompt": "ÿ",
+            BROKEN_ROW: None,
+        }
 
     @pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
     def test_invalid_utf8_in_a_string_column(self, tmp_path: Path, name: str) -> None:
@@ -437,13 +471,44 @@ class TestOpenai:
     def test_what_is_not_done_is_not_ignored(self, tmp_path: Path) -> None:
         body = {"messages": []}
         format_json = {"response_format": {"type": "json_object"}}
-        rows = self.rows(tmp_path, body | {"presence_penalty": 0}, body | format_json, {"prompt": "x"}, "x")
+        nothing = {
+            **{"presence_penalty": 0, "stop": None, "logit_bias": {}, "stream": False, "n": 1, "tools": []},
+            **{"response_format": {"type": "text"}, "tool_choice": "none", "parallel_tool_calls": True},
+        }
+        rows = self.rows(
+            tmp_path, body | nothing, body | format_json, {"prompt": "x"}, "x", {"messages": [1]}
+        )
         assert rows[0][BROKEN_ROW] is None
+        assert "messages must be a list of objects" in rows[4][BROKEN_ROW]
         assert "response_format" in rows[1][BROKEN_ROW]
         assert "messages" in rows[2][BROKEN_ROW]
         assert "messages" in rows[3][BROKEN_ROW]
         write_jsonl(tmp_path / "a.jsonl", [REQUEST | {"url": "/v1/embeddings", "body": body}])
         assert "/v1/embeddings" in rows_of(tmp_path / "a.jsonl", format="openai")[0][BROKEN_ROW]
+
+    def test_completions_without_chat(self, tmp_path: Path) -> None:
+        bodies = [
+            {"prompt": "a", "logprobs": 0},
+            {"prompt": ["[1]"]},
+            {"prompt": [5, 6]},
+            {"prompt": ["a", "b"]},
+            {},
+        ]
+        write_jsonl(
+            tmp_path / "a.jsonl", [REQUEST | {"url": "/v1/completions", "body": body} for body in bodies]
+        )
+        rows = rows_of(tmp_path / "a.jsonl", format="openai")
+        assert [row["messages"] for row in rows] == ['"a"', '"[1]"', "[5, 6]", None, None]
+        assert json.loads(rows[0]["sampling_params"]) == {"logprobs": 0}
+        assert ["prompt" in (row[BROKEN_ROW] or "") for row in rows] == [False, False, False, True, True]
+
+    def test_a_custom_id_that_is_there_twice_is_noticed(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "a.jsonl", [REQUEST | {"custom_id": name, "body": {}} for name in "abcb"])
+        (file,) = discover(InputConfig(path=str(tmp_path), format="openai")).files
+        assert file.warnings == ('rows 1 and 3 have the same custom_id, "b"',)
+        write_jsonl(tmp_path / "a.jsonl", [{"custom_id": name} for name in "abc"] + [{}, {}])
+        (file,) = discover(InputConfig(path=str(tmp_path), format="openai")).files
+        assert file.warnings == ()
 
     def test_are_pointed_out_when_read_as_plain_lines(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "a.jsonl", [REQUEST | {"body": {"messages": []}}])
@@ -626,13 +691,170 @@ def bucket() -> Iterator[str]:
         yield url
 
 
+LATE = 2 * MARK_ROWS + 500
+"""A row whose value settles what its column is, after others that were looked at without it."""
+
+
+@pytest.mark.parametrize(
+    ("early", "late"),
+    [
+        ("12", "12"),
+        ("12", "1.5"),
+        ("12", "x"),
+        ("1", "true"),
+        ("5", "true"),
+        ("", "7"),
+        ("NA", "7"),
+        ("2024-02-29", "2024-02-28"),
+        ("2024-02-29", "2024-02-29 10:00:00"),
+        ("2024-02-29 10:00:00", "2024-02-29 10:00:00.25"),
+        ("2024-02-29T10:00:00Z", "2024-02-29T10:00:00+01:00"),
+        ("10:30", "x"),
+        ("", ""),
+    ],
+)
+def test_csv_columns_are_what_pyarrow_takes_the_whole_file_for(tmp_path: Path, early: str, late: str) -> None:
+    values = [early] * LATE + [late]
+    write_csv(tmp_path / "a.csv", [{"prompt": "x", "value": value} for value in values])
+    whole = pa_csv.read_csv(
+        tmp_path / "a.csv", convert_options=pa_csv.ConvertOptions(strings_can_be_null=False)
+    )
+    expected = whole["value"]
+    if pa.types.is_timestamp(expected.type):  # which Parquet holds no seconds of
+        expected = expected.cast(pa.timestamp("us" if "." in late else "ms", expected.type.tz))
+    elif not early and pa.types.is_string(expected.type):
+        expected = pa.chunked_array([[value or None for value in values]])
+    assert columns_of(tmp_path / "a.csv")["value"] == expected
+
+
+def columns_of(path: Path, **config: Any) -> pa.Table:
+    """An input as a table, read in shards that line up with nothing."""
+    source = discover(InputConfig(path=str(path), **config))
+    return pa.concat_tables([read_shard(shard, source) for shard in plan_shards(source, 700)])
+
+
+@pytest.mark.parametrize(
+    "values", [["007", "12"], ["12345678901234567890", "1"], ["0x1f", "1"], ["NA", "NA"]]
+)
+def test_csv_keeps_what_only_looks_like_a_number(tmp_path: Path, values: list[str]) -> None:
+    write_csv(tmp_path / "a.csv", [{"prompt": "1", "value": value} for value in values])
+    assert columns_of(tmp_path / "a.csv").drop_columns([BROKEN_ROW]).to_pydict() == {
+        "prompt": ["1", "1"],  # and a prompt is text
+        "value": values,
+    }
+
+
+def test_csv_files_that_differ_in_a_column_and_columns_that_stay_text(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", [{"q": "1", "a": "1", "b": "1", "c": ""}])
+    write_csv(tmp_path / "b.csv", [{"q": "2", "a": "x", "b": "1.5", "c": "3"}])
+    table = columns_of(tmp_path, rename={"q": "ask"}, text_columns=["ask"]).drop_columns([BROKEN_ROW])
+    assert table.to_pydict() == {"ask": ["1", "2"], "a": ["1", "x"], "b": [1.0, 1.5], "c": [None, 3]}
+    table = columns_of(tmp_path, text_columns="all").drop_columns([BROKEN_ROW])
+    assert table.to_pydict() == {"q": ["1", "2"], "a": ["1", "x"], "b": ["1", "1.5"], "c": ["", "3"]}
+    assert "'nosuch'" in refused(tmp_path, text_columns=["nosuch"])
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
+def test_csv_delimiter_and_encoding_are_found_or_named(tmp_path: Path, delimiter: str, encoding: str) -> None:
+    rows = [{"id": i, "prompt": f"Größe {i}; a, b|c", "no": 'a "quote"\nand a line'} for i in range(5)]
+    write_csv(tmp_path / "a.csv", rows, delimiter=delimiter, encoding=encoding)
+    if encoding == "latin-1":
+        assert "line 2 is not UTF-8; name the encoding" in refused(tmp_path / "a.csv")
+    named = {"encoding": encoding} if encoding == "latin-1" else {}
+    read = [row | {BROKEN_ROW: None} for row in rows]
+    assert rows_of(tmp_path / "a.csv", shard_rows=2, **named) == read
+    assert rows_of(tmp_path / "a.csv", shard_rows=2, encoding=encoding, delimiter=delimiter) == read
+
+
+def test_keys_of_text_are_refused_elsewhere(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", texts(1))
+    assert "input.encoding" in refused(tmp_path / "a.parquet", encoding="latin-1")
+    assert "input.delimiter" in refused(tmp_path / "a.parquet", delimiter=";")
+    write_csv(tmp_path / "a.csv", texts(1), encoding="utf-16-le")
+    assert "begins with a NUL" in refused(tmp_path / "a.csv")
+    for wrong in ({"encoding": "nosuch"}, {"encoding": "base64"}, {"delimiter": ";;"}, {"delimiter": '"'}):
+        with pytest.raises(ValidationError):
+            InputConfig(path="a.csv", **wrong)
+
+
+class TestJson:
+    def test_elements_over_many_reads_and_shards(self, tmp_path: Path) -> None:
+        """Strings that hold brackets, quotes and commas, and are longer than what is read at once."""
+        rows: Rows = [{"id": i, "prompt": f'"]}},\\ {i} ' + "[{é" * (i * 4000 % 9001)} for i in range(1010)]
+        (tmp_path / "a.json").write_text(f" \n{json.dumps(rows, ensure_ascii=False)}\n")
+        assert (tmp_path / "a.json").stat().st_size > 8 * BUFFER
+        assert rows_of(tmp_path / "a.json") == [row | {BROKEN_ROW: None} for row in rows]
+
+    def test_lines(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "a.json", texts(3))
+        assert rows_of(tmp_path / "a.json") == [row | {BROKEN_ROW: None} for row in texts(3)]
+
+    def test_bad_elements_are_bad_rows(self, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_bytes(b'[{"a": "x"}, 7, {"a": "\xff"}, {"a": tru}, {"a": "y"}]')
+        assert [bool(row[BROKEN_ROW]) for row in rows_of(tmp_path / "a.json")] == [
+            False,
+            True,
+            True,
+            True,
+            False,
+        ]
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ('[{"a": 1}, {"a": 2}', "cut off"),
+            ('[{"a": 1}] [{"a": 2}]', "goes on"),
+            ('[{"a": "' + "x" * MAX_LINE + '"}]', "has more than"),
+            ('{\n "data": [{"a": 1}]\n}', "neither a list of objects nor one object a line"),
+            ("[]", "no rows"),
+        ],
+    )
+    def test_what_is_no_list_is_refused(self, tmp_path: Path, text: str, said: str) -> None:
+        (tmp_path / "a.json").write_text(text)
+        assert said in refused(tmp_path / "a.json")
+
+
+def test_damaged_compression_is_refused(tmp_path: Path) -> None:
+    for name in ("a.jsonl.gz", "a.csv.zst"):
+        WRITERS[name](tmp_path / name, texts(MARK_ROWS))
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data[:-40])
+        assert name in refused(tmp_path / name)
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(b""))
+    assert "cannot tell the format of a.parquet.gz" in refused(tmp_path / "a.parquet.gz")
+
+
+def test_folders_named_for_a_value_are_columns(tmp_path: Path) -> None:
+    for language, year in (("de", 2024), ("a%2Fb", 2025), ("__HIVE_DEFAULT_PARTITION__", 2025)):
+        folder = tmp_path / f"lang={language}" / f"year={year}"
+        folder.mkdir(parents=True)
+        write_parquet(folder / "part.parquet", [{"prompt": language}])
+    found = [(row["lang"], row["year"]) for row in rows_of(tmp_path)]
+    assert found == [(None, 2025), ("a/b", 2025), ("de", 2024)]  # by the names' order
+    assert rows_of(f"{tmp_path}/lang=d*/**", rename={"lang": "language"})[0]["language"] == "de"
+    assert set(rows_of(tmp_path, partitions=False)[0]) == {"prompt", BROKEN_ROW}
+    write_parquet(folder / "part.parquet", [{"prompt": "x", "lang": "its own"}])
+    assert rows_of(folder.parent.parent)[0]["lang"] == "its own"
+
+
+def test_names_with_brackets_are_names(tmp_path: Path) -> None:
+    folder = tmp_path / "run[1]*"
+    folder.mkdir()
+    write_jsonl(folder / "a[1].jsonl", [{"prompt": "brackets"}])
+    write_jsonl(folder / "a1.jsonl", [{"prompt": "one"}])
+    assert [row["prompt"] for row in rows_of(folder / "a[1].jsonl")] == ["brackets"]
+    assert [row["prompt"] for row in rows_of(folder / "a[12].jsonl")] == ["one"]
+    assert len(rows_of(folder)) == len(rows_of(f"{folder}/a*.jsonl")) == 2
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_s3(tmp_path: Path, bucket: str, name: str) -> None:
     rows = texts(MARK_ROWS + 10)
     WRITERS[name](tmp_path / name, rows)
     root = f"{bucket}/{name}-folder"
     fs.copy_files(str(tmp_path), f"{bucket.removeprefix('s3://')}/{name}-folder", destination_filesystem=s3())
-    expected = [row | {BROKEN_ROW: None} for row in rows]
+    expected = as_read(name, rows)
     for path in (f"{root}/{name}", f"{root}/*.{name[2:]}", root, f"{root}/"):
         assert [file.name for file in discover(InputConfig(path=path)).files] == [name]
     assert rows_of(f"{root}/{name}") == expected

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from rayskip.config.section import ModelConfig, Section
+from rayskip.config.section import ModelConfig, Section, UserPath
 
 
 class NoSkip(Section):
@@ -85,7 +85,7 @@ class KangarooDraft(Section):
     """The model's first layers and a trained adapter (arXiv 2404.18911)."""
 
     kind: Literal["kangaroo"]
-    path: str | None = Field(
+    path: UserPath | None = Field(
         None, description="the adapter's folder; by default the one that ships for the model"
     )
     gamma: int = Field(6, ge=1, description="tokens drafted in a row, at most")
@@ -106,7 +106,9 @@ class MedusaDraft(Section):
     """Heads on the last state, one for each token ahead (arXiv 2401.10774)."""
 
     kind: Literal["medusa"]
-    path: str | None = Field(None, description="the heads' folder; by default those that ship for the model")
+    path: UserPath | None = Field(
+        None, description="the heads' folder; by default those that ship for the model"
+    )
     branches: int = Field(1, ge=1, description="top-k tokens of each head that are verified")
 
 
@@ -122,7 +124,7 @@ class RetrievalDraft(Section):
     """What followed the newest tokens in the replica's earlier generations or a corpus (REST, arXiv 2311.08252)."""
 
     kind: Literal["retrieval"]
-    corpus: str | None = Field(None, description="text file to begin with, a text a line")
+    corpus: UserPath | None = Field(None, description="text file to begin with, a text a line")
     tokens: int = Field(10, ge=1, description="tokens proposed at once")
     max_tokens: int = Field(
         1_000_000,
@@ -142,7 +144,9 @@ class AutoDraft(Section):
     """Lookups, a Kangaroo tree, both or nothing: at each step what pays by measured costs and acceptance rates."""
 
     kind: Literal["auto"]
-    path: str | None = Field(None, description="Kangaroo adapter; by default the one that ships, if one does")
+    path: UserPath | None = Field(
+        None, description="Kangaroo adapter; by default the one that ships, if one does"
+    )
     max_ngram: int = Field(4, ge=1, description="newest tokens looked up, at most")
     tokens: int = Field(16, ge=1, description="tokens looked up at once, at most")
     copies: int = Field(3, ge=1, description="different continuations looked up, at most")

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from rayskip.config.decode import DecodeConfig, NoSkip, SkipConfig
 from rayskip.config.job import EngineConfig, InputConfig
 from rayskip.config.sampling import SamplingParams
-from rayskip.config.section import Dtype, ModelConfig, Section
+from rayskip.config.section import Dtype, ModelConfig, Section, UserPath
 from rayskip.errors import shown
 
 
@@ -33,7 +33,7 @@ class EvalQualityConfig(Section):
     sampling: SamplingParams = SamplingParams()
     engine: EngineConfig = EngineConfig()
     runs: tuple[QualityRun, ...] = Field(min_length=1)
-    output: str = Field(description="local folder for quality.json, quality.png and each run's texts")
+    output: UserPath = Field(description="local folder for quality.json, quality.png and each run's texts")
 
     @model_validator(mode="after")
     def _check_names(self) -> EvalQualityConfig:
@@ -57,7 +57,7 @@ class BenchPeer(Section):
     kind: Literal["transformers", "transformers_batch", "vllm"] = Field(
         description="transformers' generate or generate_batch, or vLLM's LLM.generate"
     )
-    python: str | None = Field(
+    python: UserPath | None = Field(
         None, description="interpreter of the environment that has it; null: the one that runs the bench"
     )
     batch_rows: tuple[int | None, ...] | None = Field(
@@ -91,7 +91,7 @@ class BenchConfig(Section):
         gt=0,
         description="seconds for which each runs at a time, in turns within a round; null: to its end",
     )
-    output: str = Field(description="local folder for bench.json and bench.png")
+    output: UserPath = Field(description="local folder for bench.json and bench.png")
 
     @model_validator(mode="after")
     def _check_names(self) -> BenchConfig:
@@ -141,7 +141,7 @@ class SpecBenchConfig(Section):
 
     name: str = Field(min_length=1)
     model: ModelConfig
-    questions: str = Field(description="Spec-Bench's question.jsonl")
+    questions: UserPath = Field(description="Spec-Bench's question.jsonl")
     per_task: int | None = Field(
         None, ge=1, description="questions of each of the six subtasks, evenly spread; null: all 80"
     )
@@ -153,7 +153,7 @@ class SpecBenchConfig(Section):
     )
     warmups: int = Field(3, ge=0, description="questions generated before the clock runs")
     rounds: int = Field(3, ge=1, description="times that everything runs")
-    output: str = Field(description="local folder for spec_bench.json, plots and spec_bench.html")
+    output: UserPath = Field(description="local folder for spec_bench.json, plots and spec_bench.html")
 
     @model_validator(mode="after")
     def _check_drafters(self) -> SpecBenchConfig:

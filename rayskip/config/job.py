@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import datetime
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from rayskip.config.decode import DecodeConfig
 from rayskip.config.sampling import SamplingParams
-from rayskip.config.section import ModelConfig, Section
+from rayskip.config.section import ModelConfig, Section, UserPath
+
+_OWN_KWARGS = {
+    "chat_template",
+    "conversations",
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_assistant_tokens_mask",
+}
+
+
+def check_template_kwargs(kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for a value that a chat template gets from rayskip alone."""
+    if taken := sorted(_OWN_KWARGS & kwargs.keys()):
+        raise ValueError(f"chat_template_kwargs may not have {', '.join(taken)}")
 
 
 class InputConfig(Section):
@@ -20,21 +35,47 @@ class InputConfig(Section):
     those three columns that the data has is used.
     """
 
-    path: str = Field(
+    path: UserPath = Field(
         description="file, glob, folder, save_to_disk folder, s3:// or gs:// url, or hub dataset name"
     )
-    format: Literal["parquet", "arrow", "jsonl", "openai", "csv", "datasets", "hub"] | None = Field(
+    format: Literal["parquet", "arrow", "jsonl", "json", "openai", "csv", "datasets", "hub"] | None = Field(
         None, description="read from the suffix when left out"
     )
     split: str | None = Field(
         None, description="which split to read of data that has several, by datasets' names; all: every one"
     )
+    encoding: str | None = Field(
+        None, description="of text files, such as latin-1; null: UTF-8, or UTF-16 where the file says so"
+    )
+    delimiter: str | None = Field(
+        None,
+        min_length=1,
+        max_length=1,
+        description="between CSV's fields; null: what the first rows agree on",
+    )
+    text_columns: tuple[str, ...] | Literal["all"] = Field(
+        (),
+        description="columns of CSV that stay text, as the prompt's does, whatever is in them; all: every one, an "
+        "empty field is an empty text, and neither delimiter nor encoding is guessed",
+    )
+    partitions: bool = Field(True, description="folders named key=value become columns")
     prompt: str | None = Field(None, description="column with a text prompt")
     messages: str | None = Field(None, description="column with a list of {role, content}")
     prompt_token_ids: str | None = Field(None, description="column with a list of token ids")
     template: str | None = Field(None, description="Jinja template over the columns, rendered in a sandbox")
+    special_tokens: bool = Field(
+        False,
+        description="read special tokens in a prompt or template, as of chats that were rendered before",
+    )
     chat: bool = Field(False, description="send a prompt or template through the model's chat template")
     system: str | None = Field(None, description="system message put before chat prompts that have none")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="what else the chat template may read, such as {enable_thinking: false}"
+    )
+    continue_final_message: bool = Field(
+        True,
+        description="go on with the assistant's message where messages end with one; false: a new answer",
+    )
     sampling_params: str | None = Field(None, description="column with per-row sampling parameters")
     rename: dict[str, str] = Field(
         {}, description="new names of columns, {old: new}; all other keys and the output use the new ones"
@@ -68,6 +109,25 @@ class InputConfig(Section):
             raise ValueError("is not valid UTF-8; rename the file or folder") from error
         return value
 
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, value: str | None) -> str | None:
+        try:
+            if value is not None:
+                "a".encode(value)
+        except (LookupError, UnicodeError):
+            raise ValueError(
+                f"no encoding is called {value!r}; utf-8, utf-16, latin-1 and cp1252 are some"
+            ) from None
+        return value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _check_delimiter(cls, value: str | None) -> str | None:
+        if value in ('"', "\n", "\r"):
+            raise ValueError(f"may be no quote and no line break, got {value!r}")
+        return value
+
     @field_validator("split")
     @classmethod
     def _check_split(cls, value: str | None) -> str | None:
@@ -77,6 +137,20 @@ class InputConfig(Section):
                 + (" (input.max_rows reads only the first rows)" if "[" in value else "")
             )
         return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_kwargs(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_template_kwargs(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check_special_tokens(self) -> InputConfig:
+        if self.special_tokens and (self.chat or self.messages or self.prompt_token_ids):
+            raise ValueError(
+                "special_tokens: true is for a prompt or template that goes to the model as it is"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_prompt_source(self) -> InputConfig:
@@ -184,7 +258,7 @@ class QualityConfig(Section):
 class OutputConfig(Section):
     """Where generations go."""
 
-    path: str = Field(description="folder, local or s3:// or gs://")
+    path: UserPath = Field(description="folder, local or s3:// or gs://")
     format: Literal["parquet", "jsonl", "openai"] = "parquet"
     token_ids: bool = Field(False, description="write the token_ids column")
     prefix: str | None = Field(

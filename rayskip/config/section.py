@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["bfloat16", "float32", "float16"]
+
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path or url; "~" at its beginning is the home folder."""
 
 
 class Section(BaseModel):
@@ -30,7 +33,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which checkpoint, in which precision."""
 
-    path: str = Field(description="smollm2-135m-instruct, a local folder with safetensors, or a hub id")
+    path: UserPath = Field(description="smollm2-135m-instruct, a local folder with safetensors, or a hub id")
     dtype: Dtype = "bfloat16"
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
-    adapter: str | None = Field(None, description="local folder with a LoRA adapter to merge")
+    adapter: UserPath | None = Field(None, description="local folder with a LoRA adapter to merge")

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from rayskip.config.decode import NoSkip, SkipConfig
 from rayskip.config.job import InputConfig
-from rayskip.config.section import ModelConfig, Section
+from rayskip.config.section import ModelConfig, Section, UserPath
 
 
 class DataConfig(Section):
@@ -28,7 +28,7 @@ class LoraConfig(Section):
 class DistillConfig(Section):
     """Soft targets of a full-depth model."""
 
-    teacher: str | None = Field(None, description="its checkpoint; by default model.path")
+    teacher: UserPath | None = Field(None, description="its checkpoint; by default model.path")
     weight: float = Field(0.5, ge=0, le=1, description="share of the loss; the rest is cross-entropy")
 
 
@@ -50,7 +50,7 @@ class TrainingConfig(Section):
     keep_every: int | None = Field(
         None, ge=1, description="steps between checkpoints to evaluate: output/step-N"
     )
-    output: str = Field(description="local folder for what is trained and the loss curve")
+    output: UserPath = Field(description="local folder for what is trained and the loss curve")
 
 
 class TrainSkipConfig(TrainingConfig):
@@ -77,7 +77,7 @@ class TrainKangarooConfig(DraftTrainingConfig):
     exit_layers: tuple[int, ...] = Field(
         (2, 3, 4), min_length=1, description="layers before an adapter, one each"
     )
-    start: str | None = Field(
+    start: UserPath | None = Field(
         None,
         description="folder of an adapter to begin with, and its tokens; null: the model's own attention",
     )

@@ -22,7 +22,7 @@ from rayskip.errors import InputError, StorageBusy, first_line
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-GLOB = frozenset("*?[")
+_GLOB = frozenset("*?[")
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ def _bucket(scheme: str, bucket: str) -> fs.FileSystem:
 def locate(path: str) -> list[Located]:
     """The files that `path` means, sorted by name. In a folder, names that begin with . or _ are skipped.
 
-    In a glob, * stays within a folder and ** crosses folders. Local paths become absolute, as a replica may
-    have another working directory. A file to which several names lead, by links, is there once. Raises
-    InputError when there is no file, or one that cannot be named or read.
+    In a glob, * stays within a folder and ** crosses folders; a name that is there as it is written is no glob.
+    Local paths become absolute, as a replica may have another working directory. A file to which several names
+    lead, by links, is there once. Raises InputError when there is no file, or one that cannot be named or read.
     """
     path = path.rstrip("/") if "://" in path else os.path.abspath(path)
     store, inner = filesystem(path)
     prefix = path[: len(path) - len(inner)]
-    if GLOB & set(inner):
-        root, pattern = _split_glob(inner)
+    root, pattern = _split_glob(store, inner, path)
+    if pattern:
         found = _list(store, root, path, pattern)
     else:
         info = _info(store, inner, path)
@@ -79,7 +79,6 @@ def locate(path: str) -> list[Located]:
             return [_located(info, prefix, str(PurePosixPath(inner).parent))]
         if info.type != fs.FileType.Directory:
             raise InputError(f"input.path: {path} is no file and no folder")
-        root = inner
         found = _list(store, root, path, ["**"])
     if lost := [info.path for info in found if info.type == fs.FileType.NotFound]:
         raise InputError(f"input.path: {lost[0]} is a link that leads nowhere")
@@ -168,11 +167,13 @@ def read_if_there(url: str, most: int) -> bytes | None:
     return data
 
 
-def _split_glob(path: str) -> tuple[str, list[str]]:
-    """The folder above the first part with a wildcard, and the parts from there."""
-    parts = PurePosixPath(path).parts
-    first = next(index for index, part in enumerate(parts) if GLOB & set(part))
-    return str(PurePosixPath(*parts[:first])), list(parts[first:])
+def _split_glob(store: fs.FileSystem, inner: str, path: str) -> tuple[str, list[str]]:
+    """The folder above the first part with a wildcard, and the parts from there; no parts where there is none."""
+    parts = PurePosixPath(inner).parts
+    for index, part in enumerate(parts):
+        if _GLOB & set(part) and not _is_there(store, str(PurePosixPath(*parts[: index + 1])), path):
+            return str(PurePosixPath(*parts[:index])), list(parts[index:])
+    return inner, []
 
 
 def _matches(parts: list[str], pattern: list[str]) -> bool:
@@ -180,17 +181,27 @@ def _matches(parts: list[str], pattern: list[str]) -> bool:
         return not parts
     if pattern[0] == "**":
         return any(_matches(parts[skip:], pattern[1:]) for skip in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+    alike = bool(parts) and (parts[0] == pattern[0] or fnmatch.fnmatchcase(parts[0], pattern[0]))
+    return alike and _matches(parts[1:], pattern[1:])
+
+
+def _is_there(store: fs.FileSystem, inner: str, path: str) -> bool:
+    return bool(_any_info(store, inner, path).type != fs.FileType.NotFound)
 
 
 def _info(store: fs.FileSystem, inner: str, path: str) -> fs.FileInfo:
-    try:
-        info: fs.FileInfo = store.get_file_info(inner)
-    except OSError as error:
-        raise InputError(f"input.path: {path} cannot be read ({first_line(error)})") from error
+    info = _any_info(store, inner, path)
     if info.type == fs.FileType.NotFound:
         raise InputError(f"input.path: {path} does not exist{_nearest(store, inner)}")
     return info
+
+
+def _any_info(store: fs.FileSystem, inner: str, path: str) -> fs.FileInfo:
+    """Also of what is not there, which is of type NotFound."""
+    try:
+        return store.get_file_info(inner)
+    except OSError as error:
+        raise InputError(f"input.path: {path} cannot be read ({first_line(error)})") from error
 
 
 def _list(store: fs.FileSystem, root: str, path: str, pattern: list[str]) -> list[fs.FileInfo]:

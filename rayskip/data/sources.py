@@ -18,8 +18,9 @@ import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError
 
 from rayskip.config import InputConfig
-from rayskip.data.formats import FORMATS, SUFFIXES, UNREADABLE, Scan
-from rayskip.data.locate import GLOB, Located, locate, locate_file, read_if_there, stamp
+from rayskip.data.formats import COMPRESSED, FORMATS, SUFFIXES, UNREADABLE, Reading, Scan
+from rayskip.data.locate import Located, locate, locate_file, read_if_there, stamp
+from rayskip.data.partitions import schema_of, with_columns
 from rayskip.data.records import BROKEN_ROW, Shard
 from rayskip.data.splits import ALL, choose, files_of
 from rayskip.data.values import Row, python_rows
@@ -30,7 +31,7 @@ _READ_ROWS = 4096
 _SCANS = 8
 """Files looked at together: in a bucket, waiting is most of the work."""
 
-OPENAI_COLUMNS = ("custom_id", "messages", "sampling_params")
+OPENAI_COLUMNS = ("custom_id", "url", "messages", "sampling_params")
 """What an openai batch line is read into; these names have a meaning."""
 
 _OPENAI = {"custom_id", "method", "url", "body"}
@@ -42,31 +43,47 @@ _MOST_STATE = 1 << 26
 @dataclass(frozen=True)
 class InputFile:
     """name: the file's part of the row identity. fingerprint: changes when the content does (see `stamp`).
-    marks: what its format needs to find rows again."""
+    marks: what its format needs to find rows again. notes, warnings: see `Scan`."""
 
     url: str
     name: str
     rows: int
     fingerprint: str
     marks: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+_NO_COLUMNS = pa.schema([])
+_USUAL = Reading()
 
 
 @dataclass(frozen=True)
 class Source:
     """A job's input: files in order of name, and the schema that every shard is read under.
 
-    rename: new names of columns; the files and the schema have the old ones.
+    rename: new names of columns; the files and the schemas have the old ones. partitions: columns that the names of
+    folders hold. reading: how text is read.
     """
 
     format: str
     files: list[InputFile]
     schema: pa.Schema
     rename: dict[str, str] = field(default_factory=dict)
+    partitions: pa.Schema = _NO_COLUMNS
+    reading: Reading = _USUAL
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """Column types by name, as the job sees them."""
+        fields = [*self.schema, *self.partitions]
+        return {self.rename.get(field.name, field.name): field.type for field in fields}
 
     @property
     def columns(self) -> list[str]:
         """Column names as the job sees them."""
-        return [self.rename.get(name, name) for name in self.schema.names]
+        names = [*self.schema.names, *self.partitions.names]
+        return [self.rename.get(name, name) for name in names]
 
     @property
     def rows(self) -> int:
@@ -84,20 +101,27 @@ class Source:
         return next(file for file in self.files if file.name == name)
 
 
-def discover(config: InputConfig) -> Source:
-    """Find and count the input. Raises InputError naming the file that is missing, corrupt or different."""
+def discover(config: InputConfig, texts: Collection[str] = ()) -> Source:
+    """Find and count the input. texts: columns of CSV that stay text, beside those that the config names.
+
+    Raises InputError naming the file that is missing, corrupt or different.
+    """
     kind, located = _locate(config)
+    reading = _reading(config, kind, texts)
     with ThreadPoolExecutor(_SCANS) as pool:
-        scans = list(pool.map(lambda file: _scan(kind, file.url), located))
+        scans = list(pool.map(lambda file: _scan(kind, file.url, reading), located))
     schema = _schema(kind, scans, config)
     files = [
-        InputFile(file.url, file.name, scan.rows, file.stamp, scan.marks)
+        InputFile(file.url, file.name, scan.rows, file.stamp, scan.marks, scan.notes, scan.warnings)
         for file, scan in zip(located, scans, strict=True)
     ]
     if not any(file.rows for file in files):
         raise InputError(f"input.path: {config.path} has no rows")
-    source = Source(kind, files, schema, config.rename)
+    held = schema_of(file.name for file in files) if config.partitions else _NO_COLUMNS
+    partitions = pa.schema([column for column in held if column.name not in schema.names])
+    source = Source(kind, files, schema, config.rename, partitions, reading)
     _check_rename(source, config)
+    _check_text_columns(source, config)
     return source
 
 
@@ -121,7 +145,9 @@ def read_shard(shard: Shard, source: Source) -> pa.Table:
     file = source.file(shard.name)
     _refuse_changed(file)
     try:
-        table = FORMATS[source.format].read(file.url, file.marks, shard.start, shard.stop, source.schema)
+        table = FORMATS[source.format].read(
+            file.url, source.reading, file.marks, shard.start, shard.stop, source.schema
+        )
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{file.url}: changed since the job was planned (it is gone)") from error
     except UNREADABLE as error:
@@ -131,6 +157,7 @@ def read_shard(shard: Shard, source: Source) -> pa.Table:
     _refuse_changed(file)  # in the middle of it
     if table.num_rows != shard.rows:
         raise InputError(f"{file.url}: damaged, it has fewer rows than it says")
+    table = with_columns(table, file.name, source.partitions)
     return table.rename_columns([source.rename.get(name, name) for name in table.column_names])
 
 
@@ -144,10 +171,25 @@ def every_row(
             yield shard, index, row
 
 
-def _scan(kind: str, url: str) -> Scan:
+def _reading(config: InputConfig, kind: str, texts: Collection[str]) -> Reading:
+    """How the job has text read, by the files' own column names. Raises InputError for a key that says nothing of
+    the format."""
+    if config.encoding is not None and not FORMATS[kind].text:
+        raise InputError(f"{config.path}: input.encoding is for text, and {kind} is none")
+    for key in ("delimiter", "text_columns"):
+        if kind != "csv" and getattr(config, key) not in (None, (), "all"):
+            raise InputError(f"{config.path}: input.{key} is for CSV, and this is {kind}")
+    if config.text_columns == "all":
+        return Reading(config.encoding, config.delimiter, None)
+    named = {new: old for old, new in config.rename.items()}
+    texts = [*texts, *config.text_columns, config.prompt or "prompt"]
+    return Reading(config.encoding, config.delimiter, frozenset(named.get(name, name) for name in texts))
+
+
+def _scan(kind: str, url: str, reading: Reading) -> Scan:
     try:
-        return FORMATS[kind].scan(url)
-    except (StorageBusy, FileNotFoundError, NotADirectoryError) as error:
+        return FORMATS[kind].scan(url, reading)
+    except (StorageBusy, FileNotFoundError, NotADirectoryError, *UNREADABLE) as error:
         raise InputError(f"{url}: cannot be read ({first_line(error)})") from error
 
 
@@ -163,16 +205,16 @@ def _schema(kind: str, scans: Sequence[Scan], config: InputConfig) -> pa.Schema:
         raise InputError(f"{config.path}: the files' columns do not agree ({first_line(error)})") from error
     if BROKEN_ROW in schema.names:
         raise InputError(f"{config.path}: the column name {BROKEN_ROW} is taken; rename it in the data")
-    if kind == "jsonl" and config.format is None and set(schema.names) >= _OPENAI:
+    if kind in ("jsonl", "json") and config.format is None and set(schema.names) >= _OPENAI:
         raise InputError(
             f"{config.path}: these look like OpenAI batch lines; set input.format to openai to run them "
-            "or to jsonl to read them as they are"
+            f"or to {kind} to read them as they are"
         )
     return schema
 
 
 def _check_rename(source: Source, config: InputConfig) -> None:
-    present = source.schema.names
+    present = [*source.schema.names, *source.partitions.names]
     for old, new in config.rename.items():
         if old not in present:
             raise InputError(
@@ -187,11 +229,17 @@ def _check_rename(source: Source, config: InputConfig) -> None:
             raise InputError(f"{config.path}: input.rename gives two columns the name {new!r}")
 
 
+def _check_text_columns(source: Source, config: InputConfig) -> None:
+    if config.text_columns != "all":
+        for column in config.text_columns:
+            source.require(config.path, "input.text_columns", column)
+
+
 def _locate(config: InputConfig) -> tuple[str, list[Located]]:
     """The format, and the files."""
     if config.format == "hub" or (config.format is None and _is_hub_name(config.path)):
         return "hub", _hub(config)
-    if config.format in (None, "datasets") and not GLOB & set(config.path):
+    if config.format in (None, "datasets"):
         saved = _saved(config)
         if saved:
             return "datasets", saved
@@ -208,7 +256,7 @@ def _format_of(located: Sequence[Located]) -> str:
     if None in found:
         raise InputError(
             f"input.path: cannot tell the format of {found[None]} from its suffix; set input.format, or name "
-            f"files that end in {', '.join(SUFFIXES)}"
+            f"files that end in {', '.join(SUFFIXES)}; those of text may be compressed, {' or '.join(COMPRESSED)}"
         )
     if len(found) > 1:
         raise InputError(f"input.path: files of several formats, such as {' and '.join(found.values())}")
@@ -216,7 +264,10 @@ def _format_of(located: Sequence[Located]) -> str:
 
 
 def _suffix(name: str) -> str:
-    return PurePosixPath(name).suffix.lower()
+    """The end of a file's name that tells its format, without that of a compression of text."""
+    path = PurePosixPath(name.lower())
+    inner = path.with_suffix("").suffix if path.suffix in COMPRESSED else ""
+    return inner if inner in SUFFIXES and FORMATS[SUFFIXES[inner]].text else path.suffix
 
 
 class _DataFile(BaseModel):

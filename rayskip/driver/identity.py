@@ -33,17 +33,37 @@ _ELSEWHERE = (*_NAMING["input files"], "output.path", "input.date", "output.pref
 """Not compared with their part: contents are hashed, the folder is the same, and the last are chosen where the
 config has none (`chosen`)."""
 
+_BEFORE: dict[str, dict[str, Any]] = {
+    "input": {"text_columns": "all", "partitions": False, "continue_final_message": False}
+}
+"""How a job reads that began before there was the key, where that is not the key's default."""
+
 Values = dict[str, Any]
 """What a config says, by dotted key."""
 
 
 def contents(job: JobConfig, source: Source, model: Path) -> dict[str, str]:
     """A hash for each content that decides the output. model: the folder of its checkpoint."""
-    adapter = job.model.adapter and adapter_fingerprint(Path(job.model.adapter).expanduser())
+    adapter = job.model.adapter and adapter_fingerprint(Path(job.model.adapter))
     return {
         "input files": digest([(file.name, file.rows, file.fingerprint) for file in source.files]),
         "model": digest([weights_fingerprint(model), adapter, job.model.dtype]),
     }
+
+
+def as_begun(job: JobConfig, there: JobRecord | None) -> JobConfig:
+    """The job as it goes on in a folder that an earlier version began: what has become a key since is as it was
+    then, where the job leaves it out."""
+    if there is None:
+        return job
+    old = {key: value for key, value in _BEFORE["input"].items() if key not in there.config.get("input", {})}
+    kept = {key: value for key, value in old.items() if key not in job.input.model_fields_set}
+    return job.model_copy(update={"input": job.input.model_copy(update=kept)})
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """What a folder's config says, with what an earlier version did where there was no key yet."""
+    return config | {name: values | config.get(name, {}) for name, values in _BEFORE.items()}
 
 
 def said(config: dict[str, Any], under: str = "") -> Values:
@@ -77,11 +97,13 @@ def chosen(record: JobRecord) -> Values:
 def differences(there: JobRecord, here: JobRecord) -> list[str]:
     """What decides the output and is not the same in both, with both values; empty where they are one job.
 
-    there: a folder's, perhaps by another version: a key that it lacks has come since and counts as its default, one
-    that only it has differs unless it is null. What is chosen where it is not given is taken from there.
+    there: a folder's, perhaps by another version: a key that it lacks has come since and counts as what was done
+    before, which is its default but for _BEFORE; one that only it has differs unless it is null. What is chosen
+    where it is not given is taken from there.
     """
+    config = _complete(there.config)
     try:
-        known = JobConfig.model_validate(there.config, extra="ignore").model_dump(mode="json")
+        known = JobConfig.model_validate(config, extra="ignore").model_dump(mode="json")
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
@@ -94,7 +116,7 @@ def differences(there: JobRecord, here: JobRecord) -> list[str]:
     given = {
         key: new[key] for key, value in chosen(there).items() if value is not None and new[key] is not None
     }
-    old = deciding(said(there.config) | old) | {key: chosen(there)[key] for key in given}
+    old = deciding(said(config) | old) | {key: chosen(there)[key] for key in given}
     new = deciding(new) | given
     return found + _unequal(old, new, sorted(old.keys() | new.keys()))
 

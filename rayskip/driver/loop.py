@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rayskip.config import JobConfig
-from rayskip.data.attempt import data_key
+from rayskip.data.attempt import JOB, data_key
 from rayskip.data.output import SUFFIXES
 from rayskip.data.sources import Source
 from rayskip.data.storage import Storage, open_storage
@@ -30,9 +30,19 @@ from rayskip.driver.commit import (
     take_back,
 )
 from rayskip.driver.heartbeat import beating
+from rayskip.driver.identity import as_begun
 from rayskip.driver.plan import Plan, adopted, make_plan, settled
 from rayskip.driver.progress import Meter, Progress
-from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, commit_key, fold, signature
+from rayskip.driver.records import (
+    MANIFEST,
+    REPORT,
+    CommitRecord,
+    JobRecord,
+    Manifest,
+    commit_key,
+    fold,
+    signature,
+)
 from rayskip.driver.report import Report, error_lines, merged, total, total_errors
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
@@ -63,6 +73,8 @@ def run_job(
     Raises UserError before any replica starts when the job cannot run as given, JobFailed when it gave up,
     Interrupted after SIGTERM or Ctrl-C; what was committed stays in each case.
     """
+    if not fresh:
+        job = as_begun(job, read(open_storage(job.output.path), JOB, JobRecord))
     return run_plan(job, make_plan(job), pool_factory, fresh, on_progress)
 
 
@@ -74,6 +86,8 @@ def run_plan(
     on_progress: OnProgress = _ignore,
 ) -> Report:
     """`run_job` for a plan that is made already."""
+    for warning in plan.warnings:
+        _log.warning("%s", warning)
     storage = open_storage(job.output.path)
     if not fresh and (report := finished_report(storage, plan)):
         _log.warning("%s is finished already, nothing was done; --fresh starts over", job.output.path)
@@ -218,7 +232,8 @@ class JobRun:
         match instruction:
             case Assign(replica, shard):
                 output = data_key(shard.index, self.lease.nonce, SUFFIXES[self.job.output.format])
-                pool.submit(replica, replace(shard, full_depth=self.below_floor, output=output))
+                begun = self.plan.record.begun
+                pool.submit(replica, replace(shard, full_depth=self.below_floor, output=output, begun=begun))
             case Kill(replica):
                 pool.kill(replica)
                 self.meter.lost(replica)

@@ -107,6 +107,11 @@ class JobRecord(Signed):
         """Of the data files."""
         return str(self.config.get("output", {}).get("format", "parquet"))
 
+    @property
+    def begun(self) -> int:
+        """When the job began, in seconds since 1970; 0 in folders that do not tell."""
+        return int(datetime.datetime.fromisoformat(self.written).timestamp()) if self.written else 0
+
     @field_validator("config")
     @classmethod
     def _rename(cls, config: dict[str, Any]) -> dict[str, Any]:

@@ -118,7 +118,7 @@ class Engine:
         decode = as_section(DecodeConfig, decode or {}, "decode")
         folder = resolve(model.path, model.revision)
         place = open_device(device)
-        adapter = Path(model.adapter).expanduser() if model.adapter else None
+        adapter = Path(model.adapter) if model.adapter else None
         decoder = Decoder(*load(folder, getattr(torch, model.dtype), place, adapter), folder=folder)
         loaded = cls(decoder, load_tokenizer(folder), engine, decode)
         if (trained := trained_policy(adapter or folder)) not in (None, loaded.policy.name):

@@ -53,7 +53,7 @@ class PeerArguments:
 @contextmanager
 def running_peer(peer: BenchPeer, arguments: PeerArguments) -> Iterator[PeerProcess]:
     """A peer that has loaded its model, until the block ends. Raises ConfigError when it cannot run."""
-    python = str(Path(peer.python).expanduser()) if peer.python else sys.executable
+    python = peer.python or sys.executable
     command = [python, str(FOLDER / SCRIPTS[peer.kind]), json.dumps(asdict(arguments))]
     with tempfile.TemporaryFile() as errors:
         try:

@@ -104,7 +104,7 @@ def _start(config: TrainKangarooConfig, base: Path, target: Any) -> dict[str, Te
     """Tensors of the adapter to begin with, and its list of tokens. target: the model that both are of."""
     if config.start is None:
         return None
-    label, tensors, folder = load_trained(KangarooLabel, base, Path(config.start).expanduser(), "start")
+    label, tensors, folder = load_trained(KangarooLabel, base, Path(config.start), "start")
     if config.head_tokens not in (None, label.tokens):
         raise ConfigError(
             f"start: {folder} scores {label.tokens} tokens, which go on being scored; head_tokens is "

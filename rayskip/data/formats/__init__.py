@@ -5,15 +5,17 @@ FORMATS and SUFFIXES are the tables to extend; `sources.py` reads them.
 
 from __future__ import annotations
 
-from rayskip.data.formats import arrow, csv, jsonl, openai, parquet
-from rayskip.data.formats.base import UNREADABLE, Format, Scan
+from rayskip.data.formats import arrow, csv, json, jsonl, openai, parquet
+from rayskip.data.formats.base import UNREADABLE, Format, Reading, Scan
+from rayskip.data.formats.text import COMPRESSED
 
-__all__ = ["FORMATS", "SUFFIXES", "UNREADABLE", "Format", "Scan"]
+__all__ = ["COMPRESSED", "FORMATS", "SUFFIXES", "UNREADABLE", "Format", "Reading", "Scan"]
 
 FORMATS: dict[str, Format] = {
     "parquet": parquet.FORMAT,
     "arrow": arrow.FORMAT,
     "jsonl": jsonl.FORMAT,
+    "json": json.FORMAT,
     "openai": openai.FORMAT,
     "csv": csv.FORMAT,
     "datasets": arrow.FORMAT,
@@ -27,5 +29,7 @@ SUFFIXES: dict[str, str] = {
     ".ipc": "arrow",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
+    ".json": "json",
     ".csv": "csv",
+    ".tsv": "csv",
 }

@@ -12,6 +12,7 @@ from rayskip.data.formats.base import (
     BUFFER,
     UNREADABLE,
     Format,
+    Reading,
     Scan,
     conform,
     rows_between,
@@ -27,7 +28,7 @@ _VETTED = 1 << 23
 """Bytes of a file whose values are checked before a job starts; a shard's always are, when it is read."""
 
 
-def scan(url: str) -> Scan:
+def scan(url: str, reading: Reading) -> Scan:
     try:
         with _open(url) as source:
             schema, batches = _batches(source, url)
@@ -43,7 +44,9 @@ def scan(url: str) -> Scan:
         raise InputError(f"{url}: not a readable Arrow file ({first_line(error)})") from error
 
 
-def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema) -> pa.Table:
+def read(
+    url: str, reading: Reading, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema
+) -> pa.Table:
     with _open(url) as source:
         own, batches = _batches(source, url)
         return _copy(conform(rows_between(batches, start, stop, own), schema))

@@ -1,11 +1,10 @@
-"""What every input format answers, and what they share: broken rows, lines found by offset.
+"""What every input format answers, and what they share: broken rows, values that do not fit.
 
 Does not know which files a job reads, or how its rows become prompts.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,21 +13,11 @@ from typing import Any
 import pyarrow as pa
 
 from rayskip.data.formats.types import plain_column, with_bytes
-from rayskip.data.locate import open_input
 from rayskip.data.records import BROKEN_ROW
 from rayskip.errors import first_line
 
-MARK_ROWS = 1000
-"""Rows between two remembered byte offsets of a text file: planning keeps a number per so many rows."""
-
-MAX_LINE = 1 << 24
-"""Bytes of the longest line of a text format that is read, 16 MiB: a prompt of some million tokens. While it is
-parsed a line may take fifty times as much memory."""
-
 BUFFER = 1 << 20
 """Bytes that are read at once of what is read in small pieces."""
-
-_BOM = b"\xef\xbb\xbf"
 
 NO_FIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
 """What Arrow raises for a value that is not of a column's type, or text that UTF-8 cannot hold."""
@@ -39,12 +28,28 @@ UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, Overflow
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What a job says of how text is read; None: the file tells.
+
+    encoding: a codec's name. delimiter: between CSV's fields. text_columns: columns of CSV, by their names in the
+    file, that stay text; None: all, and nothing is guessed.
+    """
+
+    encoding: str | None = None
+    delimiter: str | None = None
+    text_columns: frozenset[str] | None = frozenset()
+
+
+@dataclass(frozen=True)
 class Scan:
-    """What one pass over a file found. marks: whatever helps the format to find a range of rows again."""
+    """What one pass over a file found. marks: whatever helps the format to find a range of rows again. notes: what
+    is not usual in how it is read, in words. warnings: what a job should not go on with unseen."""
 
     rows: int
     schema: pa.Schema
     marks: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:
@@ -54,16 +59,17 @@ def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:
 
 @dataclass(frozen=True)
 class Format:
-    """scan(url): raises InputError for a file that cannot be read as a whole.
+    """scan(url, reading): raises InputError for a file that cannot be read as a whole, or UNREADABLE.
 
-    read(url, marks, start, stop, schema): rows [start, stop) under the job's schema, with the column
+    read(url, reading, marks, start, stop, schema): rows [start, stop) under the job's schema, with the column
     BROKEN_ROW saying why a row could not be read. Raises UNREADABLE when the file changed or is damaged.
-    unify(schemas): the job's schema from its files'.
+    unify(schemas): the job's schema from its files'. text: whether files are text, which may be compressed.
     """
 
-    scan: Callable[[str], Scan]
-    read: Callable[[str, tuple[int, ...], int, int, pa.Schema], pa.Table]
+    scan: Callable[[str, Reading], Scan]
+    read: Callable[[str, Reading, tuple[int, ...], int, int, pa.Schema], pa.Table]
     unify: Callable[[Sequence[pa.Schema]], pa.Schema] = unify
+    text: bool = False
 
 
 def rows_between(batches: Iterable[pa.RecordBatch], start: int, stop: int, schema: pa.Schema) -> pa.Table:
@@ -162,14 +168,16 @@ def _repaired(value: pa.Array) -> str:
 
 def table_of(rows: Sequence[dict[str, Any]], schema: pa.Schema, reasons: list[str | None]) -> pa.Table:
     """Rows as a table of `schema`; a row with a value that does not fit is marked broken in `reasons`."""
-    columns = []
-    for field in schema:
-        values = [row.get(field.name) for row in rows]
-        try:
-            columns.append(pa.array(values, field.type))
-        except NO_FIT:
-            columns.append(pa.array(_fitting(field, values, reasons), field.type))
+    columns = [column_of(field, [row.get(field.name) for row in rows], reasons) for field in schema]
     return with_broken(columns, schema, reasons)
+
+
+def column_of(field: pa.Field, values: Sequence[Any], reasons: list[str | None]) -> pa.Array:
+    """Values as a column; those that do not fit are null, and their rows marked broken in `reasons`."""
+    try:
+        return pa.array(values, field.type)
+    except NO_FIT:
+        return pa.array(_fitting(field, values, reasons), field.type)
 
 
 def _fitting(field: pa.Field, values: Sequence[Any], reasons: list[str | None]) -> list[Any]:
@@ -188,38 +196,3 @@ def with_broken(columns: Sequence[pa.Array], schema: pa.Schema, reasons: Sequenc
     """A table of `schema` and the column BROKEN_ROW."""
     broken = pa.field(BROKEN_ROW, pa.string())
     return pa.Table.from_arrays([*columns, pa.array(reasons, pa.string())], schema=schema.append(broken))
-
-
-@dataclass(frozen=True)
-class LongLine:
-    """In place of a line of more than MAX_LINE bytes, which is never read as a whole. size: its bytes."""
-
-    size: int
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __str__(self) -> str:
-        return f"the line has {self.size:,} bytes; the most that is read is {MAX_LINE:,}"
-
-
-Line = bytes | LongLine
-
-
-def read_lines(url: str, offset: int = 0) -> Iterator[Line]:
-    """Lines with their line ends, from a byte offset that begins one. Only a newline ends a line."""
-    with io.BufferedReader(open_input(url), BUFFER) as source:
-        source.seek(offset)
-        while line := source.readline(MAX_LINE + 1):
-            if len(line) <= MAX_LINE:
-                yield line
-                continue
-            size = len(line)
-            while not line.endswith(b"\n") and (line := source.readline(BUFFER)):
-                size += len(line)
-            yield LongLine(size)
-
-
-def without_bom(line: bytes) -> bytes:
-    """The first line of a file without the mark that some editors put there."""
-    return line.removeprefix(_BOM)

@@ -7,25 +7,15 @@ type, or whose objects have ever new keys or never any, is text: what is no text
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
-from rayskip.data.formats.base import (
-    MARK_ROWS,
-    MAX_LINE,
-    NO_FIT,
-    Format,
-    Line,
-    LongLine,
-    Scan,
-    read_lines,
-    table_of,
-    unify,
-    without_bom,
-)
+from rayskip.data.formats.base import NO_FIT, Format, Reading, Scan, table_of, unify
+from rayskip.data.formats.text import MARK_ROWS, MAX_LINE, Line, LongLine, read_lines, without_bom
 from rayskip.data.formats.types import keyless
 
 MOST_FIELDS = 200
@@ -37,11 +27,30 @@ MAX_DEPTH = 64
 Row = dict[str, Any]
 
 
-def scan(url: str) -> Scan:
+Numbered = Callable[[int], Iterator[tuple[int, Line]]]
+"""Rows' JSON texts with their byte offsets, from the offset of one."""
+
+
+def scan(url: str, reading: Reading) -> Scan:
+    return scan_rows(lines_of(url, reading))
+
+
+def read(
+    url: str, reading: Reading, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema
+) -> pa.Table:
+    return read_rows(lines_of(url, reading), marks, start, stop, schema)
+
+
+def lines_of(url: str, reading: Reading) -> Numbered:
+    return partial(_lines, url, reading.encoding)
+
+
+def scan_rows(numbered: Numbered) -> Scan:
+    """Rows, the schema of all of them, and marks."""
     schema = pa.schema([])
     rows, marks = 0, list[int]()
     block, size = list[Row](), 0
-    for rows, (offset, line) in enumerate(_numbered(url, 0), 1):
+    for rows, (offset, line) in enumerate(numbered(0), 1):
         if rows % MARK_ROWS == 1:
             marks.append(offset)
         block.append(parse(line)[0])
@@ -52,30 +61,24 @@ def scan(url: str) -> Scan:
     return Scan(rows, unify_loosely([schema, _infer(block)]), tuple(marks))
 
 
-def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema) -> pa.Table:
+def read_rows(
+    numbered: Numbered, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema
+) -> pa.Table:
+    """Rows [start, stop) as a table."""
     texts = [field.name for field in schema if pa.types.is_string(field.type)]
     rows, reasons = [], list[str | None]()
-    for line in read_range(url, marks, start, stop):
+    for line in rows_between(numbered, marks, start, stop):
         row, reason = parse(line)
         rows.append(row | {name: as_text(row[name]) for name in texts if name in row})
         reasons.append(reason)
     return table_of(rows, schema, reasons)
 
 
-def read_range(url: str, marks: tuple[int, ...], start: int, stop: int) -> list[Line]:
-    """Lines of rows [start, stop)."""
+def rows_between(numbered: Numbered, marks: tuple[int, ...], start: int, stop: int) -> list[Line]:
+    """JSON texts of rows [start, stop)."""
     skip = start % MARK_ROWS
-    lines = (line for _, line in _numbered(url, marks[start // MARK_ROWS]))
+    lines = (line for _, line in numbered(marks[start // MARK_ROWS]))
     return list(islice(lines, skip, skip + stop - start))
-
-
-def count(url: str) -> tuple[int, tuple[int, ...]]:
-    """Rows and marks, without a look into the lines."""
-    rows, marks = 0, list[int]()
-    for rows, (offset, _) in enumerate(_numbered(url, 0), 1):
-        if rows % MARK_ROWS == 1:
-            marks.append(offset)
-    return rows, tuple(marks)
 
 
 def parse(line: Line) -> tuple[Row, str | None]:
@@ -166,9 +169,9 @@ def _kind(values: Sequence[Any]) -> pa.DataType:
     return kind
 
 
-def _numbered(url: str, offset: int) -> Iterator[tuple[int, Line]]:
+def _lines(url: str, encoding: str | None, offset: int) -> Iterator[tuple[int, Line]]:
     """Lines that are not blank, with their byte offsets."""
-    for line in read_lines(url, offset):
+    for line in read_lines(url, encoding, offset):
         if isinstance(line, LongLine):
             yield offset, line
         elif not line.isspace():
@@ -176,4 +179,4 @@ def _numbered(url: str, offset: int) -> Iterator[tuple[int, Line]]:
         offset += len(line)
 
 
-FORMAT = Format(scan, read, unify_files)
+FORMAT = Format(scan, read, unify_files, text=True)

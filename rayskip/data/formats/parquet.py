@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from rayskip.data.formats.base import (
     UNREADABLE,
     Format,
+    Reading,
     Scan,
     conform,
     rows_between,
@@ -23,7 +24,7 @@ from rayskip.errors import InputError, first_line
 _BATCH = 4096
 
 
-def scan(url: str) -> Scan:
+def scan(url: str, reading: Reading) -> Scan:
     try:
         with open_input(url) as source:
             footer = pq.read_metadata(source)
@@ -35,7 +36,9 @@ def scan(url: str) -> Scan:
         raise InputError(f"{url}: not a readable Parquet file ({first_line(error)})") from error
 
 
-def read(url: str, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema) -> pa.Table:
+def read(
+    url: str, reading: Reading, marks: tuple[int, ...], start: int, stop: int, schema: pa.Schema
+) -> pa.Table:
     # Buffered: a row group is streamed, so one with a million rows costs no more memory than a batch.
     with open_input(url) as source, pq.ParquetFile(source, buffer_size=1 << 20) as file:
         first, groups = _groups(file.metadata, start, stop)

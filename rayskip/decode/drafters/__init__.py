@@ -165,7 +165,7 @@ def _check_branches(branches: int, tokens: int) -> None:
 
 
 def _folder(path: str | None) -> Path | None:
-    return None if path is None else Path(path).expanduser()
+    return None if path is None else Path(path)
 
 
 def _draft_model(config: DraftModelDraft, decoder: Decoder) -> Decoder:
