@@ -87,7 +87,7 @@ def run(
     from rayskip.view import live_view
 
     with live_view(job.name) as on_progress:
-        report = run_job(job, fresh, on_progress)
+        report = run_job(job, fresh=fresh, progress=on_progress)
     _show(format_report(report))
     _show(f"committed to {job.output.path}")
 

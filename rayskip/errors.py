@@ -81,6 +81,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def kind_of(value: object) -> str:
+    """The type of a Python object that is of a wrong one, by its full name."""
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+
+
 def first_line(error: BaseException) -> str:
     """An error of a library, short enough to stand in one of ours; its type where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -94,8 +94,10 @@ def test_a_config_error_comes_before_anything_loads(job: Path) -> None:
 
 def test_public_names() -> None:
     configs = {"DecodeConfig", "EngineConfig", "JobConfig", "ModelConfig", "SamplingParams"}
-    assert set(rayskip.__all__) == {"Engine", "__version__", *configs}
-    assert all(getattr(rayskip, name).__name__ == name for name in {"Engine", *configs})
+    others = {"Completion", "Engine", "Generation", "Report", "run"}
+    assert set(dir(rayskip)) == set(rayskip.__all__) == {"__version__", "errors", *others, *configs}
+    assert all(getattr(rayskip, name).__name__ == name for name in others | configs)
+    assert issubclass(rayskip.errors.UserError, Exception)
     assert rayskip.JobConfig is JobConfig
     assert rayskip.__version__
     with pytest.raises(AttributeError, match="no attribute 'Engin'"):

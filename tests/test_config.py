@@ -6,6 +6,7 @@ import datetime
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rayskip.config import JobConfig, Section
 from rayskip.config.evaluate import BenchConfig, EvalQualityConfig, SpecBenchConfig
@@ -33,6 +34,18 @@ def config(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_config_loads(path: Path) -> None:
     assert load_config(path).name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_dict_and_a_job_are_as_good_as_a_file(path: Path) -> None:
+    job = load_config(path)
+    values = yaml.safe_load(path.read_text())
+    assert load_config(values) == load_config(job) == job
+    overrides = {"sampling.max_tokens": 3, "output.path": Path("elsewhere"), "engine": {"max_batch_rows": 2}}
+    changed = load_config(path, ["sampling.max_tokens=3", "output.path=elsewhere", "engine.max_batch_rows=2"])
+    for source in (path, values, job, {**values, "model": job.model}):
+        assert load_config(source, overrides) == changed
+    assert values == yaml.safe_load(path.read_text())
 
 
 def test_sections_left_out_have_defaults(config: Path) -> None:

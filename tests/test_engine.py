@@ -180,9 +180,6 @@ def test_prompts_can_be_added_one_by_one(smollm2: Path) -> None:
     ids = [engine.add(prompt, GREEDY) for prompt in prompts]
     found = {done.request_id: done.generations for done in engine.run()}
     assert _tokens([found[request] for request in ids]) == expected
-    for single in prompts:
-        with pytest.raises(TypeError, match="list of prompts"):
-            engine.generate(single, GREEDY)  # type: ignore[arg-type]
 
 
 class _Cramped(Decoder):
@@ -274,16 +271,3 @@ def test_an_interrupted_generate_leaves_nothing_behind(tiny_llama: Callable[...,
     assert list(engine.run()) == []
     params = SamplingParams(max_tokens=3, ignore_eos=True)
     assert len(engine.generate([[8, 9]], params)[0][0].token_ids or []) == 3
-
-
-def test_one_bad_prompt_does_not_cost_the_others(smollm2: Path) -> None:
-    engine = _engine(smollm2, "bfloat16", max_batch_rows=2)
-    params = SamplingParams(max_tokens=2)
-    bad, good, empty = engine.generate([[{"role": "user"}], "The sky is", []], params)
-    assert (bad[0].error_type, empty[0].error_type) == ("bad_messages", "empty_prompt")
-    assert good[0].completion_tokens == 2
-    with pytest.raises(TypeError, match=r"a prompt is a text, .* not None"):
-        engine.generate(["The sky is", None], params)  # type: ignore[list-item]
-    with pytest.raises(ValueError, match="2 prompts and 1 sampling params"):
-        engine.generate(["a", "b"], [params])
-    assert not engine.has_work

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from rayskip.data.records import Generation, Prompt
+from rayskip.data.records import Generation, Prompt, failed_row
 from rayskip.errors import ReplicaLost, RowError
 from rayskip.stats import Stats
 
@@ -132,11 +132,3 @@ class EngineThread:
 
 def _longest_first(prompts: list[Prompt]) -> list[Prompt]:
     return sorted(prompts, key=lambda prompt: -len(prompt.token_ids))
-
-
-def failed_row(row_index: int, samples: int, error: RowError) -> list[Generation]:
-    """The output rows of an input row that cannot run: one per sample, so that rows out = rows in x n."""
-    return [
-        Generation(row_index, sample, "error", error_type=error.kind, error_message=str(error))
-        for sample in range(samples)
-    ]

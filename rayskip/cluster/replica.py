@@ -14,12 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayskip.cluster.engine_thread import EngineThread, failed_row
+from rayskip.cluster.engine_thread import EngineThread
 from rayskip.config import JobConfig
 from rayskip.data.agreement import agreement
 from rayskip.data.attempt import write_attempt
 from rayskip.data.output import count_rows, encode, output_table
-from rayskip.data.records import Generation, Prompt, Shard, ShardResult
+from rayskip.data.records import Generation, Prompt, Shard, ShardResult, failed_row
 from rayskip.data.sources import Source, read_shard
 from rayskip.data.storage import open_storage
 from rayskip.data.values import python_rows
@@ -165,10 +165,10 @@ def device_for(gpus: float) -> str:
     """
     if not gpus:
         return "cpu"
-    from rayskip.model.backends.choose import check_gpu
+    from rayskip.model.backends.choose import check_device
 
     try:
-        check_gpu()
+        check_device("cuda")
     except (RuntimeError, AssertionError) as error:
         import torch
 

@@ -1,11 +1,12 @@
-"""Reads a config: a YAML file, with `--set` overrides.
+"""Reads a config, with overrides: a YAML file with those of `--set`, or what Python has in its place.
 
 Does not know what the values do. Paths in a config are relative to the current directory, not to the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import os
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,32 +16,69 @@ from pydantic import BaseModel, ValidationError
 
 from rayskip.config.job import JobConfig
 from rayskip.config.messages import closest, explain, in_words, some_keys
-from rayskip.errors import ConfigError
+from rayskip.errors import ConfigError, kind_of
 
-Mapping = dict[Any, Any]
+Values = dict[Any, Any]
+Overrides = Iterable[str] | Mapping[str, Any]
+"""As text, "sampling.max_tokens=64", whose value is read as YAML; or values by key, {"sampling.max_tokens": 64}."""
+
 Root = TypeVar("Root", bound=BaseModel)
 
 _MERGE = "tag:yaml.org,2002:merge"
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
-    """The job that a YAML file describes; see `load_section`."""
-    return load_section(JobConfig, path, overrides)
+def load_config(
+    source: str | os.PathLike[str] | Mapping[str, Any] | JobConfig, overrides: Overrides = ()
+) -> JobConfig:
+    """The job that a YAML file, a dict or a JobConfig describes; see `load_section`."""
+    return load_section(JobConfig, source, overrides)
 
 
-def load_section(kind: type[Root], path: str | Path, overrides: Sequence[str] = ()) -> Root:
-    """What a YAML file describes, after overrides of the form "sampling.max_tokens=64".
+def load_section(
+    kind: type[Root], source: str | os.PathLike[str] | Mapping[str, Any] | Root, overrides: Overrides = ()
+) -> Root:
+    """What a YAML file, a nested dict or a section describes, after overrides.
 
-    An override's value is read as YAML. Raises ConfigError, one line naming the file, the key and what would
-    be right.
+    Raises ConfigError, one line naming the file, the key and what would be right; TypeError for another object.
     """
-    values = _read(Path(path), kind)
-    for override in overrides:
-        _set(values, override)
+    where = ""
+    if isinstance(source, str | os.PathLike):
+        where = os.fspath(source)
+        values = _read(Path(source), kind)
+    elif isinstance(source, kind | Mapping):
+        values = _plain(source)
+    else:
+        raise TypeError(
+            f"a {kind.__name__}, a dict or a path of a YAML file is wanted, not {kind_of(source)}"
+        )
+    if isinstance(overrides, Mapping):
+        for key, value in overrides.items():
+            _set(values, key, value, key)
+    else:
+        for override in overrides:
+            _set_text(values, override)
+    return as_section(kind, values, where)
+
+
+def as_section(kind: type[Root], values: Mapping[str, Any] | Root, where: str = "") -> Root:
+    """A section given as a dict, or as it is. where: what messages begin with, as a file or an argument's name.
+
+    Raises ConfigError, one line naming the key and what would be right; TypeError for another object.
+    """
+    if not isinstance(values, kind | Mapping):
+        raise TypeError(f"{where}: a {kind.__name__} or a dict is wanted, not {kind_of(values)}")
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(values if isinstance(values, kind) else _plain(values))
     except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error.errors(), kind)}") from error
+        said = explain(error.errors(), kind)
+        raise ConfigError(f"{where}: {said}" if where else said) from error
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sections as dicts, copied, so that overrides change nothing of the caller's."""
+    if isinstance(value, BaseModel):
+        return value.model_dump()
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 
 class _Loader(yaml.SafeLoader):
@@ -66,7 +104,7 @@ def _text(loader: _Loader, node: yaml.ScalarNode) -> Any:
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", _text)
 
 
-def _read(path: Path, root: type[BaseModel]) -> Mapping:
+def _read(path: Path, root: type[BaseModel]) -> Values:
     try:
         values = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -97,21 +135,29 @@ def _value(text: str) -> Any:
     return text
 
 
-def _set(values: Mapping, override: str) -> None:
+def _set_text(values: Values, override: str) -> None:
     """Put one "a.b=c" into the nested values."""
+    said = f"--set {override}"
     key, equals, text = override.partition("=")
-    names = key.strip().split(".")
-    if not equals or not all(names):
-        raise ConfigError(f"--set {override}: expected key=value, such as sampling.max_tokens=64")
+    if not equals:
+        raise ConfigError(f"{said}: expected key=value, such as sampling.max_tokens=64")
     try:
         value = _value(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML ({_one_line(error)})") from error
+        raise ConfigError(f"{said}: the value is not YAML ({_one_line(error)})") from error
+    _set(values, key.strip(), value, said)
+
+
+def _set(values: Values, key: str, value: Any, said: str) -> None:
+    """Put a value under "a.b" into the nested values. said: the override as messages name it."""
+    names = key.split(".")
+    if not all(names):
+        raise ConfigError(f"{said}: expected key=value, such as sampling.max_tokens=64")
     section = values
     for name in names[:-1]:
         section = section.setdefault(name, {})
         if not isinstance(section, dict):
-            raise ConfigError(f'--set {override}: "{name}" is {in_words(section)}, not a section')
+            raise ConfigError(f'{said}: "{name}" is {in_words(section)}, not a section')
     section[names[-1]] = value
 
 

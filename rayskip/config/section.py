@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 
@@ -13,6 +14,17 @@ class Section(BaseModel):
     """A config section: immutable, and a key it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _paths_as_text(cls, values: object) -> object:
+        """A path from Python, such as pathlib's, is as good as its text."""
+        if not isinstance(values, dict):
+            return values
+        return {
+            key: os.fspath(value) if isinstance(value, os.PathLike) else value
+            for key, value in values.items()
+        }
 
 
 class ModelConfig(Section):

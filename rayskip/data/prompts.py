@@ -176,8 +176,8 @@ class PromptBuilder:
         if kind == "prompt_token_ids":
             return _token_list(_from_json(value, "bad_token_id", source), source)
         if kind == "messages":
-            return self._chat(_messages(_from_json(value, "bad_messages", source), source))
-        text = _text(value, f"column {source!r}")
+            return self._chat(read_messages(_from_json(value, "bad_messages", source), f"column {source!r}"))
+        text = read_text(value, f"column {source!r}")
         return self._chat(_user(text)) if self._config.chat else self._text_encoder.data(text)
 
     def _from_template(self, row: Row, template: str) -> list[int]:
@@ -240,8 +240,8 @@ def _user(text: str) -> list[Row]:
     return [{"role": "user", "content": text}]
 
 
-def _text(value: Any, what: str) -> str:
-    """`value` as text that UTF-8 can hold; bytes are taken as UTF-8."""
+def read_text(value: Any, what: str) -> str:
+    """`value` as text that UTF-8 can hold; bytes are taken as UTF-8. Raises RowError, which calls it `what`."""
     try:
         text = value.decode() if isinstance(value, bytes) else value
         if not isinstance(text, str):
@@ -272,13 +272,16 @@ def _token_list(value: Any, column: str) -> list[int]:
     return value
 
 
-def _messages(value: Any, column: str) -> list[Row]:
-    """The messages without their null fields (Arrow gives every message every field)."""
+def read_messages(value: Any, what: str) -> list[Row]:
+    """The messages without their null fields (Arrow gives every message every field), their parts joined.
+
+    Raises RowError, which calls them `what`.
+    """
     if not isinstance(value, list):
-        raise RowError("bad_messages", f"column {column!r} must hold a list of {{role, content}}")
+        raise RowError("bad_messages", f"{what} must hold a list of {{role, content}}")
     if not value:
-        raise RowError("empty_prompt", f"column {column!r} has no messages")
-    return [_message(message, f"message {index} of column {column!r}") for index, message in enumerate(value)]
+        raise RowError("empty_prompt", f"{what} has no messages")
+    return [_message(message, f"message {index} of {what}") for index, message in enumerate(value)]
 
 
 def _message(value: Any, what: str) -> Row:
@@ -291,7 +294,7 @@ def _message(value: Any, what: str) -> Row:
     if not isinstance(content, str):
         raise RowError("bad_messages", f"{what} must have text as its content")
     # An empty turn is a legal one; what may not be empty is the conversation.
-    return message | {"content": _text(content, what) if content else ""}
+    return message | {"content": read_text(content, what) if content else ""}
 
 
 def _part(part: Any, what: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rayskip.config import SamplingParams
+from rayskip.errors import RowError
 from rayskip.stats import Stats
 
 FinishReason = Literal["stop", "length", "error"]
@@ -50,6 +51,11 @@ class TokenLogprob:
 class Generation:
     """One output row: sample `sample_index` of input row `row_index`, or why there is none.
 
+    finish_reason: "stop" at an end token, a stop token or a stop string; "length" at max_tokens or the context's
+    end; "error" where error_type and error_message say why there is no text.
+    text: without special tokens, up to a stop string; None on error, or where the model has no tokenizer.
+    token_ids: all that were generated, the one that ended it too. prompt_tokens, completion_tokens: how many.
+    logprobs: one for each of token_ids, where asked for.
     skip_policy: which layers its tokens ran, "none" where none was skipped. mean_layers: layers run per generated
     token; None where no generated token ran (the last one never does).
     """
@@ -66,6 +72,14 @@ class Generation:
     error_message: str | None = None
     skip_policy: str | None = None
     mean_layers: float | None = None
+
+
+def failed_row(row_index: int, samples: int, error: RowError) -> list[Generation]:
+    """The output rows of an input row that cannot run: one per sample, so that rows out = rows in x n."""
+    return [
+        Generation(row_index, sample, "error", error_type=error.kind, error_message=str(error))
+        for sample in range(samples)
+    ]
 
 
 @dataclass(frozen=True)

@@ -7,29 +7,33 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections import deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm.auto import tqdm
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
-from rayskip.data.records import Generation, Prompt
+from rayskip.config.file import as_section
+from rayskip.data.records import Generation, Prompt, failed_row
 from rayskip.data.tokenizer import Encoder, load_tokenizer
 from rayskip.decode.drafters import load_drafters
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
-from rayskip.engine.prompts import PromptLike, Prompts
+from rayskip.engine.prompts import ParamsLike, PromptLike, Prompts, read_params
 from rayskip.engine.requests import Completion, Requests
 from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sizes import choose_sizes
 from rayskip.engine.worker import Step, StepResult, Worker
-from rayskip.errors import RowError
+from rayskip.errors import RowError, kind_of
 from rayskip.model.backends.choose import open_device
 from rayskip.model.checkpoint import load, resolve, trained_policy
 from rayskip.model.decoder import Decoder
@@ -96,16 +100,23 @@ class Engine:
     @classmethod
     def load(
         cls,
-        model: ModelConfig | str,
-        engine: EngineConfig | None = None,
-        decode: DecodeConfig | None = None,
+        model: ModelConfig | Mapping[str, Any] | str | os.PathLike[str],
+        engine: EngineConfig | Mapping[str, Any] | None = None,
+        decode: DecodeConfig | Mapping[str, Any] | None = None,
         device: str | None = None,
     ) -> Engine:
-        """Load a checkpoint (embedded default, local folder or hub id) onto `device` (CUDA when there is one).
+        """Load a checkpoint onto `device`, "cpu" or "cuda" (by default CUDA when there is one).
 
-        Raises ModelError when the checkpoint is missing, unsafe or of an unknown family.
+        model: "smollm2-135m-instruct", a local folder or a hub id; or, as engine and decode, a section of a job, as
+        a dict or as its class: {"path": "my-model", "dtype": "float32"}, {"max_batch_rows": 64},
+        {"draft": {"kind": "auto"}}.
+        Raises ConfigError for a section with a fault, ModelError when the checkpoint is missing, unsafe or of an
+        unknown family.
         """
-        model = ModelConfig(path=model) if isinstance(model, str) else model
+        given = {"path": model} if isinstance(model, str | os.PathLike) else model
+        model = as_section(ModelConfig, given, "model")
+        engine = as_section(EngineConfig, engine or {}, "engine")
+        decode = as_section(DecodeConfig, decode or {}, "decode")
         folder = resolve(model.path, model.revision)
         place = open_device(device)
         adapter = Path(model.adapter).expanduser() if model.adapter else None
@@ -153,7 +164,7 @@ class Engine:
         return stats
 
     def add(
-        self, prompt: Prompt | PromptLike, params: SamplingParams | None = None, full_depth: bool = False
+        self, prompt: Prompt | PromptLike, params: ParamsLike | None = None, full_depth: bool = False
     ) -> int:
         """Queue a row; returns its request id. Raises RowError when it has no token or no room to generate.
 
@@ -161,7 +172,8 @@ class Engine:
         full_depth: run every layer for it, whatever the engine's skip policy.
         """
         if not isinstance(prompt, Prompt):
-            prompt = self._prompts.make(self._requests.next_id, prompt, params or SamplingParams())
+            own = as_section(SamplingParams, params or {}, "params")
+            prompt = self._prompts.make(self._requests.next_id, prompt, own)
         self._prompts.check(prompt)
         request_id = self._requests.add(prompt)
         limit = min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len)
@@ -223,46 +235,61 @@ class Engine:
 
     def generate(
         self,
-        prompts: Seq[PromptLike],
-        params: SamplingParams | Seq[SamplingParams] | None = None,
+        prompts: Iterable[PromptLike],
+        params: ParamsLike | Iterable[ParamsLike] | None = None,
         row_file: str = "",
+        progress: bool = False,
     ) -> list[list[Generation]]:
-        """Generations of each prompt (text, token ids or chat messages), one per sample, in prompt order.
+        """Generate for many prompts at once: a list per prompt, in their order, of its `params.n` samples.
 
+        prompts: each a text, token ids (a list, or a one-dimensional array of numpy or torch) or chat messages (a
+        list of {role, content}, whose content may be a list of text parts). A text is encoded as it stands,
+        messages by the model's chat template.
+        params: for all, or a list with one for each; SamplingParams or a dict such as {"max_tokens": 64}.
         row_file: the file that the prompts are the first rows of, as a job's output names it. With temperature, a
         row's random numbers come from seed, file, place and sample, so these are then the job's.
-        A prompt that cannot run yields one generation with finish_reason "error". Requests that were added before
-        run beside them; what ends of those, the next `step` returns.
+        progress: show a bar, in a notebook too.
+
+        A prompt that cannot run (empty, too long, a token id that the model lacks, messages that its template
+        refuses) costs the others nothing: as in a job, its samples have finish_reason "error", error_type and
+        error_message, and a warning is logged. What is wrong with the call is raised before anything runs:
+        TypeError for an object that is no prompt, which names its place; ConfigError for params with a fault;
+        ValueError for too many or too few of them; ModelError for messages where the model has no chat
+        template.
+
+        Requests that were added before run beside these; what ends of those, the next `step` returns.
         """
-        if isinstance(prompts, str) or any(isinstance(prompt, int | dict) for prompt in prompts):
-            raise TypeError("give a list of prompts: texts, lists of token ids or lists of messages")
-        params = params or SamplingParams()
-        every = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        if len(every) != len(prompts):
-            raise ValueError(
-                f"{len(prompts)} prompts and {len(every)} sampling params; one for each is wanted"
-            )
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+            raise TypeError(f"a list of prompts is wanted, not {kind_of(prompts)}")
+        listed = list(prompts)
+        every = read_params(params, len(listed))
         results: dict[int, list[Generation]] = {}
         places: dict[int, int] = {}
         others = []
         try:
-            for index, (prompt, own) in enumerate(zip(prompts, every, strict=True)):
+            for index, (prompt, own) in enumerate(zip(listed, every, strict=True)):
                 try:
-                    places[self.add(self._prompts.make(index, prompt, own, row_file))] = index
+                    made = self._prompts.make(index, prompt, own, row_file, f"prompt {index}")
+                    places[self.add(made)] = index
                 except RowError as error:
-                    results[index] = [
-                        Generation(index, 0, "error", error_type=error.kind, error_message=str(error))
-                    ]
-            while len(results) < len(prompts):
-                for done in self.step():
-                    if (place := places.get(done.request_id)) is None:
-                        others.append(done)
-                    else:
-                        results[place] = done.generations
+                    results[index] = failed_row(index, own.n, error)
+            _warn_of_failed(results.values(), len(listed))
+            shown = (
+                tqdm(total=len(listed), initial=len(results), unit="prompt") if progress else nullcontext()
+            )
+            with shown as bar:
+                while len(results) < len(listed):
+                    for done in self.step():
+                        if (place := places.get(done.request_id)) is None:
+                            others.append(done)
+                        else:
+                            results[place] = done.generations
+                            if bar is not None:
+                                bar.update()
         finally:  # nobody waits for the rest of a call that was interrupted
             self.abort(places)
             self._kept += others
-        return [results[index] for index in range(len(prompts))]
+        return [results[index] for index in range(len(listed))]
 
     def _start_steps(self) -> None:
         """Give every idle worker its next step, and those that run one another, where it need not wait for tokens.
@@ -310,3 +337,17 @@ class Engine:
         completions = self._requests.complete(ended)
         self._stats.seconds["sample"] += time.perf_counter() - began
         return completions
+
+
+def _warn_of_failed(failed: Collection[Seq[Generation]], prompts: int) -> None:
+    """failed: the error rows of the prompts that cannot run."""
+    if failed:
+        first, *_ = next(iter(failed))
+        _log.warning(
+            "%d of %d prompts cannot run; the first is prompt %d: %s (%s)",
+            len(failed),
+            prompts,
+            first.row_index,
+            first.error_message,
+            first.error_type,
+        )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from rayskip.errors import ConfigError, first_line
 from rayskip.model.backends.base import Backend
 from rayskip.model.backends.cpu.allocator import keep_freed_memory
 from rayskip.model.backends.cpu.backend import cpu_backend
@@ -24,15 +25,27 @@ def choose_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> Back
 
 
 def open_device(name: str | None) -> torch.device:
-    """A device to load a model on, by torch's name; None: CUDA when there is one, else the CPU."""
+    """A device to load a model on, by torch's name; None: CUDA when there is one, else the CPU.
+
+    Raises ConfigError for one that is not there.
+    """
     keep_freed_memory()
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in BACKENDS:
+        raise ConfigError(f"device: {name!r} is none of {', '.join(BACKENDS)}")
+    try:
+        check_device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"device: torch {torch.__version__} cannot use {name!r}: {first_line(error)}"
+        ) from error
+    return torch.device(name)
 
 
-def check_gpu() -> None:
-    """Raises RuntimeError or AssertionError where torch cannot compute on a GPU: one that it sees may still have no
-    kernels of torch's."""
-    torch.ones(1, device="cuda").add(1)
+def check_device(name: str) -> None:
+    """Raises RuntimeError or AssertionError where torch cannot compute on a device: it may lack kernels for a GPU
+    that it sees."""
+    torch.ones(1, device=name).add(1)
 
 
 def gpu_facts(device: str) -> dict[str, str]:
