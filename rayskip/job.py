@@ -53,9 +53,12 @@ def run(
 @contextmanager
 def _bar(name: str, shown: bool) -> Iterator[Callable[[Progress], None]]:
     """What to call with each snapshot of a job; shown as a bar of input rows."""
+    if not shown:
+        yield lambda progress: None
+        return
     from tqdm.auto import tqdm
 
-    with tqdm(desc=name, unit="row", disable=not shown) as bar:
+    with tqdm(desc=name, unit="row") as bar:
 
         def show(progress: Progress) -> None:
             bar.total, bar.n = progress.rows_total, progress.rows

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -273,14 +274,18 @@ class Engine:
                 except RowError as error:
                     results[index] = failed_row(index, own.n, error)
             _warn_of_failed(results.values(), len(listed))
-            with tqdm(total=len(listed), initial=len(results), unit="prompt", disable=not progress) as bar:
+            shown = (
+                tqdm(total=len(listed), initial=len(results), unit="prompt") if progress else nullcontext()
+            )
+            with shown as bar:
                 while len(results) < len(listed):
                     for done in self.step():
                         if (place := places.get(done.request_id)) is None:
                             others.append(done)
                         else:
                             results[place] = done.generations
-                            bar.update()
+                            if bar is not None:
+                                bar.update()
         finally:  # nobody waits for the rest of a call that was interrupted
             self.abort(places)
             self._kept += others
