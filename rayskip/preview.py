@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rayskip.config import JobConfig
+from rayskip.config import JobConfig, SamplingParams
 from rayskip.data.attempt import JOB
 from rayskip.data.prompts import PromptBuilder, prompt_columns
 from rayskip.data.records import Prompt, Shard
@@ -38,7 +38,7 @@ class Preview:
     completion_tokens: the most that the good rows looked at may generate. bad: rows by error type, with one
     message each in `examples`. committed: shards that earlier runs of this job finished. refused: why a run
     would not write into that folder, None if it would. suggested: sampling parameters that the model's
-    generation_config.json has and the job has otherwise.
+    generation_config.json has and the job has otherwise. continued: rows whose last message is continued.
     """
 
     job: JobConfig
@@ -46,6 +46,7 @@ class Preview:
     committed: int
     refused: OutputError | None
     max_model_len: int
+    continued: int = 0
     suggested: dict[str, Any] = field(default_factory=dict)
     rows: int = 0
     prompts: list[str] = field(default_factory=list)
@@ -72,7 +73,7 @@ def preview(job: JobConfig) -> Preview:
     sampling = job.sampling.model_dump()
     suggested = {name: value for name, value in suggested_sampling(folder).items() if value != sampling[name]}
     max_model_len = min(job.engine.max_model_len or longest, longest)
-    seen = Preview(job, plan, committed, refused, max_model_len, suggested)
+    seen = Preview(job, plan, committed, refused, max_model_len, suggested=suggested)
     builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len)
     columns = prompt_columns(job.input)
     for shard in sample(plan.shards, SAMPLE_ROWS):
@@ -90,6 +91,7 @@ def preview(job: JobConfig) -> Preview:
                 )
             seen.lengths.append(len(prompt.token_ids))
             seen.completion_tokens += _most_tokens(prompt, seen.max_model_len)
+    seen.continued = builder.continued
     return seen
 
 
@@ -122,6 +124,8 @@ def format_preview(seen: Preview) -> str:
     if source.format == "csv" or source.partitions.names:
         parts.append("columns: " + ", ".join(f"{name} ({kind})" for name, kind in source.types.items()))
     parts += [f"{file.name}: {note}" for file in source.files[:FILES_SHOWN] for note in file.notes]
+    if seen.job.sampling.stop or seen.job.sampling.stop_token_ids:
+        parts.append(f"a text ends before {_stops(seen.job.sampling)}")
     if record.date:
         parts.append(f"the chat template tells the date: {record.date}")
     if seen.suggested:
@@ -131,6 +135,11 @@ def format_preview(seen: Preview) -> str:
     parts.append(f"\nprompt tokens, {seen.rows:,} of {record.rows:,} rows looked at:")
     parts += histogram(seen.lengths)
     parts += [f"{kind}: {count:,} rows, such as {seen.examples[kind]}" for kind, count in seen.bad.items()]
+    if seen.continued:
+        parts.append(
+            f"{seen.continued:,} rows end with the assistant's message, which is continued; "
+            "input.continue_final_message: false has a new answer begin"
+        )
     parts.append(_estimate(seen))
     return "\n".join(parts)
 
@@ -150,6 +159,11 @@ def histogram(lengths: list[int]) -> list[str]:
 
 def _most_tokens(prompt: Prompt, max_model_len: int) -> int:
     return prompt.params.n * min(prompt.params.max_tokens, max_model_len - len(prompt.token_ids))
+
+
+def _stops(sampling: SamplingParams) -> str:
+    tokens = [f"token {token}" for token in sampling.stop_token_ids]
+    return ", ".join([*map(shown, sampling.stop), *tokens])
 
 
 def _suggestion(seen: Preview) -> str:

@@ -13,7 +13,7 @@ import pytest
 from rayskip.cluster.replica import Replica
 from rayskip.config import JobConfig
 from rayskip.data.attempt import JOB, data_key, write_attempt
-from rayskip.data.output import ENCODERS, SUFFIXES, count_rows, encode, output_table
+from rayskip.data.output import SUFFIXES, count_rows, encode, output_table
 from rayskip.data.records import Generation, Shard
 from rayskip.data.storage import LocalStorage
 from rayskip.driver.plan import make_plan
@@ -85,7 +85,7 @@ def test_a_replica_tells_of_the_file_that_is_there_not_of_its_own(
         replica.run(shard)
 
 
-@pytest.mark.parametrize("format", ENCODERS)
+@pytest.mark.parametrize("format", SUFFIXES)
 def test_rows_are_counted_in_every_format(format: str) -> None:
     import pyarrow as pa
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from rayskip.config import JobConfig
 from rayskip.data.output import (
-    ENCODERS,
     SUFFIXES,
     check_output,
     encode,
@@ -105,14 +105,13 @@ def test_clash_of_names_is_refused() -> None:
     check_output(job(), ["id", "token_ids"])
 
 
-@pytest.mark.parametrize("format", ENCODERS)
+@pytest.mark.parametrize("format", SUFFIXES)
 def test_same_rows_give_the_same_bytes_however_chunked(format: str) -> None:
     chunked = pa.concat_tables([TABLE.slice(0, 1), TABLE.slice(1)])
     assert encode(format, table()) == encode(format, table(data=chunked))
-    assert SUFFIXES[format]
 
 
-@pytest.mark.parametrize("format", ENCODERS)
+@pytest.mark.parametrize("format", SUFFIXES)
 @given(samples=st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=6), text=st.text())
 def test_identities_are_read_back(format: str, samples: list[tuple[int, bool]], text: str) -> None:
     """Also when the data holds line separators, quotes and NULs."""
@@ -157,6 +156,36 @@ def test_openai_lines() -> None:
     assert second["response"] is None
     assert second["custom_id"] == "two"
     assert second["error"] == {"code": "null_prompt", "message": "column 'q' is null"}
+
+
+def test_openai_lines_have_tokens_as_text_and_the_jobs_time() -> None:
+    """And a completion without chat is a text completion."""
+    pieces = {7: b"Gr", 8: "ü".encode()[:1], 9: b"\xbc\xc3\x9f"}
+    logprobs = [TokenLogprob(7, -0.5, [(7, -0.5), (8, -1.0)]), TokenLogprob(9, -2.0, [(9, -2.0)])]
+    config = job(sampling={"logprobs": 1}, output={"format": "openai"})
+    rows = [good(10, logprobs=logprobs), good(11, logprobs=logprobs)]
+    data = pa.table({"custom_id": ["a", "b"], "url": ["/v1/chat/completions", "/v1/completions"]})
+    made = output_table(data, rows, replace(shard(10, 12), begun=1_700_000_000), config)
+    lines = [json.loads(line) for line in encode("openai", made, pieces.__getitem__).splitlines()]
+    chat, text = (line["response"]["body"] for line in lines)
+    assert chat["created"] == text["created"] == 1_700_000_000
+    assert (chat["object"], text["object"]) == ("chat.completion", "text_completion")
+    assert chat["choices"][0]["logprobs"]["content"][0] == {
+        "token": "Gr",
+        "bytes": [71, 114],
+        "logprob": -0.5,
+        "top_logprobs": [
+            {"token": "Gr", "bytes": [71, 114], "logprob": -0.5},
+            {"token": "\ufffd", "bytes": [195], "logprob": -1.0},
+        ],
+    }
+    assert text["choices"][0]["text"] == "text"
+    assert text["choices"][0]["logprobs"] == {
+        "tokens": ["Gr", "\ufffdß"],
+        "token_logprobs": [-0.5, -2.0],
+        "top_logprobs": [{"Gr": -0.5, "\ufffd": -1.0}, {"\ufffdß": -2.0}],
+        "text_offset": [0, 2],
+    }
 
 
 def test_openai_lines_without_custom_id_are_named_by_row() -> None:

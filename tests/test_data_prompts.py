@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from pydantic import ValidationError
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from rayskip.config import InputConfig, SamplingParams
 from rayskip.data.prompts import PromptBuilder, check_input, merge_params, row_key
 from rayskip.data.records import BROKEN_ROW
 from rayskip.data.templates import Templates
+from rayskip.data.token_bytes import token_bytes
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.errors import InputError, ModelError, RowError
 
@@ -38,6 +40,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
     vocabulary = {"<|start|>": START, "<|end|>": END} | {char: id for id, char in enumerate(alphabet, 2)}
     backend = Tokenizer(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken("<|start|>", special=True), AddedToken("<|end|>", special=True)])
     made: PreTrainedTokenizerBase = TokenizersBackend(  # type: ignore[no-untyped-call]
         tokenizer_object=backend, bos_token="<|start|>", eos_token="<|end|>"
@@ -136,6 +139,83 @@ def test_special_tokens_in_data_are_plain_text(tokenizer: PreTrainedTokenizerBas
     assert chat == head + plain + tokenizer.encode("<|end|>\n<|start|>assistant\n")
     templated = tokens(builder(tokenizer, template="<|start|>{{ q }}<|end|>"), {"q": text})
     assert templated == [START, *plain, END]
+
+
+def test_special_tokens_are_read_where_the_job_says_so(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As the tokenizer does on its own, and the start token once."""
+    text = "<|start|>user\na<|end|>\n"
+    expected = tokenizer.encode(text)
+    assert (expected.count(START), expected.count(END)) == (1, 1)
+    assert tokens(builder(tokenizer, prompt="q", special_tokens=True), {"q": text}) == expected
+    template = {"template": "{{ q }}b", "special_tokens": True}
+    assert tokens(builder(tokenizer, **template), {"q": text}) == tokenizer.encode(f"{text}b")
+    with pytest.raises(ValidationError, match="special_tokens"):
+        builder(tokenizer, prompt="q", special_tokens=True, chat=True)
+
+
+def test_an_assistants_message_at_the_end_is_continued(tokenizer: PreTrainedTokenizerBase) -> None:
+    chat = [*user("a"), {"role": "assistant", "content": "The label is:"}]
+    made = builder(tokenizer)
+    expected = tokenizer.apply_chat_template(chat, continue_final_message=True)["input_ids"]
+    assert tokens(made, {"messages": chat}) == expected
+    assert tokenizer.decode(expected).endswith("<|start|>assistant\nThe label is:")
+    assert tokens(made, {"messages": chat[:1]}) == tokens(
+        builder(tokenizer), {"messages": [*chat[:1], {"role": "assistant", "content": ""}]}
+    )
+    assert made.continued == 1
+    again = builder(tokenizer, continue_final_message=False)
+    answered = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    assert (tokens(again, {"messages": chat}), again.continued) == (answered, 0)
+
+
+def test_a_chat_template_gets_what_the_job_and_the_row_say(tokenizer: PreTrainedTokenizerBase) -> None:
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = CHAT + "{% if think is defined and not think %}<|start|>{{ note }}{% endif %}"
+    made = builder(thinking, sampling_params="p", chat_template_kwargs={"think": True, "note": "<|end|>"})
+
+    def ids(own: Any) -> list[int]:
+        return tokens(made, {"messages": user("a"), "p": own})
+
+    plain = ids(None)
+    assert plain == tokenizer.apply_chat_template(user("a"), add_generation_prompt=True)["input_ids"]
+    note = tokenizer.encode("<|end|>", split_special_tokens=True)  # what a job says is text
+    assert ids('{"chat_template_kwargs": {"think": false}}') == [*plain, START, *note]
+    row = {"messages": user("a"), "p": {"chat_template_kwargs": {"chat_template": "x"}}}
+    assert error_kind(made, row) == "invalid_sampling_params"
+    with pytest.raises(ValidationError, match="chat_template"):
+        builder(thinking, chat_template_kwargs={"chat_template": "x"})
+
+
+def test_openai_completions_are_no_chats(tokenizer: PreTrainedTokenizerBase) -> None:
+    made = builder(tokenizer, format="openai")
+    row = {"custom_id": "a", "url": "/v1/completions", "sampling_params": '{"max_tokens": 5}'}
+    assert tokens(made, row | {"messages": '"[7] a"'}) == tokenizer.encode("[7] a")
+    assert tokens(made, row | {"messages": "[7, 8]"}) == [7, 8]
+    assert (
+        error_kind(made, row | {"messages": '""'})
+        == error_kind(made, row | {"messages": "[]"})
+        == "empty_prompt"
+    )
+
+
+@pytest.mark.parametrize("kind", ["ByteLevel", "ByteFallback"])
+def test_token_bytes_make_up_the_text(tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
+    if kind == "ByteFallback":
+        vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)} | {
+            "<unk>": 256,
+            "▁a": 257,
+            "▁": 258,
+            "a": 259,
+        }
+        backend = Tokenizer(models.BPE(vocabulary, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence(steps)
+        tokenizer = TokenizersBackend(tokenizer_object=backend)  # type: ignore[no-untyped-call]
+    text = "a a Größe 🐟 \n"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) > len(text.split())
+    assert b"".join(map(token_bytes(tokenizer), ids)) == text.encode()
 
 
 def test_special_tokens_of_one_thread_do_not_leak_into_another(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -471,13 +471,44 @@ class TestOpenai:
     def test_what_is_not_done_is_not_ignored(self, tmp_path: Path) -> None:
         body = {"messages": []}
         format_json = {"response_format": {"type": "json_object"}}
-        rows = self.rows(tmp_path, body | {"presence_penalty": 0}, body | format_json, {"prompt": "x"}, "x")
+        nothing = {
+            **{"presence_penalty": 0, "stop": None, "logit_bias": {}, "stream": False, "n": 1, "tools": []},
+            **{"response_format": {"type": "text"}, "tool_choice": "none", "parallel_tool_calls": True},
+        }
+        rows = self.rows(
+            tmp_path, body | nothing, body | format_json, {"prompt": "x"}, "x", {"messages": [1]}
+        )
         assert rows[0][BROKEN_ROW] is None
+        assert "messages must be a list of objects" in rows[4][BROKEN_ROW]
         assert "response_format" in rows[1][BROKEN_ROW]
         assert "messages" in rows[2][BROKEN_ROW]
         assert "messages" in rows[3][BROKEN_ROW]
         write_jsonl(tmp_path / "a.jsonl", [REQUEST | {"url": "/v1/embeddings", "body": body}])
         assert "/v1/embeddings" in rows_of(tmp_path / "a.jsonl", format="openai")[0][BROKEN_ROW]
+
+    def test_completions_without_chat(self, tmp_path: Path) -> None:
+        bodies = [
+            {"prompt": "a", "logprobs": 0},
+            {"prompt": ["[1]"]},
+            {"prompt": [5, 6]},
+            {"prompt": ["a", "b"]},
+            {},
+        ]
+        write_jsonl(
+            tmp_path / "a.jsonl", [REQUEST | {"url": "/v1/completions", "body": body} for body in bodies]
+        )
+        rows = rows_of(tmp_path / "a.jsonl", format="openai")
+        assert [row["messages"] for row in rows] == ['"a"', '"[1]"', "[5, 6]", None, None]
+        assert json.loads(rows[0]["sampling_params"]) == {"logprobs": 0}
+        assert ["prompt" in (row[BROKEN_ROW] or "") for row in rows] == [False, False, False, True, True]
+
+    def test_a_custom_id_that_is_there_twice_is_noticed(self, tmp_path: Path) -> None:
+        write_jsonl(tmp_path / "a.jsonl", [REQUEST | {"custom_id": name, "body": {}} for name in "abcb"])
+        (file,) = discover(InputConfig(path=str(tmp_path), format="openai")).files
+        assert file.warnings == ('rows 1 and 3 have the same custom_id, "b"',)
+        write_jsonl(tmp_path / "a.jsonl", [{"custom_id": name} for name in "abc"] + [{}, {}])
+        (file,) = discover(InputConfig(path=str(tmp_path), format="openai")).files
+        assert file.warnings == ()
 
     def test_are_pointed_out_when_read_as_plain_lines(self, tmp_path: Path) -> None:
         write_jsonl(tmp_path / "a.jsonl", [REQUEST | {"body": {"messages": []}}])

@@ -138,6 +138,24 @@ def test_a_stop_string_may_be_a_special_token(smollm2: Path) -> None:
     assert stopper.text([*text, end], params) == "Yes."
 
 
+@pytest.mark.parametrize(
+    ("stop", "told"), [("<|im_end|>\n", "Yes."), ("es.<|im_end|>", "Y"), ("<|im_end|><|im_start|>", None)]
+)
+def test_a_stop_string_may_have_special_tokens_in_it(smollm2: Path, stop: str, told: str | None) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    assert tokenizer is not None
+    stopper, params = Stopper(tokenizer, eos_token_ids=()), SamplingParams(stop=(stop,))
+    ids = tokenizer.encode("Yes.<|im_end|>\nNo", add_special_tokens=False)
+    ends = [count for count in range(1, len(ids)) if stopper.reason(ids[:count], params, room=9)]
+    if told is None:
+        assert not ends
+        assert stopper.text(ids, params) == "Yes.\nNo"
+        return
+    whole = tokenizer.decode(ids[: ends[0]])
+    assert whole.endswith(stop)
+    assert stopper.text(ids[: ends[0]], params) in (told, "")  # cut where a token ends
+
+
 def test_end_tokens_lengths_and_logprobs(smollm2: Path) -> None:
     engine = _engine(smollm2, "bfloat16", max_batch_rows=2)
     messages = [{"role": "user", "content": "Say yes."}]

@@ -22,9 +22,10 @@ from rayskip.cluster.replica import Replica
 from rayskip.config import JobConfig
 from rayskip.config.file import load_config
 from rayskip.data.sources import Source
+from rayskip.driver.identity import as_begun
 from rayskip.driver.loop import run_job
 from rayskip.driver.progress import Progress
-from rayskip.driver.records import VERSION, CommitRecord
+from rayskip.driver.records import VERSION, CommitRecord, JobRecord
 from rayskip.driver.report import Report
 from rayskip.driver.status import status
 from rayskip.driver.verify import verify
@@ -135,6 +136,19 @@ def test_a_key_that_a_folder_does_not_have_counts_as_its_default(old: Path) -> N
     with pytest.raises(OutputError, match=r"different: sampling\.min_p \(0\.0 there, 0\.5 here\)\. Choose"):
         _run("job.yaml", "output.path=unfinished", "sampling.min_p=0.5")
     assert _run("job.yaml", "output.path=unfinished").shards_resumed == 1
+
+
+def test_a_folder_of_an_earlier_version_keeps_its_reading(old: Path) -> None:
+    """It read CSV as text, made no columns of folders' names and answered what an assistant said last."""
+    there = json.loads((old / "unfinished/job.json").read_text())
+    keys = {"text_columns": "all", "partitions": False, "continue_final_message": False}
+    assert not keys.keys() & there["config"]["input"].keys()
+    config = load_config("job.yaml", ["output.path=unfinished"])
+    begun = as_begun(config, JobRecord.model_validate(there))
+    assert {key: getattr(begun.input, key) for key in keys} == keys
+    with pytest.raises(OutputError, match=r"input\.partitions \(False there, True here\)"):
+        _run("job.yaml", "output.path=unfinished", "input.partitions=true")
+    assert as_begun(config, None) == config
 
 
 def test_a_folder_of_a_later_version_is_read_where_its_format_is_the_same(old: Path) -> None:

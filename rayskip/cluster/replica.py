@@ -22,6 +22,7 @@ from rayskip.data.output import count_rows, encode, output_table
 from rayskip.data.records import Generation, Prompt, Shard, ShardResult
 from rayskip.data.sources import Source, read_shard
 from rayskip.data.storage import open_storage
+from rayskip.data.token_bytes import token_bytes
 from rayskip.data.values import python_rows
 from rayskip.errors import ConfigError, OutputError, RowError, first_line
 from rayskip.failpoints import failpoint
@@ -58,6 +59,7 @@ class Replica:
         self._prompts = PromptBuilder(
             job.input, job.sampling, engine.tokenizer, engine.max_model_len, templates
         )
+        self._token_bytes = token_bytes(engine.tokenizer) if engine.tokenizer is not None else None
         self._columns = prompt_columns(job.input, templates)
         facts = hardware(device), engine.info  # the latter tries out batch invariance, a part of loading
         self._engine = EngineThread(engine)
@@ -84,7 +86,9 @@ class Replica:
             return _result(shard, b"", rows + generated.rows, generated.stats + own)
         with own.timed("write"):
             rows = sorted(rows + generated.rows, key=lambda row: (row.row_index, row.sample_index))
-            data = encode(self._job.output.format, output_table(table, rows, shard, self._job))
+            data = encode(
+                self._job.output.format, output_table(table, rows, shard, self._job), self._token_bytes
+            )
             there = write_attempt(self._storage, shard.output, data)
         result = _result(shard, data, rows, generated.stats + own + agreement(rows, generated.again))
         return result if there == data else self._other(result, shard, there)

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import datetime
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from rayskip.config.decode import DecodeConfig
 from rayskip.config.sampling import SamplingParams
 from rayskip.config.section import ModelConfig, Section, UserPath
+
+_OWN_KWARGS = {
+    "chat_template",
+    "conversations",
+    "messages",
+    "add_generation_prompt",
+    "continue_final_message",
+    "return_assistant_tokens_mask",
+}
+
+
+def check_template_kwargs(kwargs: dict[str, Any]) -> None:
+    """Raises ValueError for a value that a chat template gets from rayskip alone."""
+    if taken := sorted(_OWN_KWARGS & kwargs.keys()):
+        raise ValueError(f"chat_template_kwargs may not have {', '.join(taken)}")
 
 
 class InputConfig(Section):
@@ -48,8 +63,19 @@ class InputConfig(Section):
     messages: str | None = Field(None, description="column with a list of {role, content}")
     prompt_token_ids: str | None = Field(None, description="column with a list of token ids")
     template: str | None = Field(None, description="Jinja template over the columns, rendered in a sandbox")
+    special_tokens: bool = Field(
+        False,
+        description="read special tokens in a prompt or template, as of chats that were rendered before",
+    )
     chat: bool = Field(False, description="send a prompt or template through the model's chat template")
     system: str | None = Field(None, description="system message put before chat prompts that have none")
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description="what else the chat template may read, such as {enable_thinking: false}"
+    )
+    continue_final_message: bool = Field(
+        True,
+        description="go on with the assistant's message where messages end with one; false: a new answer",
+    )
     sampling_params: str | None = Field(None, description="column with per-row sampling parameters")
     rename: dict[str, str] = Field(
         {}, description="new names of columns, {old: new}; all other keys and the output use the new ones"
@@ -111,6 +137,20 @@ class InputConfig(Section):
                 + (" (input.max_rows reads only the first rows)" if "[" in value else "")
             )
         return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _check_kwargs(cls, value: dict[str, Any]) -> dict[str, Any]:
+        check_template_kwargs(value)
+        return value
+
+    @model_validator(mode="after")
+    def _check_special_tokens(self) -> InputConfig:
+        if self.special_tokens and (self.chat or self.messages or self.prompt_token_ids):
+            raise ValueError(
+                "special_tokens: true is for a prompt or template that goes to the model as it is"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_prompt_source(self) -> InputConfig:

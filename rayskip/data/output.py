@@ -15,14 +15,16 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayskip.config import InputConfig, JobConfig
+from rayskip.data.formats.openai import COMPLETIONS
 from rayskip.data.records import BROKEN_ROW, Generation, Shard, TokenLogprob
+from rayskip.data.token_bytes import TokenBytes
 from rayskip.data.values import whole_rows
 from rayskip.errors import InputError
 
@@ -50,6 +52,9 @@ _IDENTITY = ("row_file", "row_index", "sample_index")
 
 _MODEL = b"rayskip.model"
 """Schema metadata: the job's model.path. Parquet keeps it in its footer, openai lines carry it."""
+
+_BEGUN = b"rayskip.begun"
+"""Schema metadata of what becomes openai lines: when the job began, in seconds since 1970."""
 
 
 def output_columns(job: JobConfig) -> list[str]:
@@ -95,7 +100,8 @@ def output_table(table: pa.Table, rows: Sequence[Generation], shard: Shard, job:
     for name in output_columns(job):
         columns[name] = pa.array([_value(row, name, shard) for row in rows], _COLUMNS[name])
         fields.append(pa.field(name, _COLUMNS[name]))
-    schema = pa.schema(fields, {_MODEL: job.model.path.encode()})
+    begun = {_BEGUN: str(shard.begun).encode()} if job.output.format == "openai" else {}
+    schema = pa.schema(fields, {_MODEL: job.model.path.encode()} | begun)
     return pa.table(list(columns.values()), schema=schema)
 
 
@@ -124,18 +130,34 @@ def to_jsonl(table: pa.Table) -> bytes:
     return b"".join(_line(row) for row in whole_rows(table))
 
 
-def to_openai(table: pa.Table) -> bytes:
+def to_openai(table: pa.Table, token_bytes: TokenBytes | None = None) -> bytes:
     """One line of the OpenAI batch output format per input row; its samples are the choices.
 
-    custom_id is the input's, or "FILE:ROW". A token of the log-probabilities is written "token_id:ID". Beside
-    OpenAI's own keys a line has the row's identity, row_file and row_index, and its number of samples.
+    custom_id is the input's, or "FILE:ROW". created is when the job began: every attempt writes the same.
+    token_bytes: None where there is no tokenizer; then a token of the log-probabilities is written "token_id:ID".
+    Beside OpenAI's own keys a line has the row's identity, row_file and row_index, and its number of samples.
     """
-    model = (table.schema.metadata or {}).get(_MODEL, b"").decode()
+    told = table.schema.metadata or {}
+    head = {"created": int(told.get(_BEGUN, b"0")), "model": told.get(_MODEL, b"").decode()}
     by_row = groupby(whole_rows(table), key=lambda row: row["row_index"])
-    return b"".join(_line(_openai(list(samples), model)) for _, samples in by_row)
+    return b"".join(_line(_openai(list(samples), head, _namer(token_bytes))) for _, samples in by_row)
 
 
-def _openai(samples: list[dict[str, Any]], model: str) -> dict[str, Any]:
+_Named = Callable[[int], dict[str, Any]]
+"""A token's text and bytes, of its id."""
+
+
+def _namer(token_bytes: TokenBytes | None) -> _Named:
+    def named(token_id: int) -> dict[str, Any]:
+        if token_bytes is None:
+            return {"token": f"token_id:{token_id}", "bytes": None}
+        data = token_bytes(token_id)
+        return {"token": data.decode(errors="replace"), "bytes": list(data)}
+
+    return named
+
+
+def _openai(samples: list[dict[str, Any]], told: dict[str, Any], named: _Named) -> dict[str, Any]:
     first = samples[0]
     identity = f"{first['row_file']}:{first['row_index']}"
     request = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
@@ -150,34 +172,59 @@ def _openai(samples: list[dict[str, Any]], model: str) -> dict[str, Any]:
     if failed:
         error = {"code": failed["error_type"], "message": failed["error_message"]}
         return head | {"response": None, "error": error}
-    body = {
-        "id": f"chatcmpl-{request}",
-        "object": "chat.completion",
-        "created": 0,  # the same job gives the same bytes
-        "model": model,
-        "choices": [_choice(row) for row in samples],
-        "usage": _usage(samples),
-    }
+    chat = first.get("url") != COMPLETIONS
+    kind = (
+        {"id": f"chatcmpl-{request}", "object": "chat.completion"}
+        if chat
+        else {"id": f"cmpl-{request}", "object": "text_completion"}
+    )
+    choice = _chat_choice if chat else _text_choice
+    body = kind | told | {"choices": [choice(row, named) for row in samples], "usage": _usage(samples)}
     response = {"status_code": 200, "request_id": request, "body": body}
     skipped = {"skip_policy": first["skip_policy"]} if "skip_policy" in first else {}
     return head | {"response": response, "error": None} | skipped
 
 
-def _choice(row: dict[str, Any]) -> dict[str, Any]:
+def _chat_choice(row: dict[str, Any], named: _Named) -> dict[str, Any]:
     logprobs = row.get("logprobs")
+
+    def entry(token: dict[str, Any]) -> dict[str, Any]:
+        return named(token["token_id"]) | {"logprob": token["logprob"]}
+
     return {
         "index": row["sample_index"],
         "message": {"role": "assistant", "content": row["text"]},
         "finish_reason": row["finish_reason"],
-        "logprobs": None if logprobs is None else {"content": [_openai_logprob(token) for token in logprobs]},
+        "logprobs": None
+        if logprobs is None
+        else {
+            "content": [entry(token) | {"top_logprobs": [*map(entry, token["top"])]} for token in logprobs]
+        },
     }
 
 
-def _openai_logprob(token: dict[str, Any]) -> dict[str, Any]:
-    def named(entry: dict[str, Any]) -> dict[str, Any]:
-        return {"token": f"token_id:{entry['token_id']}", "logprob": entry["logprob"], "bytes": None}
+def _text_choice(row: dict[str, Any], named: _Named) -> dict[str, Any]:
+    """Of a completion without chat."""
+    logprobs = row.get("logprobs")
+    return {
+        "index": row["sample_index"],
+        "text": row["text"],
+        "finish_reason": row["finish_reason"],
+        "logprobs": None if logprobs is None else _text_logprobs(logprobs, named),
+    }
 
-    return named(token) | {"top_logprobs": [named(entry) for entry in token["top"]]}
+
+def _text_logprobs(logprobs: list[dict[str, Any]], named: _Named) -> dict[str, Any]:
+    """text_offset: of each token in the completion, in characters."""
+    texts = [named(token["token_id"])["token"] for token in logprobs]
+    return {
+        "tokens": texts,
+        "token_logprobs": [token["logprob"] for token in logprobs],
+        "top_logprobs": [
+            {named(top["token_id"])["token"]: top["logprob"] for top in token["top"]} for token in logprobs
+        ],
+        "text_offset": list(accumulate(map(len, texts[:-1]), initial=0))[: len(texts)],
+    }
 
 
 def _usage(samples: list[dict[str, Any]]) -> dict[str, int]:
@@ -215,15 +262,14 @@ def _plain(value: Any) -> Any:
 ENCODERS: dict[str, Callable[[pa.Table], bytes]] = {
     "parquet": to_parquet,
     "jsonl": to_jsonl,
-    "openai": to_openai,
 }
 
 SUFFIXES: dict[str, str] = {"parquet": "parquet", "jsonl": "jsonl", "openai": "jsonl"}
 
 
-def encode(format: str, table: pa.Table) -> bytes:
-    """The whole file of an output table."""
-    return ENCODERS[format](table)
+def encode(format: str, table: pa.Table, token_bytes: TokenBytes | None = None) -> bytes:
+    """The whole file of an output table. token_bytes: see `to_openai`."""
+    return to_openai(table, token_bytes) if format == "openai" else ENCODERS[format](table)
 
 
 def read_output(format: str, files: Iterable[bytes]) -> pa.Table:

@@ -2,7 +2,7 @@
 
 Does not know files or models. Text from the data is data: it is never rendered as a template, and a special
 token written in it is encoded as plain text. Only the job's own template and the model's chat template may
-write special tokens.
+write special tokens, unless the job says that its prompts do (`input.special_tokens`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from rayskip.config import InputConfig, SamplingParams
-from rayskip.data.records import BROKEN_ROW, Prompt
+from rayskip.config.job import check_template_kwargs
+from rayskip.data.records import BROKEN_ROW, TEMPLATE_KWARGS, Prompt
 from rayskip.data.templates import Templates
-from rayskip.data.tokenizer import Encoder
+from rayskip.data.tokenizer import Encoder, ends_with_assistant
 from rayskip.errors import InputError, ModelError, RayskipError, RowError
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class PromptBuilder:
     """Turns rows into prompts; made once per replica, may be called from several threads.
 
     tokenizer: None when the model has none; then only prompt_token_ids work. max_model_len: positions of the
-    context. templates: what renders them. Raises InputError for a template with a fault.
+    context. templates: what renders them. continued: conversations so far that end with the assistant's message,
+    which is continued. Raises InputError for a template with a fault.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class PromptBuilder:
         self._params = sampling
         self._params_column = config.sampling_params or (OPENAI_PARAMS if config.format == "openai" else None)
         self._max_model_len = max_model_len
+        self.continued = 0
         self._encoder = (
             Encoder(tokenizer, max_model_len, templates, config.date) if tokenizer is not None else None
         )
@@ -138,8 +141,8 @@ class PromptBuilder:
     def _build(self, row: Row, row_index: int, name: str) -> Prompt:
         if (reason := row.get(BROKEN_ROW)) is not None:
             raise RowError("invalid_row", reason)
-        params = self._row_params(row)
-        token_ids = self._token_ids(row)
+        params, kwargs = self._row_params(row)
+        token_ids = self._token_ids(row, kwargs)
         if not token_ids:
             raise RowError("empty_prompt", "the prompt is empty")
         if len(token_ids) + 1 > self._max_model_len:
@@ -153,49 +156,70 @@ class PromptBuilder:
     def samples(self, row: Row) -> int:
         """How many output rows `row` has, also when it cannot run: the job's n where its own cannot be read."""
         try:
-            return self._row_params(row).n
+            return self._row_params(row)[0].n
         except RowError:
             return self._params.n
 
-    def _row_params(self, row: Row) -> SamplingParams:
-        """The job's sampling parameters with the row's own over them."""
-        column = self._params_column
-        own = merge_params(self._params, row.get(column)) if column else self._params
+    def _row_params(self, row: Row) -> tuple[SamplingParams, Row]:
+        """The job's sampling parameters with the row's own over them, and what the chat template gets likewise."""
+        given = _mapping(row.get(self._params_column)) if self._params_column else {}
+        kwargs = self._config.chat_template_kwargs | _mapping(given.pop(TEMPLATE_KWARGS, None))
+        try:
+            check_template_kwargs(kwargs)
+        except ValueError as error:
+            raise RowError("invalid_sampling_params", str(error)) from error
+        own = merge_params(self._params, given)
         if own.stop and self._encoder is None:
             reason = "stop strings need a tokenizer, and the model has none; use stop_token_ids"
             raise ModelError(reason) if self._params.stop else RowError("invalid_sampling_params", reason)
-        return own
+        return own, kwargs
 
-    def _token_ids(self, row: Row) -> list[int]:
+    def _token_ids(self, row: Row, kwargs: Row) -> list[int]:
         kind, source = prompt_source(self._config, row)
         if self._template is not None:
-            return self._from_template(row, self._template)
+            return self._from_template(row, self._template, kwargs)
         value = row.get(source)
         if value is None:
             raise RowError("null_prompt", f"column {source!r} is null")
         if kind == "prompt_token_ids":
             return _token_list(_from_json(value, "bad_token_id", source), source)
+        if kind == "messages" and self._config.format == "openai":
+            value = _from_json(value, "bad_messages", source)
+            if isinstance(value, str):
+                return self._plain(_text(value, "prompt"))
+            if isinstance(value, list) and value and isinstance(value[0], int):
+                return _token_list(value, "prompt")
         if kind == "messages":
-            return self._chat(_messages(_from_json(value, "bad_messages", source), source))
+            return self._chat(_messages(_from_json(value, "bad_messages", source), source), kwargs)
         text = _text(value, f"column {source!r}")
-        return self._chat(_user(text)) if self._config.chat else self._text_encoder.data(text)
+        return self._chat(_user(text), kwargs) if self._config.chat else self._plain(text)
 
-    def _from_template(self, row: Row, template: str) -> list[int]:
+    def _plain(self, text: str) -> list[int]:
+        if self._config.special_tokens:
+            return self._text_encoder.with_special_tokens(text)
+        return self._text_encoder.data(text)
+
+    def _from_template(self, row: Row, template: str, kwargs: Row) -> list[int]:
         """With `chat` the result is the user's message, without it the template is the job's own text."""
         values = {column: row[column] for column in self._columns if column in row}
         text = self._text_encoder.render(template, values)
         if not text:
             raise RowError("empty_prompt", "what input.template renders is empty")
-        return self._chat(_user(text)) if self._config.chat else self._text_encoder.written(text)
+        if self._config.special_tokens:
+            return self._text_encoder.with_special_tokens(text)
+        return self._chat(_user(text), kwargs) if self._config.chat else self._text_encoder.written(text)
 
     def _marked(self, template: str) -> str:
-        """Only without `chat` may a template write special tokens."""
-        return template if self._config.chat else self._text_encoder.mark(template)
+        """Only without `chat` may a template write special tokens; with `special_tokens` the data may too."""
+        own_text = self._config.chat or self._config.special_tokens
+        return template if own_text else self._text_encoder.mark(template)
 
-    def _chat(self, messages: list[Row]) -> list[int]:
+    def _chat(self, messages: list[Row], kwargs: Row) -> list[int]:
         if self._config.system is not None and messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self._config.system}, *messages]
-        return self._text_encoder.chat(messages)
+        continues = self._config.continue_final_message
+        self.continued += continues and ends_with_assistant(messages)
+        return self._text_encoder.chat(messages, kwargs, continues)
 
     @property
     def _text_encoder(self) -> Encoder:
@@ -209,10 +233,7 @@ def merge_params(base: SamplingParams, own: Any) -> SamplingParams:
 
     A null value is one not given. Raises RowError "invalid_sampling_params" that names the key.
     """
-    if own is None:
-        return base
-    given = {key: value for key, value in _mapping(own).items() if value is not None}
-    if not given:
+    if not (given := _mapping(own)):
         return base
     try:
         return SamplingParams.model_validate(base.model_dump() | given)
@@ -224,6 +245,9 @@ def merge_params(base: SamplingParams, own: Any) -> SamplingParams:
 
 
 def _mapping(own: Any) -> dict[Any, Any]:
+    """What a row gives by name, without what is null."""
+    if own is None:
+        return {}
     try:
         if isinstance(own, str):
             own = json.loads(own)
@@ -233,7 +257,7 @@ def _mapping(own: Any) -> dict[Any, Any]:
         raise RowError("invalid_sampling_params", f"not JSON: {error}") from error
     if not isinstance(own, dict):
         raise RowError("invalid_sampling_params", f"an object is needed, got {type(own).__name__}")
-    return own
+    return {key: value for key, value in own.items() if value is not None}
 
 
 def _user(text: str) -> list[Row]:

@@ -17,6 +17,9 @@ FinishReason = Literal["stop", "length", "error"]
 BROKEN_ROW = "__broken_row__"
 """String column that `read_shard` adds to the input's: why the row could not be read, null for a good row."""
 
+TEMPLATE_KWARGS = "chat_template_kwargs"
+"""Among a row's own sampling parameters: what its chat template may read."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -76,6 +79,7 @@ class Shard:
     rows: [start, stop) in the file. full_depth: no layer is skipped, whatever the job's policy.
     output: the file to write, relative to the output folder; the driver says so when it hands the shard out.
     lost: rows that are known to end a replica, each with how: error rows, that are not run.
+    begun: when the job began, in seconds since 1970; the driver says so too.
     probe: whether its rows end a replica is all that is asked: nothing is written.
     """
 
@@ -86,6 +90,7 @@ class Shard:
     stop: int
     full_depth: bool = False
     output: str = ""
+    begun: int = 0
     lost: tuple[tuple[int, str], ...] = ()
     probe: bool = False
 

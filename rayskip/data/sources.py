@@ -31,7 +31,7 @@ _READ_ROWS = 4096
 _SCANS = 8
 """Files looked at together: in a bucket, waiting is most of the work."""
 
-OPENAI_COLUMNS = ("custom_id", "messages", "sampling_params")
+OPENAI_COLUMNS = ("custom_id", "url", "messages", "sampling_params")
 """What an openai batch line is read into; these names have a meaning."""
 
 _OPENAI = {"custom_id", "method", "url", "body"}
@@ -43,7 +43,7 @@ _MOST_STATE = 1 << 26
 @dataclass(frozen=True)
 class InputFile:
     """name: the file's part of the row identity. fingerprint: changes when the content does (see `stamp`).
-    marks: what its format needs to find rows again. notes: see `Scan`."""
+    marks: what its format needs to find rows again. notes, warnings: see `Scan`."""
 
     url: str
     name: str
@@ -51,6 +51,7 @@ class InputFile:
     fingerprint: str
     marks: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 _NO_COLUMNS = pa.schema([])
@@ -100,15 +101,18 @@ class Source:
         return next(file for file in self.files if file.name == name)
 
 
-def discover(config: InputConfig) -> Source:
-    """Find and count the input. Raises InputError naming the file that is missing, corrupt or different."""
+def discover(config: InputConfig, texts: Collection[str] = ()) -> Source:
+    """Find and count the input. texts: columns of CSV that stay text, beside those that the config names.
+
+    Raises InputError naming the file that is missing, corrupt or different.
+    """
     kind, located = _locate(config)
-    reading = _reading(config, kind)
+    reading = _reading(config, kind, texts)
     with ThreadPoolExecutor(_SCANS) as pool:
         scans = list(pool.map(lambda file: _scan(kind, file.url, reading), located))
     schema = _schema(kind, scans, config)
     files = [
-        InputFile(file.url, file.name, scan.rows, file.stamp, scan.marks, scan.notes)
+        InputFile(file.url, file.name, scan.rows, file.stamp, scan.marks, scan.notes, scan.warnings)
         for file, scan in zip(located, scans, strict=True)
     ]
     if not any(file.rows for file in files):
@@ -167,7 +171,7 @@ def every_row(
             yield shard, index, row
 
 
-def _reading(config: InputConfig, kind: str) -> Reading:
+def _reading(config: InputConfig, kind: str, texts: Collection[str]) -> Reading:
     """How the job has text read, by the files' own column names. Raises InputError for a key that says nothing of
     the format."""
     if config.encoding is not None and not FORMATS[kind].text:
@@ -178,7 +182,7 @@ def _reading(config: InputConfig, kind: str) -> Reading:
     if config.text_columns == "all":
         return Reading(config.encoding, config.delimiter, None)
     named = {new: old for old, new in config.rename.items()}
-    texts = [*config.text_columns, config.prompt or "prompt"]
+    texts = [*texts, *config.text_columns, config.prompt or "prompt"]
     return Reading(config.encoding, config.delimiter, frozenset(named.get(name, name) for name in texts))
 
 

@@ -37,10 +37,11 @@ def plain(source: str, values: dict[str, Any]) -> str:
     return _compiled(source).render(values)
 
 
-def chat(source: str, messages: list[dict[str, Any]], values: dict[str, Any]) -> str:
-    """A model's chat template over a conversation, up to where the answer begins."""
+def chat(source: str, messages: list[dict[str, Any]], values: dict[str, Any], goes_on: bool) -> str:
+    """A model's chat template over a conversation, up to where the answer begins; goes_on: up to its end."""
     render = _chat_renderer()
-    (text,), _ = render([messages], chat_template=source, add_generation_prompt=True, **values)
+    how = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+    (text,), _ = render([messages], chat_template=source, **how, **values)
     return str(text)
 
 

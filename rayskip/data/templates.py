@@ -59,9 +59,19 @@ class Templates:
         """
         return self._text("template_error", "input.template", "plain", most, source, values)
 
-    def chat(self, source: str, messages: list[dict[str, Any]], values: dict[str, Any], most: float) -> str:
-        """A model's chat template over a conversation. values: what else it may read. Raises RowError as above."""
-        return self._text("bad_messages", "the chat template", "chat", most, source, messages, values)
+    def chat(
+        self,
+        source: str,
+        messages: list[dict[str, Any]],
+        values: dict[str, Any],
+        goes_on: bool,
+        most: float,
+    ) -> str:
+        """A model's chat template over a conversation. values: what else it may read. goes_on: the last message is
+        to be continued, rather than answered. Raises RowError as above."""
+        return self._text(
+            "bad_messages", "the chat template", "chat", most, source, messages, values, goes_on
+        )
 
     def _text(self, error_kind: str, what: str, kind: str, most: float, *arguments: object) -> str:
         fault, text = self._ask(kind, most, *arguments)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import threading
+from contextlib import suppress
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -96,6 +97,22 @@ def _check_converted(file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def ends_with_assistant(messages: list[dict[str, Any]]) -> bool:
+    return bool(messages) and messages[-1].get("role") == "assistant"
+
+
+def special_tokens(folder: Path) -> set[str]:
+    """The special tokens of a model's tokenizer, as text, by its files; loads no tokenizer. Empty where they do not
+    tell, or cannot be read."""
+    found: list[dict[str, Any]] = []
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        found = list(config.get("added_tokens_decoder", {}).values())
+        if not found:
+            found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
+    return {str(token["content"]) for token in found if token.get("special") and token.get("content")}
+
+
 class Encoder:
     """Text to token ids, keeping apart what a template wrote and what the data says (see `Marks`).
 
@@ -125,6 +142,13 @@ class Encoder:
         self._check_length(text)
         return self._encode(text, plain=True, start=True)
 
+    def with_special_tokens(self, text: str) -> list[int]:
+        """Token ids of a text whose special tokens are such, as of a chat that was rendered before; with the
+        model's start token, if it has one, once."""
+        self._check_length(text)
+        bos = self._tokenizer.bos_token
+        return self._encode(text, plain=False, start=not (bos and text.startswith(str(bos))))
+
     def mark(self, template: str) -> str:
         """A template's source, ready to be rendered by `render`. Raises jinja2.TemplateSyntaxError."""
         return self._marks.mark(template)
@@ -139,14 +163,23 @@ class Encoder:
         bos = self._tokenizer.bos_token
         return self._marked(rendered, start=not (bos and self._marks.begins_with(rendered, str(bos))))
 
-    def chat(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Token ids of a conversation, ending where the assistant's answer begins.
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        values: dict[str, Any] | None = None,
+        continue_final: bool = True,
+    ) -> list[int]:
+        """Token ids of a conversation, ending where the assistant's answer begins; of one that ends with the
+        assistant's message, ending with that, unless `continue_final` is false. values: what else the template may
+        read.
 
         Raises ModelError when the model has no chat template, RowError when that refuses them.
         """
-        source, values = self._chat_template
-        _check_text(messages)
-        return self._marked(self._templates.chat(source, messages, values, self._most), start=False)
+        source, special = self._chat_template
+        _check_text([messages, values])
+        goes_on = continue_final and ends_with_assistant(messages)
+        text = self._templates.chat(source, messages, {**(values or {}), **special}, goes_on, self._most)
+        return self._marked(text, start=False)
 
     @cached_property
     def _chat_template(self) -> tuple[str, dict[str, str]]:

@@ -40,6 +40,11 @@ def whole_rows(table: pa.Table) -> list[Row]:
         return [dict(zip(table.column_names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
+def text_of(value: Any) -> str:
+    """A value as text; a null, such as CSV's empty field, is an empty one."""
+    return "" if value is None else str(value)
+
+
 def _python(name: str, column: pa.ChunkedArray, reasons: list[str | None]) -> list[Any]:
     try:
         found: list[Any] = column.to_pylist()

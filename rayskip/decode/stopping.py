@@ -18,13 +18,15 @@ class Stopper:
         self._tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
         added = tokenizer.added_tokens_decoder if tokenizer is not None else {}
-        self._special = {token.content: token_id for token_id, token in added.items() if token.special}
-        """Token ids by text, of tokens that the completion's text does not show."""
+        self._special = [token.content for token in added.values() if token.special]
+        """Tokens that the completion's text does not show; a stop string may have them."""
 
     def text(self, token_ids: Sequence[int], params: SamplingParams) -> str | None:
         """The completion's text, cut before the first stop string."""
         if self._tokenizer is None:
             return None
+        for stop in filter(self._has_special, params.stop):
+            token_ids = self._before(token_ids, stop)
         text = self._decode(token_ids)
         cuts = [at for at in (text.find(stop) for stop in params.stop) if at >= 0]
         return text[: min(cuts)] if cuts else text
@@ -39,23 +41,35 @@ class Stopper:
         newest = token_ids[-1]
         if newest in params.stop_token_ids or (newest in self._eos and not params.ignore_eos):
             return "stop"
-        if params.stop and (
-            any(self._special.get(stop) == newest for stop in params.stop)
-            or self._stops(token_ids, params.stop)
-        ):
+        if params.stop and self._stops(token_ids, params.stop):
             return "stop"
         return "length" if len(token_ids) >= params.max_tokens or room <= 0 else None
 
     def _stops(self, token_ids: Sequence[int], stops: Sequence[str]) -> bool:
         """Whether a stop string stands in the text. Decodes the tail first: a stop string ends in the newest
         token, and a token that shows at all is at least one byte of it."""
-        tail = self._decode(token_ids[-(max(len(stop.encode()) for stop in stops) + 8) :])
-        if not any(stop in tail for stop in stops):
-            return False
-        text = self._decode(token_ids)
-        return any(stop in text for stop in stops)
+        tail = token_ids[-(max(len(stop.encode()) for stop in stops) + 8) :]
+        for special in {self._has_special(stop) for stop in stops}:
+            alike = [stop for stop in stops if self._has_special(stop) == special]
+            if any(stop in self._decode(tail, special) for stop in alike):
+                text = self._decode(token_ids, special)
+                if any(stop in text for stop in alike):
+                    return True
+        return False
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
+    def _has_special(self, stop: str) -> bool:
+        return any(token in stop for token in self._special)
+
+    def _before(self, token_ids: Sequence[int], stop: str) -> Sequence[int]:
+        """The tokens before a stop string with special tokens; all where it is not there."""
+        at = self._decode(token_ids, special=True).find(stop)
+        count = len(token_ids)
+        while at >= 0 and count and len(self._decode(token_ids[:count], special=True)) > at:
+            count -= 1
+        return token_ids[:count]
+
+    def _decode(self, token_ids: Sequence[int], special: bool = False) -> str:
+        """special: with special tokens."""
         if self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=not special))

@@ -32,7 +32,9 @@ _NAMING = {
 _ELSEWHERE = (*_NAMING["input files"], "input.date", "output.path")
 """Not compared with their part: contents are hashed, a record has the date, and the folder is the same."""
 
-_BEFORE: dict[str, dict[str, Any]] = {"input": {"text_columns": "all", "partitions": False}}
+_BEFORE: dict[str, dict[str, Any]] = {
+    "input": {"text_columns": "all", "partitions": False, "continue_final_message": False}
+}
 """How a job reads that began before there was the key, where that is not the key's default."""
 
 Values = dict[str, Any]

@@ -226,7 +226,8 @@ class JobRun:
         match instruction:
             case Assign(replica, shard):
                 output = data_key(shard.index, self.lease.nonce, SUFFIXES[self.job.output.format])
-                pool.submit(replica, replace(shard, full_depth=self.below_floor, output=output))
+                begun = self.plan.record.begun
+                pool.submit(replica, replace(shard, full_depth=self.below_floor, output=output, begun=begun))
             case Kill(replica):
                 pool.kill(replica)
                 self.meter.lost(replica)

@@ -5,7 +5,10 @@ Does not know replicas. Holds memory per shard, never per row.
 
 from __future__ import annotations
 
+import re
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -14,12 +17,18 @@ from rayskip.config import DecodeConfig, JobConfig
 from rayskip.data.output import check_output
 from rayskip.data.prompts import check_input, prompt_source
 from rayskip.data.records import Shard
-from rayskip.data.sources import Source, discover, plan_shards
-from rayskip.data.tokenizer import tells_date
+from rayskip.data.sources import Source, discover, every_row, plan_shards
+from rayskip.data.tokenizer import special_tokens, tells_date
 from rayskip.driver.identity import contents, deciding, digest, said
 from rayskip.driver.records import JobRecord, signature
+from rayskip.errors import InputError, StorageBusy
 from rayskip.model.checkpoint import check, read_layer_count, resolve
 from rayskip.skip import skip_policy
+
+_ESCAPE = re.compile(r"\\([nrt])")
+
+_LOOKED_AT = 100
+"""Prompts that are searched for special tokens."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,7 @@ def make_plan(job: JobConfig) -> Plan:
         config=config,
         **signature(),
     )
-    return Plan(source, shards, record, time.monotonic() - began)
+    return Plan(source, shards, record, time.monotonic() - began, tuple(_warnings(job, source, folder)))
 
 
 def job_date(job: JobConfig, source: Source, model: Path) -> date | None:
@@ -82,3 +91,33 @@ def job_date(job: JobConfig, source: Source, model: Path) -> date | None:
     """
     chat = job.input.chat or prompt_source(job.input, source.columns)[0] == "messages"
     return job.input.date or date.today() if chat and tells_date(model) else None
+
+
+def _warnings(job: JobConfig, source: Source, model: Path) -> Iterator[str]:
+    """What the job's author may not have meant, in words. model: the folder of its checkpoint."""
+    yield from (f"{file.name}: {warning}" for file in source.files for warning in file.warnings)
+    for stop in job.sampling.stop:
+        if found := _ESCAPE.search(stop):
+            yield (
+                f"sampling.stop has {stop!r}: a backslash and the letter {found[1]}, as YAML reads no escapes but "
+                f"in double quotes, such as --set 'sampling.stop=\"\\{found[1]}\"'"
+            )
+    kind, column = prompt_source(job.input, source.columns)
+    if kind == "prompt" and not job.input.special_tokens:
+        with suppress(InputError, StorageBusy):  # reading tells
+            yield from _rendered_before(job, source, column, sorted(special_tokens(model)))
+
+
+def _rendered_before(job: JobConfig, source: Source, column: str, special: Sequence[str]) -> Iterator[str]:
+    """Of prompts with special tokens, as a chat has that was put through a template elsewhere."""
+    rows = every_row(source, {column}, min(_LOOKED_AT, job.input.max_rows or _LOOKED_AT))
+    texts = [str(row[column]) for _, _, row in rows]
+    found = [[token for token in special if token in text] for text in texts]
+    if any(found):
+        token = next(filter(None, found))[0]
+        way = "without input.chat, " if job.input.chat else ""
+        yield (
+            f"{sum(map(bool, found)):,} of the first {len(texts):,} prompts have special tokens in their text, as "
+            f"{token}, which the model gets as plain text; {way}input.special_tokens: true has them read as "
+            "special tokens"
+        )

@@ -92,6 +92,11 @@ class JobRecord(Signed):
     date: datetime.date | None = None
     nonce: str = Field("", pattern="^[0-9a-f]*$")
 
+    @property
+    def begun(self) -> int:
+        """When the job began, in seconds since 1970; 0 in folders that do not tell."""
+        return int(datetime.datetime.fromisoformat(self.written).timestamp()) if self.written else 0
+
     @field_validator("config")
     @classmethod
     def _rename(cls, config: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rayskip.config import DecodeConfig
 from rayskip.config.evaluate import EvalQualityConfig, QualityRun
 from rayskip.data.prompts import PromptBuilder, check_input, prompt_columns
 from rayskip.data.sources import discover, every_row
+from rayskip.data.values import text_of
 from rayskip.engine import Engine
 from rayskip.evaluate.figure import figure
 
@@ -125,15 +126,15 @@ def format_quality(results: Sequence[Quality]) -> str:
 
 def _cases(config: EvalQualityConfig) -> list[_Case]:
     """The distinct inputs in order, each with all its references."""
-    source = discover(config.input)
+    source = discover(config.input, {config.references, config.group})
     for key in ("references", "group"):
         source.require(config.input.path, key, getattr(config, key))
     check_input(config.input, source.columns)
     columns = prompt_columns(config.input) | {config.references, config.group}
     cases: dict[str, _Case] = {}
     for _, _, row in every_row(source, columns, config.input.max_rows):
-        case = cases.setdefault(str(row[config.group]), _Case(row, []))
-        case.references.append(str(row[config.references]))
+        case = cases.setdefault(text_of(row[config.group]), _Case(row, []))
+        case.references.append(text_of(row[config.references]))
     return list(cases.values())
 
 

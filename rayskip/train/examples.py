@@ -20,6 +20,7 @@ from rayskip.config.train import DataConfig
 from rayskip.data.prompts import PromptBuilder, check_input, prompt_columns
 from rayskip.data.sources import discover, every_row
 from rayskip.data.tokenizer import Encoder
+from rayskip.data.values import text_of
 from rayskip.errors import RowError
 
 WINDOW = 16
@@ -79,7 +80,7 @@ def read_examples(
     token ids must be below it. Raises InputError when the answer's column is missing, or RowError naming what is
     wrong with a row.
     """
-    source = discover(config.input)
+    source = discover(config.input, {config.answer, config.group or config.answer})
     source.require(config.input.path, "data.answer", config.answer)
     check_input(config.input, source.columns)
     columns = prompt_columns(config.input) | {config.answer, FINISH_REASON, LOGPROBS, SKIP_POLICY}
@@ -90,13 +91,13 @@ def read_examples(
         if row.get(FINISH_REASON) == "error":
             continue
         prompt = builder.build(row, index, shard.name).token_ids
-        group = str(row[config.group]) if config.group else f"{shard.name}:{index}"
+        group = text_of(row[config.group]) if config.group else f"{shard.name}:{index}"
         if logprobs_vocab is not None and config.answer == TEXT and row.get(LOGPROBS):
             where = f"{shard.name}: row {index}"
             examples.append(_with_logprobs(prompt, row, group, where, logprobs_vocab))
             continue
         cut = row.get(FINISH_REASON) == "length"  # a job's own output: such an answer has no end
-        answer = encoder.data(str(row[config.answer])) + ([] if cut else [end])
+        answer = encoder.data(text_of(row[config.answer])) + ([] if cut else [end])
         examples.append(Example(prompt, answer, group))
     return examples
 

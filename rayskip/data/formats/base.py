@@ -43,12 +43,13 @@ class Reading:
 @dataclass(frozen=True)
 class Scan:
     """What one pass over a file found. marks: whatever helps the format to find a range of rows again. notes: what
-    is not usual in how it is read, in words."""
+    is not usual in how it is read, in words. warnings: what a job should not go on with unseen."""
 
     rows: int
     schema: pa.Schema
     marks: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:

@@ -63,6 +63,7 @@ def _elements(url: str, encoding: str | None, offset: int) -> Iterator[tuple[int
                 opens, closes = found[0] in (b"[", b"{"), found[0] in (b"]", b"}")
                 if depth == 1 and (closes or found[0] == b","):
                     element = text[begin : found.start()]
+                    _refuse_long(url, offset + begin, element)
                     if element.strip() or not (first and closes):
                         yield offset + begin, element
                     if closes:
@@ -70,13 +71,15 @@ def _elements(url: str, encoding: str | None, offset: int) -> Iterator[tuple[int
                     begin, first = place, False
                 depth += opens - closes
             place = found.start() if found else len(text)
-            if len(text) - begin > MAX_LINE:
-                raise InputError(
-                    f"{url}: the element at byte {offset + begin:,} has more than {MAX_LINE:,} bytes"
-                )
+            _refuse_long(url, offset + begin, text[begin:])
             if not (data := source.read(BUFFER)):
                 raise InputError(f"{url}: cut off, its list does not end")
             text, offset, place, begin = text[begin:] + data, offset + begin, place - begin, 0
+
+
+def _refuse_long(url: str, offset: int, element: bytes) -> None:
+    if len(element) > MAX_LINE:
+        raise InputError(f"{url}: the element at byte {offset:,} has more than {MAX_LINE:,} bytes")
 
 
 def _refuse_more(url: str, rest: bytes) -> None:
