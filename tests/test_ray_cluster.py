@@ -7,24 +7,26 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
-from rayskip.cluster import ray_cluster
+from rayskip.cluster import address
 from rayskip.cluster.ray_cluster import RayCluster
 from rayskip.config import ClusterConfig
 from rayskip.errors import ConfigError
 
 LOCAL = """
-import os, stat, sys
+import os, stat
 import psutil
-from rayskip.cluster import ray_cluster
-from rayskip.cluster.ray_cluster import RayCluster, _ask
+from rayskip.cluster.address import Address, find_cluster
+from rayskip.cluster.ray_cluster import RayCluster
 from rayskip.config import ClusterConfig
 from rayskip.errors import ConfigError
 
-ray_cluster.JOIN_S = 0
 cluster = RayCluster(ClusterConfig())
 import ray
 
@@ -40,12 +42,12 @@ assert all(ip.endswith("127.0.0.1") for ip in listening), listening
 mode = stat.S_IMODE(os.stat(os.environ["RAY_AUTH_TOKEN_PATH"]).st_mode)
 assert mode == 0o600, oct(mode)
 address = ray.get_runtime_context().gcs_address
-assert _ask(address, "disabled") == (address, False)
-assert _ask(address, "token") == (address, True)
+assert find_cluster(Address(address, "here")) == (address, "token")
 try:
-    RayCluster(ClusterConfig(gpus_per_replica=1))
+    RayCluster(ClusterConfig(gpus_per_replica=1, join_s=0))
 except ConfigError as error:
     print(error)
+assert ray.is_initialized()
 cluster.close()
 assert not psutil.Process().children(recursive=True)
 assert "RAY_AUTH_TOKEN_PATH" not in os.environ and os.environ["RAY_AUTH_MODE"] == "disabled"
@@ -66,20 +68,16 @@ def test_a_local_ray_is_private_and_leaves_nothing(tmp_path: Path) -> None:
         command = [sys.executable, "-c", LOCAL]
         found = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert found.stdout.splitlines()[-1:] == ["done"], found.stderr
-    assert "1 CPUs and 1 GPUs each do not fit on the cluster: 1 nodes have room for 0" in found.stdout
+    assert (
+        "1 must fit, each with 1 CPU and 1 GPU, and the cluster has room for 0: 1 node with" in found.stdout
+    )
     assert not (tmp_path / "none").exists()
 
 
-def closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.parametrize(
-    ("address", "said"),
+    ("named", "said"),
     [
-        (f"127.0.0.1:{closed_port()}", "no Ray cluster answers at 127.0.0.1:"),
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:"),
         ("no-such-host.invalid:6379", "no Ray cluster answers at no-such-host.invalid:6379"),
         ("127.0.0.1:99999", "no Ray cluster answers at 127.0.0.1:99999"),
         ("http://127.0.0.1:8265", "http://127.0.0.1:8265 is not where"),
@@ -88,33 +86,105 @@ def closed_port() -> int:
 )
 @pytest.mark.parametrize("by", ["config", "RAY_ADDRESS"])
 def test_an_address_where_no_cluster_is_is_said_at_once(
-    address: str, said: str, by: str, monkeypatch: pytest.MonkeyPatch
+    named: str, said: str, by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if by == "RAY_ADDRESS":
-        monkeypatch.setenv("RAY_ADDRESS", address)
+        monkeypatch.setenv("RAY_ADDRESS", named)
     with pytest.raises(ConfigError) as refused:
-        RayCluster(ClusterConfig(address=address if by == "config" else None))
-    assert said in str(refused.value)
+        RayCluster(ClusterConfig(address=named if by == "config" else None))
+    key = "cluster.address" if by == "config" else "RAY_ADDRESS"
+    assert str(refused.value).startswith(f"{key}: {said}")
 
 
 def test_a_port_where_something_else_listens_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "ASK_S", 2)
+    monkeypatch.setattr(address, "ASK_S", 1)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(ConfigError, match=f"no Ray cluster answers at {address}"):
-            RayCluster(ClusterConfig(address=address))
+        there = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=f"no Ray cluster answers at {there} .something else"):
+            RayCluster(ClusterConfig(address=there))
+
+
+JOIN = """
+import sys
+from rayskip.cluster.ray_cluster import RayCluster
+from rayskip.config import ClusterConfig
+
+for address in [*sys.argv[1:], None]:  # None: another of its own
+    cluster = RayCluster(ClusterConfig(address=address))
+    import ray
+
+    print(ray.get(ray.remote(lambda: 42).remote()))
+    cluster.close()
+"""
+
+
+@contextmanager
+def head(home: Path, **environment: str) -> Iterator[str]:
+    """A Ray head of one CPU, as `ray start` makes it for a user with this home folder; its address."""
+    port = str(free_port())
+    with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as temporary:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port", port]
+        options = ["--num-cpus", "1", "--include-dashboard", "false", "--temp-dir", temporary]
+        started = subprocess.Popen(
+            [*command, *options],
+            env=os.environ | {"HOME": str(home)} | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            assert started.stdout is not None
+            assert any("Ray runtime started" in line for line in started.stdout)
+            yield f"127.0.0.1:{port}"
+        finally:
+            tree = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
+            for process in tree:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(tree)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def join(*addresses: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", JOIN, *addresses]
+    variables = os.environ | {"HOME": str(home)} | environment
+    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+
+
+def test_one_process_joins_clusters_with_and_without_a_token(tmp_path: Path) -> None:
+    """Though a token lies in the home folder all the time, and a local one comes after them."""
+    token = tmp_path / "with" / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True)
+    token.write_text("t" * 32)
+    with head(tmp_path / "without") as open_to_all, head(token.parents[1], RAY_AUTH_MODE="token") as closed:
+        joined = join(open_to_all, closed, open_to_all, home=token.parents[1])
+        missing = join(closed, home=tmp_path / "without")
+        wrong = join(closed, home=token.parents[1], RAY_AUTH_TOKEN="x" * 32)
+    assert joined.stdout.split() == ["42"] * 4, joined.stderr
+    assert f"{open_to_all} asks for no token" in joined.stderr
+    asks = f"cluster.address: the Ray cluster at {closed} asks for its token, and"
+    assert f"ConfigError: {asks} there is none here; RAY_AUTH_TOKEN" in missing.stderr
+    assert f"ConfigError: {asks} RAY_AUTH_TOKEN holds another; RAY_AUTH_TOKEN" in wrong.stderr
 
 
 def test_a_cluster_without_a_token_is_refused_over_a_network(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """192.0.2.1 is nobody's address. Inside a job that was submitted to the cluster there is no choice."""
-    remote = "192.0.2.1:6379"
-    with pytest.raises(ConfigError, match=r"192\.0\.2\.1:6379 asks for no token.*RAY_AUTH_MODE=token"):
-        ray_cluster._warn_or_refuse(remote, remote)
+    remote = address.Address("192.0.2.1:6379", "RAY_ADDRESS")
+    with pytest.raises(
+        ConfigError, match=r"^RAY_ADDRESS.*192\.0\.2\.1:6379 asks for no token.*RAY_AUTH_MODE=token"
+    ):
+        address._warn_or_refuse(remote, remote.value)
     assert not caplog.text
-    ray_cluster._warn_or_refuse("127.0.0.1:6379", "127.0.0.1:6379")
-    assert "127.0.0.1:6379 asks for no token" in caplog.text
+    address._warn_or_refuse(address.Address("auto", "RAY_ADDRESS"), "127.0.0.1:6379")
+    assert "auto asks for no token" in caplog.text
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    ray_cluster._warn_or_refuse(remote, remote)
+    address._warn_or_refuse(remote, remote.value)
     assert "192.0.2.1:6379 asks for no token" in caplog.text

@@ -74,6 +74,7 @@ class RayPool:
         self._calls[self._actors[replica].run.remote(shard)] = _Call("run", replica, shard.index)
 
     def wait(self, timeout_s: float) -> list[Event]:
+        self._ray_cluster.check_room()
         self._ask_progress()
         try:
             first, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
