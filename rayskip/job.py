@@ -17,8 +17,11 @@ def run(
     job: JobConfig, fresh: bool = False, on_progress: Callable[[Progress], None] = lambda progress: None
 ) -> Report:
     """Run or resume a job; see `rayskip.driver.loop.run_job` for what it raises."""
+    from rayskip.cluster.paths import check_output
     from rayskip.cluster.ray_pool import RayPool
     from rayskip.driver.loop import run_job
+
+    check_output(job.output.path)
 
     def ray_pool(job: JobConfig, source: Source) -> Pool:
         return RayPool(job, source)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -118,30 +119,68 @@ for address in [*sys.argv[1:], None]:  # None: another of its own
 """
 
 
+POOL = """
+import os, sys
+from rayskip.cluster.ray_pool import RayPool
+from rayskip.config import JobConfig
+from rayskip.data.sources import discover
+from rayskip.errors import UserError
+
+for name, text in (("job.json", ""), ("rows.jsonl", '{"prompt": "Hello"}')):
+    with open(name, "w") as file:
+        file.write(text)
+for replicas in (1, 2):
+    job = JobConfig.model_validate(
+        {
+            "name": "elsewhere",
+            "model": {"path": "none"},
+            "input": {"path": "rows.jsonl"},
+            "cluster": {"address": sys.argv[1], "replicas": replicas, "cpus_per_replica": 1, "join_s": 1},
+            "output": {"path": "."},
+        }
+    )
+    if replicas == 1:
+        source = discover(job.input)
+        os.remove("rows.jsonl")
+    pool = RayPool(job, source)
+    if replicas == 1:
+        pool.start()
+    try:
+        while True:
+            pool.wait(0.5)
+    except UserError as error:
+        print(error)
+    pool.close()
+"""
+
+
 @contextmanager
-def head(home: Path, **environment: str) -> Iterator[str]:
-    """A Ray head of one CPU, as `ray start` makes it for a user with this home folder; its address."""
-    port = str(free_port())
+def heads(*environments: dict[str, str]) -> Iterator[list[str]]:
+    """Ray heads of one CPU, as `ray start` makes them for users with these variables; their addresses."""
+    with ExitStack() as started:
+        ports = [str(free_port()) for _ in environments]
+        processes = [started.enter_context(_head(*each)) for each in zip(environments, ports, strict=True)]
+        for process in processes:
+            assert process.stdout is not None
+            assert any("Ray runtime started" in line for line in process.stdout)
+        yield [f"127.0.0.1:{port}" for port in ports]
+
+
+@contextmanager
+def _head(environment: dict[str, str], port: str) -> Iterator[subprocess.Popen[str]]:
     with tempfile.TemporaryDirectory(prefix="r", ignore_cleanup_errors=True) as temporary:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--port", port]
         options = ["--num-cpus", "1", "--include-dashboard", "false", "--temp-dir", temporary]
-        started = subprocess.Popen(
-            [*command, *options],
-            env=os.environ | {"HOME": str(home)} | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        variables = os.environ | environment
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen([*command, *options], env=variables, text=True, **pipes)
         try:
-            assert started.stdout is not None
-            assert any("Ray runtime started" in line for line in started.stdout)
-            yield f"127.0.0.1:{port}"
+            yield process
         finally:
-            tree = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
-            for process in tree:
+            tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+            for each in tree:
                 with suppress(psutil.NoSuchProcess):
-                    process.kill()
+                    each.kill()
             psutil.wait_procs(tree)
 
 
@@ -151,23 +190,33 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def join(*addresses: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", JOIN, *addresses]
-    variables = os.environ | {"HOME": str(home)} | environment
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+def run(code: str, *arguments: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *arguments]
+    variables = os.environ | {"HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)} | environment
+    return subprocess.run(command, env=variables, cwd=home, capture_output=True, text=True, check=False)
 
 
-def test_one_process_joins_clusters_with_and_without_a_token(tmp_path: Path) -> None:
-    """Though a token lies in the home folder all the time, and a local one comes after them."""
+def test_clusters_with_and_without_a_token_are_joined_and_faults_there_told(tmp_path: Path) -> None:
+    """Though a token lies in the home folder all the time, and a local one comes after them. A replica works in
+    another directory than the driver."""
     token = tmp_path / "with" / ".ray" / "auth_token"
     token.parent.mkdir(parents=True)
     token.write_text("t" * 32)
-    with head(tmp_path / "without") as open_to_all, head(token.parents[1], RAY_AUTH_MODE="token") as closed:
-        joined = join(open_to_all, closed, open_to_all, home=token.parents[1])
-        missing = join(closed, home=tmp_path / "without")
-        wrong = join(closed, home=token.parents[1], RAY_AUTH_TOKEN="x" * 32)
-    assert joined.stdout.split() == ["42"] * 4, joined.stderr
+    (tmp_path / "without").mkdir()
+    home = token.parents[1]
+    with heads({"HOME": str(tmp_path / "without")}, {"HOME": str(home)}) as (open_to_all, closed):
+        joined = run(JOIN, open_to_all, closed, home=home)
+        missing = run(JOIN, closed, home=tmp_path / "without")
+        wrong = run(JOIN, closed, home=home, RAY_AUTH_TOKEN="x" * 32)
+        faults = run(POOL, closed, home=home)
+    assert joined.stdout.split() == ["42"] * 3, joined.stderr
     assert f"{open_to_all} asks for no token" in joined.stderr
+    no_input, no_room = faults.stdout.splitlines()
+    assert re.match(
+        f"on node [0-9.]+: input.path: {home}/rows.jsonl is not here; name a folder that", no_input
+    )
+    room = "cluster.replicas: 2 must fit, each with 1 CPU and 0 GPUs, and the cluster has room for 1: 1 node with"
+    assert no_room.startswith(room)
     asks = f"cluster.address: the Ray cluster at {closed} asks for its token, and"
     assert f"ConfigError: {asks} there is none here; RAY_AUTH_TOKEN" in missing.stderr
     assert f"ConfigError: {asks} RAY_AUTH_TOKEN holds another; RAY_AUTH_TOKEN" in wrong.stderr

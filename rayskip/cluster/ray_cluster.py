@@ -33,7 +33,8 @@ _ASKED_TO_STOP = {signal.SIGTERM, signal.SIGHUP}
 
 
 class RayCluster:
-    """Ray, attached to or started here. config: the job's section with cpus_per_replica filled in."""
+    """Ray, attached to or started here. config: the job's section with cpus_per_replica filled in. joined: whether
+    it was there before, perhaps with other nodes than this machine."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
         """Attach to the cluster at `cluster.address` or RAY_ADDRESS, or start a local one.
@@ -45,6 +46,7 @@ class RayCluster:
         self._ours = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
         address = named_address(cluster) if self._ours else None
         local = self._ours and address is None
+        self.joined = not local
         self.config = cluster.with_cpus(usable_cores() if local else cluster.replica_range[1])
         found = address and find_cluster(address)
         try:
@@ -131,10 +133,11 @@ def _misfit(cluster: ClusterConfig, where: str) -> str | None:
     if room >= least:
         return None
     has = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in wanted}
+    wait = ", or give nodes longer to join (cluster.join_s)" if where == "the cluster" else ""
     return (
         f"cluster.replicas: {least} must fit, each with {_amounts(wanted)}, and {where} has room for {room:g}: "
         f"{_count(len(nodes), 'node')} with at most {_amounts(has)} each; lower cluster.replicas, cpus_per_replica "
-        f"or gpus_per_replica (0: on CPU), or give nodes longer to join (cluster.join_s)"
+        f"or gpus_per_replica (0: on CPU){wait}"
     )
 
 
