@@ -35,11 +35,15 @@ def run(
     Raises what `rayskip.errors` has: UserError before anything runs, for what must be given otherwise; JobFailed;
     Interrupted. What was committed stays in each case, and the same call goes on.
     """
+    from rayskip.cluster.paths import check_output
     from rayskip.config.file import load_config
 
     job = load_config(job, overrides)
+    check_output(job.output.path)
     from rayskip.cluster.ray_pool import RayPool
     from rayskip.driver.loop import run_job
+
+    check_output(job.output.path)
 
     def ray_pool(job: JobConfig, source: Source) -> Pool:
         return RayPool(job, source)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,13 @@ from typing import Any
 import pytest
 
 from rayskip.cluster.replica import Replica
-from rayskip.config import JobConfig
+from rayskip.config import JobConfig, ModelConfig
 from rayskip.data.attempt import JOB, data_key, write_attempt
 from rayskip.data.output import SUFFIXES, count_rows, encode, output_table
 from rayskip.data.records import Generation, Shard
 from rayskip.data.storage import LocalStorage
 from rayskip.driver.plan import make_plan
-from rayskip.errors import OutputError, TakenOver
+from rayskip.errors import InputError, ModelError, OutputError, TakenOver
 
 NONCE = "ab" * 16
 
@@ -83,6 +84,23 @@ def test_a_replica_tells_of_the_file_that_is_there_not_of_its_own(
     storage.put(shard.output, b"{")
     with pytest.raises(OutputError, match="is no output of this job"):
         replica.run(shard)
+
+
+def test_a_replica_on_a_node_without_the_drivers_folders_loads_nothing(
+    storage: LocalStorage, job: JobConfig
+) -> None:
+    """The model is no model: whoever loaded it would say so."""
+    replica = Replica(job.model_copy(update={"model": ModelConfig(path="none")}), make_plan(job).source)
+    with pytest.raises(ModelError, match="no folder none"):
+        replica.ready()
+    os.unlink(job.input.path)
+    with pytest.raises(InputError, match=f"input.path: {job.input.path} is not here; name a folder that all"):
+        replica.ready()
+    storage.delete([JOB])
+    with pytest.raises(
+        OutputError, match=f"output.path: {storage.url} is not the folder that the driver sees"
+    ):
+        replica.ready()
 
 
 @pytest.mark.parametrize("format", SUFFIXES)

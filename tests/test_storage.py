@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from s3_server import Fault, FaultProxy, s3_server
 
+from rayskip.data.locate import locate
 from rayskip.data.storage import LocalStorage, Storage, open_storage, probe, probe_unmade
 from rayskip.driver.show import show
-from rayskip.errors import OutputError, StorageBusy
+from rayskip.errors import InputError, OutputError, StorageBusy
 from rayskip.view import format_rows
 
 
@@ -73,6 +74,28 @@ def test_rows_of_an_unfinished_folder_are_shown(storage: Storage) -> None:
     storage.delete([key for key in storage.list("data") if "shard-00001" in key])
     with pytest.raises(OutputError, match=r"shard-00001-\w+\.jsonl is gone"):
         show(storage.url, 1)
+
+
+def test_a_profile_serves_input_and_output(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    profiles = tmp_path / "credentials"
+    profiles.write_text("[work]\naws_access_key_id = test\naws_secret_access_key = test\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profiles))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with pytest.raises(OutputError, match=r"out: no AWS credentials here: set AWS_ACCESS_KEY_ID"):
+        open_storage(f"{bucket}/profile/out")
+    with pytest.raises(InputError, match=r"no-such-bucket.*; no AWS credentials here: set AWS_ACCESS_KEY_ID"):
+        locate("s3://no-such-bucket/*.jsonl")
+    monkeypatch.setenv("AWS_PROFILE", "home")
+    with pytest.raises(OutputError, match=r"no AWS credentials here: .*\(home\) could not be found"):
+        open_storage(f"{bucket}/profile/out")
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    open_storage(f"{bucket}/profile").put("in.jsonl", b"{}")
+    assert [file.name for file in locate(f"{bucket}/profile/in.jsonl")] == ["in.jsonl"]
 
 
 def test_exactly_one_racer_creates(storage: Storage) -> None:

@@ -12,8 +12,6 @@ import math
 import os
 import secrets
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -25,64 +23,62 @@ from typing import Any
 
 import psutil
 
+from rayskip.cluster.address import Address, find_cluster, named_address
 from rayskip.config import ClusterConfig
-from rayskip.errors import ConfigError, Interrupted, first_line
+from rayskip.errors import ConfigError, Interrupted
 
 _log = logging.getLogger(__name__)
 
-CONNECT_S = 5.0
-ASK_S = 15.0
-"""Seconds for a cluster to take a connection, and to say who it is (Python and Ray start for that)."""
-
-JOIN_S = 5.0
-"""Seconds that a cluster's nodes get to join before a replica that fits none of them is given up."""
-
 _ASKED_TO_STOP = {signal.SIGTERM, signal.SIGHUP}
-
-# Run in a process of its own, because Ray has no time limit for this, and reads its way to authenticate once.
-_ASK = """
-import sys
-from ray._private.services import canonicalize_bootstrap_address_or_die
-from ray._raylet import GcsClient
-from ray.exceptions import AuthenticationError
-address = canonicalize_bootstrap_address_or_die(sys.argv[1])
-try:
-    GcsClient(address=address)
-    print(address, "in")
-except AuthenticationError:
-    print(address, "out")
-"""
 
 
 class RayCluster:
-    """Ray, attached to or started here. config: the job's section with cpus_per_replica filled in."""
+    """Ray, attached to or started here. config: the job's section with cpus_per_replica filled in. joined: whether
+    it was there before, perhaps with other nodes than this machine."""
 
     def __init__(self, cluster: ClusterConfig) -> None:
         """Attach to the cluster at `cluster.address` or RAY_ADDRESS, or start a local one.
 
-        Raises ConfigError for an address where no usable cluster is, and for replicas that never fit.
+        Raises ConfigError for an address where no usable cluster is, and for replicas that never fit here.
         """
         self._processes: list[psutil.Process] = []
         self._environment: dict[str, str | None] = {}
-        address = cluster.address or os.environ.get("RAY_ADDRESS") or "local"
-        running = "ray" in sys.modules and sys.modules["ray"].is_initialized()
-        if running:
-            self.config = cluster.with_cpus(cluster.replica_range[1])
-        elif address == "local":
-            self.config = cluster.with_cpus(usable_cores())
-            self._start()
-        else:
-            self.config = cluster.with_cpus(cluster.replica_range[1])
-            self._attach(address)
+        self._ours = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+        address = named_address(cluster) if self._ours else None
+        local = self._ours and address is None
+        self.joined = not local
+        self.config = cluster.with_cpus(usable_cores() if local else cluster.replica_range[1])
+        found = address and find_cluster(address)
         try:
-            _check_fit(self.config, "this machine" if self._processes else "the cluster")
-        except ConfigError:
+            if address and found:
+                self._attach(address, *found)
+            elif local:
+                self._start()
+            self._misfit: str | None = _misfit(self.config, "this machine" if local else "the cluster")
+            self._joined_by = time.monotonic() + (0 if local else self.config.join_s)
+            self.check_room()
+        except Exception:
             self.close()
             raise
+        if self._misfit:
+            _log.warning("waiting up to %g s for nodes to join (cluster.join_s)", self.config.join_s)
+
+    def check_room(self) -> None:
+        """Look whether the fewest replicas fit, until they once did.
+
+        Raises ConfigError when they do not, and nodes have had their time to join. Replicas that wait for room are
+        what has a cluster grow, so this is asked while they do.
+        """
+        if self._misfit is None:
+            return
+        if time.monotonic() < self._joined_by:
+            self._misfit = _misfit(self.config, "the cluster")
+        else:
+            raise ConfigError(self._misfit)
 
     def close(self) -> None:
-        """End what was started here; a cluster that was attached to goes on."""
-        if not self._processes:
+        """End what was started here, and leave what was joined."""
+        if not self._ours:
             return
         import ray
 
@@ -92,19 +88,18 @@ class RayCluster:
         ray.shutdown()
         psutil.wait_procs(started, timeout=3)
         self._processes = []
-        for name, value in self._environment.items():
-            _set(name, value)
+        _set_environment(self._environment)
+        self._environment = {}
 
     def _start(self) -> None:
-        environment = {  # which is all that Ray reads of this
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on the loopback interface
-            "RAY_AUTH_TOKEN_PATH": str(_private_token()),
-            "RAY_AUTH_TOKEN": None,
-            "RAY_AUTH_MODE": None,  # a local Ray asks for its token unless told otherwise
-        }
-        self._environment = {name: os.environ.get(name) for name in environment}
-        for name, value in environment.items():
-            _set(name, value)
+        self._environment = _set_environment(
+            {  # which is all that Ray reads of this
+                "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on the loopback interface
+                "RAY_AUTH_TOKEN_PATH": str(_private_token()),
+                "RAY_AUTH_TOKEN": None,
+                "RAY_AUTH_MODE": "token",
+            }
+        )
         before = set(_children(psutil.Process()))
         most = self.config.replica_range[1] * (self.config.cpus_per_replica or 0)
         try:
@@ -118,107 +113,40 @@ class RayCluster:
         finally:
             self._processes = [child for child in _children(psutil.Process()) if child not in before]
 
-    def _attach(self, address: str) -> None:
-        resolved, let_in = _ask(address, "disabled")
-        if let_in:
-            _warn_or_refuse(address, resolved)
-        elif _ask(address, "token")[1]:
-            os.environ["RAY_AUTH_MODE"] = "token"
-        else:
-            raise ConfigError(
-                f"cluster.address: the Ray cluster at {address} asks for its token: RAY_AUTH_TOKEN, or a file that "
-                f"RAY_AUTH_TOKEN_PATH names, must hold it"
-            )
+    def _attach(self, address: Address, host_port: str, auth_mode: str) -> None:
+        self._environment = _set_environment({"RAY_AUTH_MODE": auth_mode})
         try:
-            _init(address=address, log_to_driver=False)
+            _init(address=host_port, log_to_driver=False, logging_level="warning")
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"cluster.address: the Ray cluster at {address}: {first_line(error)}"
-            ) from error
+            raise ConfigError(f"{address.cluster}: {' '.join(str(error).split())}") from error
 
 
-def _ask(address: str, auth_mode: str) -> tuple[str, bool]:
-    """A cluster's address as HOST:PORT, and whether it lets us in ("disabled": without a token).
-
-    Raises ConfigError when none answers.
-    """
-    if "://" in address:
-        raise ConfigError(
-            f"cluster.address: {address} is not where a cluster's nodes meet; name that HOST:PORT, or "
-            f"hand the job over with `ray job submit`"
-        )
-    nobody = f"cluster.address: no Ray cluster answers at {address}"
-    host, _, port = address.rpartition(":")
-    if address != "auto":
-        if not host or not port.isdigit():
-            raise ConfigError(f'cluster.address: {address!r} is neither HOST:PORT nor "auto" nor "local"')
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-        except (OSError, OverflowError) as error:
-            raise ConfigError(f"{nobody} ({error})") from error
-    command = [sys.executable, "-c", _ASK, address]
-    environment = os.environ | {"RAY_AUTH_MODE": auth_mode}
-    try:
-        asked = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=ASK_S)
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{nobody} (something else may listen there)") from error
-    if asked.returncode or len(said := asked.stdout.split()) < 2:
-        raise ConfigError(f"{nobody} ({(asked.stderr.strip().splitlines() or ['no answer'])[-1]})")
-    return said[-2], said[-1] == "in"
-
-
-def _warn_or_refuse(address: str, resolved: str) -> None:
-    """A cluster without a token is used from inside it or on this machine, and refused over a network."""
-    open_to_all = (
-        f"the Ray cluster at {address} asks for no token: whoever reaches its ports runs code as you"
-    )
-    inside = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ  # `ray job submit` runs this driver on the cluster
-    if not inside and not _is_this_machine(resolved.rpartition(":")[0].strip("[]")):
-        raise ConfigError(
-            f"cluster.address: {open_to_all}. Start it with RAY_AUTH_MODE=token on every node (`ray get-auth-token "
-            f"--generate` makes the token, RAY_AUTH_TOKEN hands it over), or reach it through a tunnel to 127.0.0.1"
-        )
-    _log.warning("%s", open_to_all)
-
-
-def _is_this_machine(host: str) -> bool:
-    """Whether an address is this machine's own: only its own can be listened on."""
-    with suppress(OSError), socket.create_server((host, 0), family=_family(host)):
-        return True
-    return False
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
-
-
-def _check_fit(cluster: ClusterConfig, where: str) -> None:
-    """Raises ConfigError when the fewest replicas asked for never fit, and says when they do not fit yet."""
+def _misfit(cluster: ClusterConfig, where: str) -> str | None:
+    """Why the fewest replicas asked for do not fit on the nodes that are there; None when they do."""
     import ray
-    from ray._private.state import state
 
     wanted = {"CPU": cluster.cpus_per_replica or 0, "GPU": cluster.gpus_per_replica}
     least = cluster.replica_range[0]
-    deadline = time.monotonic() + (0 if where == "this machine" else JOIN_S)
-    while True:
-        alive: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        nodes = [node["Resources"] for node in alive if node["Alive"]]
-        room = sum(_replicas_on(node, wanted) for node in nodes)
-        if room >= least:
-            return
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(0.5)
+    alive: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    nodes = [node["Resources"] for node in alive if node["Alive"]]
+    room = sum(_replicas_on(node, wanted) for node in nodes)
+    if room >= least:
+        return None
     has = {kind: max((node.get(kind, 0) for node in nodes), default=0) for kind in wanted}
-    problem = (
-        f"cluster.replicas: {least} with {wanted['CPU']:g} CPUs and {wanted['GPU']:g} GPUs each do not fit on "
-        f"{where}: {len(nodes)} nodes have room for {room:g} "
-        f"(at most {has['CPU']:g} CPUs and {has['GPU']:g} GPUs a node)"
+    wait = ", or give nodes longer to join (cluster.join_s)" if where == "the cluster" else ""
+    return (
+        f"cluster.replicas: {least} must fit, each with {_amounts(wanted)}, and {where} has room for {room:g}: "
+        f"{_count(len(nodes), 'node')} with at most {_amounts(has)} each; lower cluster.replicas, cpus_per_replica "
+        f"or gpus_per_replica (0: on CPU){wait}"
     )
-    if state.get_max_resources_from_cluster_config() is not None:  # it grows
-        _log.warning("%s; waiting for nodes to join", problem)
-        return
-    raise ConfigError(f"{problem}; see cluster.replicas, cpus_per_replica, gpus_per_replica (0: on CPU)")
+
+
+def _amounts(resources: dict[str, float]) -> str:
+    return " and ".join(_count(amount, kind) for kind, amount in resources.items())
+
+
+def _count(number: float, what: str) -> str:
+    return f"{number:g} {what}{'' if number == 1 else 's'}"
 
 
 def _replicas_on(node: dict[str, float], wanted: dict[str, float]) -> float:
@@ -243,7 +171,10 @@ def _init(**options: Any) -> None:
     """
     with _blocked(_ASKED_TO_STOP):  # which children inherit
         import ray
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
+        Config.initialize("")  # it may have read the variables of this before, for another Ray
+        AuthenticationTokenLoader.instance().reset_cache()
         in_main = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGTERM)
         try:
@@ -299,8 +230,12 @@ def _end_when_disconnected(ray: Any, processes: list[psutil.Process]) -> None:
             process.kill()
 
 
-def _set(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value
+def _set_environment(environment: dict[str, str | None]) -> dict[str, str | None]:
+    """Set variables, or delete them (None); returns what they were."""
+    before = {name: os.environ.get(name) for name in environment}
+    for name, value in environment.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    return before

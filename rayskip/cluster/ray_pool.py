@@ -11,16 +11,29 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rayskip.cluster.paths import absolute
 from rayskip.cluster.ray_cluster import RayCluster
 from rayskip.config import JobConfig
 from rayskip.data.records import Shard
-from rayskip.errors import Interrupted, ReplicaLost
+from rayskip.errors import (
+    InputError,
+    Interrupted,
+    JobFailed,
+    ModelError,
+    OutputError,
+    RayskipError,
+    ReplicaLost,
+    Retryable,
+)
 from rayskip.pool import MOST_AHEAD, Alive, Done, Event, Failed, Lost, Ready
 
 if TYPE_CHECKING:
     from rayskip.data.sources import Source
 
 PROGRESS_EVERY_S = 1.0
+
+CHECKED = InputError | ModelError | OutputError
+"""What the driver has looked at too, from its own node."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class RayPool:
         import ray  # not before: a local one is told through the environment where to listen
 
         self._ray = ray
-        self._job = job.model_copy(update={"cluster": self._cluster})
+        self._job = absolute(job).model_copy(update={"cluster": self._cluster})
         self._source = ray.put(source)
         self._actors: dict[int, Any] = {}
         self._ready: dict[int, float] = {}  # replica -> when to ask for its progress next
@@ -74,6 +87,7 @@ class RayPool:
         self._calls[self._actors[replica].run.remote(shard)] = _Call("run", replica, shard.index)
 
     def wait(self, timeout_s: float) -> list[Event]:
+        self._ray_cluster.check_room()
         self._ask_progress()
         try:
             first, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=timeout_s)
@@ -119,16 +133,36 @@ class RayPool:
             exceptions.ObjectLostError,
         ) as error:
             # An actor that is only out of reach may still run: it must not go on beside its replacement.
+            reason = self._node(call.replica) + str(error).strip().splitlines()[-1][:300]
             self.kill(call.replica)
-            return Lost(call.replica, str(error).strip().splitlines()[-1][:300])
+            return Lost(call.replica, reason)
         except exceptions.RayTaskError as error:
-            if isinstance(error.cause, ReplicaLost):
+            cause = self._located(error.cause, call.replica)
+            if isinstance(cause, ReplicaLost) or (call.kind != "run" and isinstance(cause, Retryable)):
                 self.kill(call.replica)
-                return Lost(call.replica, str(error.cause))
+                return Lost(call.replica, str(cause))
             if call.kind != "run":
-                raise error.cause from error
-            return Failed(call.replica, call.shard, error.cause)
+                raise cause from error
+            return Failed(call.replica, call.shard, cause)
         if call.kind == "run":
             return Done(call.replica, value)
         self._ready[call.replica] = time.monotonic() + PROGRESS_EVERY_S
         return Ready(call.replica, value) if call.kind == "ready" else Alive(call.replica, value)
+
+    def _located(self, error: Exception, replica: int) -> Exception:
+        """What a replica raised, with its node. What the system refused it is no defect, and needs no traceback."""
+        if isinstance(error, OSError | MemoryError):
+            error = JobFailed(f"a replica failed: {type(error).__name__}: {error}")
+        if isinstance(error, RayskipError) and (node := self._node(replica)):
+            elsewhere = "; the driver found no fault" if isinstance(error, CHECKED) else ""
+            error.args = (f"{node}{error}{elsewhere}",)
+        return error
+
+    def _node(self, replica: int) -> str:
+        """How messages begin that are about a replica: with its address, where there may be several."""
+        if not self._ray_cluster.joined:
+            return ""
+        from ray._private.state import actors
+
+        node = actors(self._actors[replica]._actor_id.hex())["Address"]["IPAddress"]
+        return f"on node {node}: " if node else ""  # it may have got none

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 from rayskip.cluster.engine_thread import EngineThread
 from rayskip.config import JobConfig
 from rayskip.data.agreement import agreement
-from rayskip.data.attempt import write_attempt
+from rayskip.data.attempt import JOB, write_attempt
+from rayskip.data.locate import stamp
 from rayskip.data.output import count_rows, encode, errors_by_type, output_table
 from rayskip.data.records import Generation, Prompt, Shard, ShardResult, failed_row
 from rayskip.data.sources import Source, read_shard
 from rayskip.data.storage import open_storage
 from rayskip.data.token_bytes import token_bytes
 from rayskip.data.values import python_rows
-from rayskip.errors import ConfigError, OutputError, RowError, first_line
+from rayskip.errors import ConfigError, InputError, OutputError, RowError, first_line
 from rayskip.failpoints import failpoint
 from rayskip.pool import ReplicaInfo, ReplicaProgress
 from rayskip.stats import Stats
@@ -41,13 +42,14 @@ class Replica:
         """Costs nothing; `ready` loads."""
         self._job = job
         self._source = source
-        self._storage = open_storage(job.output.path)
 
     def ready(self) -> ReplicaInfo:
-        """Load the engine and start its thread. Raises ModelError, and ConfigError where the GPU that the job asks
-        for does not work."""
+        """Load the engine and start its thread. Raises ModelError, InputError or OutputError for what is not on
+        this node, and ConfigError where the GPU that the job asks for does not work."""
         began = time.monotonic()
         job = self._job
+        self._storage = open_storage(job.output.path)
+        self._check_paths()
         use_threads(job.cluster.cpus_per_replica or 1)
         from rayskip.data.prompts import PromptBuilder, prepare_templates, prompt_columns
 
@@ -66,6 +68,18 @@ class Replica:
         return ReplicaInfo(
             time.monotonic() - began, *facts, batch_rows=engine.sizes.workers * engine.sizes.batch_rows
         )
+
+    def _check_paths(self) -> None:
+        """Look, before anything loads, whether this node sees the folders that the driver saw."""
+        if self._storage.get(JOB) is None:
+            raise OutputError(
+                f"output.path: {self._storage.url} is not the folder that the driver sees, with its {JOB}; "
+                f"name one that all nodes share, or s3:// or gs://"
+            )
+        if stamp(file := self._source.files[0].url) is None:
+            raise InputError(
+                f"input.path: {file} is not here; name a folder that all nodes share, or s3:// or gs://"
+            )
 
     def progress(self) -> ReplicaProgress:
         """Rows finished and tokens generated since the start."""

@@ -198,6 +198,12 @@ class ClusterConfig(Section):
         description="CPU cores of a replica; null: an equal share of this machine's, 1 on a cluster",
     )
     gpus_per_replica: float = Field(0, ge=0)
+    join_s: float = Field(
+        10,
+        ge=0,
+        description="seconds that nodes get to join a cluster before replicas that fit on none fail the job; a "
+        "cluster that grows when asked needs more",
+    )
 
     @field_validator("replicas")
     @classmethod

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pyarrow import fs
 
+from rayskip.data.credentials import why_refused
 from rayskip.errors import InputError, StorageBusy, first_line
 
 if TYPE_CHECKING:
@@ -57,7 +58,10 @@ def _bucket(scheme: str, bucket: str) -> fs.FileSystem:
     try:
         return fs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"input.path: {scheme}://{bucket} cannot be opened ({first_line(error)})") from error
+        url = f"{scheme}://{bucket}"
+        raise InputError(
+            f"input.path: {url} cannot be opened ({first_line(error)}){why_refused(url)}"
+        ) from error
 
 
 def locate(path: str) -> list[Located]:
@@ -201,7 +205,9 @@ def _any_info(store: fs.FileSystem, inner: str, path: str) -> fs.FileInfo:
     try:
         return store.get_file_info(inner)
     except OSError as error:
-        raise InputError(f"input.path: {path} cannot be read ({first_line(error)})") from error
+        raise InputError(
+            f"input.path: {path} cannot be read ({first_line(error)}){why_refused(path)}"
+        ) from error
 
 
 def _list(store: fs.FileSystem, root: str, path: str, pattern: list[str]) -> list[fs.FileInfo]:
@@ -213,7 +219,9 @@ def _list(store: fs.FileSystem, root: str, path: str, pattern: list[str]) -> lis
             return [info for info in infos if info.type in (fs.FileType.File, fs.FileType.NotFound)]
         infos = store.get_file_info(fs.FileSelector(root, recursive=True))
     except OSError as error:
-        raise InputError(f"input.path: {path} cannot be listed ({first_line(error)})") from error
+        raise InputError(
+            f"input.path: {path} cannot be listed ({first_line(error)}){why_refused(path)}"
+        ) from error
     return [
         info for info in infos if info.type == fs.FileType.File and _wanted(_parts(info.path, root), pattern)
     ]

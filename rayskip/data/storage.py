@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from rayskip.data.credentials import NoCredentials, aws_credentials
 from rayskip.errors import OutputError, StorageBusy, first_line
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _sync_folder(path: Path) -> None:
 
 
 class ObjectStorage:
-    """Objects on S3 or Google Cloud Storage; credentials and AWS_ENDPOINT_URL come from the environment."""
+    """Objects on S3 or Google Cloud Storage; AWS_ENDPOINT_URL comes from the environment."""
 
     def __init__(self, url: str) -> None:
         from obstore.exceptions import BaseError
@@ -197,10 +198,11 @@ class ObjectStorage:
         try:
             self._store: ObjectStore = from_url(
                 url,
+                credential_provider=aws_credentials() if url.startswith("s3://") else None,
                 client_options={"allow_http": plain, "timeout": timedelta(seconds=60)},
                 retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=60)},
             )
-        except (BaseError, ValueError) as error:
+        except (BaseError, ValueError, NoCredentials) as error:
             raise OutputError(f"{url}: {first_line(error)}") from error
 
     def create(self, key: str, data: bytes) -> bool:
