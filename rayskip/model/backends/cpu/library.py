@@ -16,7 +16,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 
 from rayskip.errors import ModelError
-from rayskip.model.embedded import cache_root, publish
+from rayskip.user_cache import cache_root, is_own, publish
 
 SOURCES = sorted((Path(__file__).parent / "kernels").glob("*.[ch]"))
 """Headers and the one file to compile."""
@@ -276,8 +275,7 @@ def _is_whole(target: Path) -> bool:
     """Whether a folder holds what was compiled into it. Raises ModelError where others may have written there."""
     try:
         for path in (target, target / LIBRARY):
-            facts = path.lstat()
-            if facts.st_uid != os.getuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            if not is_own(path):
                 raise ModelError(
                     f"{path} may have been written by another user and is not loaded; "
                     f"set RAYSKIP_CACHE to a folder of your own"
