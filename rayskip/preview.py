@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayskip.config import JobConfig
-from rayskip.data.prompts import PromptBuilder, prompt_columns
+from rayskip.data.prompts import PromptBuilder, prepare_templates, prompt_columns
 from rayskip.data.records import Prompt, Shard
 from rayskip.data.sources import read_shard
 from rayskip.data.storage import open_storage
@@ -56,6 +56,7 @@ def preview(job: JobConfig) -> Preview:
     Raises UserError for what a run would be refused for; what the output folder is refused for is in `refused`, so
     that what is wrong with the rows shows first.
     """
+    templates = prepare_templates(job.input)  # while the plan is made
     plan = make_plan(job)
     plan, committed, refused = _committed(job, plan)
     job = job.dated(plan.record.date)
@@ -66,8 +67,8 @@ def preview(job: JobConfig) -> Preview:
     suggested = {name: value for name, value in suggested_sampling(folder).items() if value != sampling[name]}
     max_model_len = min(job.engine.max_model_len or longest, longest)
     seen = Preview(job, plan, committed, refused, max_model_len, suggested)
-    builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len)
-    columns = prompt_columns(job.input)
+    builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len, templates)
+    columns = prompt_columns(job.input, templates)
     for shard in sample(plan.shards, SAMPLE_ROWS):
         for index, row in enumerate(python_rows(read_shard(shard, plan.source), columns), shard.start):
             seen.rows += 1
@@ -79,7 +80,7 @@ def preview(job: JobConfig) -> Preview:
                 continue
             if len(seen.prompts) < PROMPTS_SHOWN:
                 seen.prompts.append(
-                    str(tokenizer.decode(prompt.token_ids) if tokenizer else prompt.token_ids)
+                    tokenizer.decode(prompt.token_ids) if tokenizer else str(prompt.token_ids)
                 )
             seen.lengths.append(len(prompt.token_ids))
             seen.completion_tokens += _most_tokens(prompt, seen.max_model_len)

@@ -11,7 +11,6 @@ import os
 import platform
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayskip.cluster.engine_thread import EngineThread, failed_row
@@ -185,15 +184,7 @@ def hardware(device: str) -> dict[str, Any]:
     import torch
 
     from rayskip.model.backends.choose import gpu_facts
+    from rayskip.model.backends.machine import cpu_name
 
-    facts: dict[str, Any] = {"host": platform.node(), "cpu": _cpu_name(), "cpus": os.cpu_count()}
+    facts: dict[str, Any] = {"host": platform.node(), "cpu": cpu_name(), "cpus": os.cpu_count()}
     return facts | gpu_facts(device) | {"torch": str(torch.__version__), "python": platform.python_version()}
-
-
-def _cpu_name() -> str:
-    """Linux knows the model; elsewhere the architecture has to do."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )

@@ -12,18 +12,15 @@ import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from reprlib import repr as short_repr
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
 from rayskip.config import InputConfig, SamplingParams
 from rayskip.data.records import BROKEN_ROW, Prompt
 from rayskip.data.templates import Templates
-from rayskip.data.tokenizer import Encoder
+from rayskip.data.tokenizer import Encoder, Tokenizer
 from rayskip.errors import InputError, ModelError, RayskipError, RowError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 
@@ -108,7 +105,7 @@ class PromptBuilder:
         self,
         config: InputConfig,
         sampling: SamplingParams,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Tokenizer | None,
         max_model_len: int,
         templates: Templates | None = None,
     ) -> None:

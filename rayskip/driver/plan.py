@@ -52,9 +52,11 @@ def make_plan(job: JobConfig) -> Plan:
     folder = resolve(job.model.path, job.model.revision)
     check(folder, Path(job.model.adapter).expanduser() if job.model.adapter else None)
     if job.decode != DecodeConfig():
-        from rayskip.decode.drafters import check_files  # imports torch, which takes its time
+        policy = skip_policy(job.decode.skip, read_layer_count(folder))
+        if job.decode.draft.kind != "none":
+            from rayskip.decode.drafters import check_files  # imports torch, which takes its time
 
-        check_files(job.decode.draft, folder, skip_policy(job.decode.skip, read_layer_count(folder)))
+            check_files(job.decode.draft, folder, policy)
     parts, config, day = (
         contents(job, source, folder),
         job.model_dump(mode="json"),

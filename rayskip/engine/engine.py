@@ -14,13 +14,13 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.data.records import Generation, Prompt
-from rayskip.data.tokenizer import Encoder, load_tokenizer
+from rayskip.data.tokenizer import Encoder, Tokenizer, load_tokenizer
 from rayskip.decode.drafters import load_drafters
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
@@ -37,10 +37,6 @@ from rayskip.model.invariance import is_batch_invariant
 from rayskip.skip import skip_policy
 from rayskip.stats import Stats
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
 _log = logging.getLogger(__name__)
 
 
@@ -55,7 +51,7 @@ class Engine:
     def __init__(
         self,
         decoder: Decoder,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         engine: EngineConfig | None = None,
         decode: DecodeConfig | None = None,
     ) -> None:

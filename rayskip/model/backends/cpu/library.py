@@ -106,6 +106,17 @@ class Product(ctypes.Structure):
     )
 
 
+class Compression(ctypes.Structure):
+    """Weights to be compressed: as in compression.h."""
+
+    _fields_ = (
+        ("panels", c_void_p),
+        ("count", c_int64),
+        ("lines", c_int64),
+        *((name, c_void_p) for name in ("tables", "odd_from", "lows", "highs", "odd", "whole")),
+    )
+
+
 class Int8Weights(ctypes.Structure):
     """The packed weights of a matrix product, rounded: as in int8_product.h."""
 
@@ -215,6 +226,8 @@ def loaded(dtype: torch.dtype) -> tuple[Library | None, str | None]:
         library.int8_product.argtypes = [pointer] * 3 + [number] * 2
         library.bounded_argmax.argtypes = [pointer] * 3 + [number] * 2 + [pointer] * 2
         library.product_argmax.argtypes = [pointer] * 2 + [number] * 2 + [pointer] * 2
+        if library.compressed_rows():
+            library.exponent_tables.argtypes = library.compress.argtypes = [pointer, number]
         library.run_layers.argtypes = library.draft.argtypes = [pointer]
     return library, slower
 
@@ -227,6 +240,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     NativeLayer,
     LayersTask,
     DraftTask,
+    Compression,
 )
 """In the order of `rayskip_sizes`, which ends with the second where there are no products."""
 
