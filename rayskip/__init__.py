@@ -6,7 +6,6 @@ Importing this loads nothing else: the names below come on first use.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +35,8 @@ def __getattr__(name: str) -> Any:
 
 def _version() -> str:
     """The installed version; a source tree put on the path, as on a bare GPU box, has none."""
+    from importlib.metadata import PackageNotFoundError, version  # half of what --help takes to import
+
     try:
         return version("rayskip")
     except PackageNotFoundError:

@@ -171,13 +171,12 @@ def test_ordinary_conversations_are_encoded_as_the_tokenizer_itself_does(name: s
 
 
 def test_the_quickstart_is_encoded_as_the_tokenizer_itself_does(smollm2: Path) -> None:
-    own = load_tokenizer(smollm2)
-    assert own is not None
+    own = load_pretrained(smollm2)
     root = Path(__file__).parent.parent / "configs"
     config = load_config(root / "quickstart.yaml")
     assert config.input.template is not None
     assert config.input.chat
-    made = PromptBuilder(config.input, config.sampling, own, 2048, templates())
+    made = PromptBuilder(config.input, config.sampling, load_tokenizer(smollm2), 2048, templates())
     lines = (root / "data/quickstart.jsonl").read_text().splitlines()
     for index, line in enumerate(lines[::9]):
         row = json.loads(line)

@@ -46,10 +46,10 @@ class Replica:
         for does not work."""
         began = time.monotonic()
         job = self._job
-        use_threads(job.cluster.cpus_per_replica or 1)
         from rayskip.data.prompts import PromptBuilder, prepare_templates, prompt_columns
 
-        templates = prepare_templates(job.input)  # while the engine loads
+        templates = prepare_templates(job.input)  # while torch is imported and the engine loads
+        use_threads(job.cluster.cpus_per_replica or 1)
         from rayskip.engine import Engine
 
         device = device_for(job.cluster.gpus_per_replica)

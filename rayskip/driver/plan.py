@@ -16,6 +16,7 @@ from rayskip.data.prompts import check_input, prompt_source
 from rayskip.data.records import Shard
 from rayskip.data.sources import Source, discover, plan_shards
 from rayskip.data.tokenizer import tells_date
+from rayskip.decode.draft_files import check_files
 from rayskip.driver.identity import contents, deciding, digest, said
 from rayskip.driver.records import JobRecord, signature
 from rayskip.model.checkpoint import check, read_layer_count, resolve
@@ -52,11 +53,7 @@ def make_plan(job: JobConfig) -> Plan:
     folder = resolve(job.model.path, job.model.revision)
     check(folder, Path(job.model.adapter).expanduser() if job.model.adapter else None)
     if job.decode != DecodeConfig():
-        policy = skip_policy(job.decode.skip, read_layer_count(folder))
-        if job.decode.draft.kind != "none":
-            from rayskip.decode.drafters import check_files  # imports torch, which takes its time
-
-            check_files(job.decode.draft, folder, policy)
+        check_files(job.decode.draft, folder, skip_policy(job.decode.skip, read_layer_count(folder)))
     parts, config, day = (
         contents(job, source, folder),
         job.model_dump(mode="json"),

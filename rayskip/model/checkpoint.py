@@ -78,7 +78,7 @@ def _checked(folder: Path, adapter: Path | None) -> tuple[Config, Family, Spec]:
     seconds to import."""
     read = _config_and_spec(folder)
     headers = read_headers(weight_files(folder))
-    looked_at = [headers_text(headers), (folder / "config.json").read_bytes()]
+    looked_at: list[bytes | str] = [headers_text(headers), (folder / "config.json").read_bytes()]
     if adapter is not None:
         _check_base(adapter, folder)
         settings, weights = adapter_files(adapter)

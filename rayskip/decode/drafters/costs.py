@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
-from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 

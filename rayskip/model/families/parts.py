@@ -101,7 +101,8 @@ def rope(config: Config, spec: Spec, layer_type: str = "default") -> Rope:
     """
     import torch
 
-    own = config.ropes.get(layer_type) or config.ropes["default"]
+    missing = f"rope_parameters say nothing of {layer_type}"
+    own = config.ropes.get(layer_type) or config.ropes.get("default") or missing
     if isinstance(own, str):
         raise ModelError(f"config.json: {own}")
     with torch.device("cpu"):
@@ -110,7 +111,7 @@ def rope(config: Config, spec: Spec, layer_type: str = "default") -> Rope:
     cos, sin = angles.cos() * own["scaling"], angles.sin() * own["scaling"]
     if not (cos[-1].isfinite().all() and sin[-1].isfinite().all()):
         raise ModelError(
-            f"config.json: the angles of its rope, {shown(config.rope_parameters)}, are not finite"
+            f"config.json: transformers makes no rope of {shown(config.rope_parameters)}: its angles are not finite"
         )
     parameters = config.rope_parameters.get(layer_type, config.rope_parameters)
     turned = int(spec.head_dim * (parameters.get("partial_rotary_factor") or 1.0))
