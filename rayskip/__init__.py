@@ -8,7 +8,6 @@ Importing this loads nothing else: the names below come on first use.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -60,6 +59,8 @@ def __dir__() -> list[str]:
 
 def _version() -> str:
     """The installed version; a source tree put on the path, as on a bare GPU box, has none."""
+    from importlib.metadata import PackageNotFoundError, version  # half of what --help takes to import
+
     try:
         return version("rayskip")
     except PackageNotFoundError:

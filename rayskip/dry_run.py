@@ -13,7 +13,7 @@ from typing import Any
 from rayskip.config import JobConfig, SamplingParams
 from rayskip.data.attempt import JOB
 from rayskip.data.output import count_error
-from rayskip.data.prompts import PromptBuilder, prompt_columns
+from rayskip.data.prompts import PromptBuilder, prepare_templates, prompt_columns
 from rayskip.data.records import Prompt, RowErrors, Shard
 from rayskip.data.sources import read_shard
 from rayskip.data.storage import open_storage, probe_unmade
@@ -70,6 +70,7 @@ def dry_run(job: JobConfig) -> DryRun:
     """
     with suppress(OutputError):  # told last
         job = as_begun(job, read(open_storage(job.output.path), JOB, JobRecord))
+    templates = prepare_templates(job.input)  # while the plan is made
     plan = make_plan(job)
     plan, committed, refused = _committed(job, plan)
     job = settled(job, plan.record)
@@ -80,8 +81,8 @@ def dry_run(job: JobConfig) -> DryRun:
     suggested = {name: value for name, value in suggested_sampling(folder).items() if value != sampling[name]}
     max_model_len = min(job.engine.max_model_len or longest, longest)
     seen = DryRun(job, plan, committed, refused, max_model_len, suggested=suggested)
-    builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len)
-    columns = prompt_columns(job.input)
+    builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len, templates)
+    columns = prompt_columns(job.input, templates)
     for shard in sample(plan.shards, SAMPLE_ROWS):
         for index, row in enumerate(python_rows(read_shard(shard, plan.source), columns), shard.start):
             seen.rows += 1
@@ -92,7 +93,7 @@ def dry_run(job: JobConfig) -> DryRun:
                 continue
             if len(seen.prompts) < PROMPTS_SHOWN:
                 seen.prompts.append(
-                    str(tokenizer.decode(prompt.token_ids) if tokenizer else prompt.token_ids)
+                    tokenizer.decode(prompt.token_ids) if tokenizer else str(prompt.token_ids)
                 )
             seen.lengths.append(len(prompt.token_ids))
             seen.completion_tokens += _most_tokens(prompt, seen.max_model_len)

@@ -39,8 +39,22 @@ def live_view(name: str, console: Console | None = None) -> Iterator[Callable[[P
     if not console.is_terminal:
         yield PlainLines(name, console)
         return
+    clock = _PhaseClock()
     with Live(console=console, refresh_per_second=4, transient=True) as live:
-        yield lambda progress: live.update(progress_table(name, progress))
+        yield lambda progress: live.update(progress_table(name, progress, clock.seconds(progress)))
+
+
+class _PhaseClock:
+    """How long a run has been in its phase."""
+
+    def __init__(self) -> None:
+        self._phase, self._began = "", 0.0
+
+    def seconds(self, progress: Progress) -> float:
+        """Since the first snapshot of the phase that this one is in."""
+        if progress.phase != self._phase:
+            self._phase, self._began = progress.phase, progress.elapsed_s
+        return progress.elapsed_s - self._began
 
 
 class _Lasting:
@@ -69,23 +83,27 @@ class PlainLines:
         self._name = name
         self._console = console
         self._phase = ""
+        self._clock = _PhaseClock()
         self._next = 0.0
 
     def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
+        now, seconds = time.monotonic(), self._clock.seconds(progress)
         if progress.phase == self._phase and now < self._next:
             return
         self._phase, self._next = progress.phase, now + LINE_EVERY_S
         facts = ", ".join(f"{key} {value}" for key, value in _facts(progress).items())
         self._console.print(
-            f"{self._name}: {progress.phase}: {facts}", soft_wrap=True, highlight=False, markup=False
+            f"{self._name}: {_phase(progress, seconds)}: {facts}",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
         )
 
 
-def progress_table(name: str, progress: Progress) -> Table:
-    """The live view of one snapshot."""
+def progress_table(name: str, progress: Progress, phase_s: float = 0.0) -> Table:
+    """The live view of one snapshot. phase_s: since its phase began."""
     table = Table.grid(padding=(0, 2))
-    table.add_row(Text(name, style="bold"), progress.phase)  # no markup: a name may hold brackets
+    table.add_row(Text(name, style="bold"), _phase(progress, phase_s))  # no markup: a name may hold brackets
     table.add_row("", ProgressBar(total=max(1, progress.rows_total), completed=progress.rows, width=50))
     for key, value in _facts(progress).items():
         table.add_row(key, value)
@@ -184,6 +202,11 @@ def _facts(progress: Progress) -> dict[str, str]:
     }
     counts = {key: f"{count:,}" for key, count in troubles.items()}
     return rows | speed | elapsed | {"ETA": _clock(progress.eta_s)} | replicas | counts
+
+
+def _phase(progress: Progress, seconds: float) -> str:
+    """What goes on, and for how long where that is told nowhere else."""
+    return f"{progress.phase} for {seconds:.0f} s" if seconds >= 1 and not progress.tokens else progress.phase
 
 
 def _clock(seconds: float | None) -> str:

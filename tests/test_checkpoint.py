@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from rayskip import user_cache
 from rayskip.config import JobConfig, SamplingParams
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.dry_run import dry_run, format_dry_run
@@ -461,7 +462,7 @@ def test_of_two_writers_one_wins_and_both_end_well(tmp_path: Path) -> None:
 
     def publish() -> None:
         try:
-            embedded.publish(target, fill)
+            user_cache.publish(target, fill)
         except Exception as error:
             failed.append(error)
 
@@ -481,14 +482,14 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        embedded.publish(tmp_path / "model", fill)
+        user_cache.publish(tmp_path / "model", fill)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_unwritable_cache_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="set RAYSKIP_CACHE"):
-        embedded.publish(tmp_path / "file" / "models" / "model", lambda draft: None)
+        user_cache.publish(tmp_path / "file" / "models" / "model", lambda draft: None)
 
 
 def test_embedded_model_is_a_plain_checkpoint(smollm2: Path) -> None:

@@ -17,7 +17,7 @@ from rayskip.config import InputConfig, SamplingParams
 from rayskip.config.file import load_config
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.templates import Templates
-from rayskip.data.tokenizer import Encoder, load_tokenizer
+from rayskip.data.tokenizer import Encoder, Tokenizer, load_pretrained, load_tokenizer
 from rayskip.errors import InputError, RowError
 from rayskip.model.checkpoint import resolve
 
@@ -40,8 +40,7 @@ CHATS = {
 @cache
 def tokenizer() -> PreTrainedTokenizerBase:
     """The embedded model's, with special tokens of roles, and two that overlap."""
-    made = load_tokenizer(resolve("smollm2-135m-instruct"))
-    assert made is not None
+    made = load_pretrained(resolve("smollm2-135m-instruct"))
     extra = [AddedToken(text, special=True) for text in (*ROLE_TOKENS, ">>TITLE<<")]
     made.add_special_tokens({"extra_special_tokens": extra})  # type: ignore[dict-item]
     return made
@@ -59,7 +58,7 @@ templates = cache(Templates)
 def chats(name: str) -> Encoder:
     made = tokenizer()
     made.chat_template = CHATS[name]
-    return Encoder(made, templates=templates())
+    return Encoder(Tokenizer.of(made), templates=templates())
 
 
 def specials_in(ids: list[int]) -> list[int]:
@@ -172,13 +171,12 @@ def test_ordinary_conversations_are_encoded_as_the_tokenizer_itself_does(name: s
 
 
 def test_the_quickstart_is_encoded_as_the_tokenizer_itself_does(smollm2: Path) -> None:
-    own = load_tokenizer(smollm2)
-    assert own is not None
+    own = load_pretrained(smollm2)
     root = Path(__file__).parent.parent / "configs"
     config = load_config(root / "quickstart.yaml")
     assert config.input.template is not None
     assert config.input.chat
-    made = PromptBuilder(config.input, config.sampling, own, 2048, templates())
+    made = PromptBuilder(config.input, config.sampling, load_tokenizer(smollm2), 2048, templates())
     lines = (root / "data/quickstart.jsonl").read_text().splitlines()
     for index, line in enumerate(lines[::9]):
         row = json.loads(line)
@@ -199,7 +197,7 @@ def test_a_start_token_that_a_template_writes_is_not_put_there_again() -> None:
         def _encode(self, text: str, plain: bool, start: bool) -> list[int]:
             return [special()["<|im_start|>"]] * start + super()._encode(text, plain, False)
 
-    encoder = Starting(tokenizer(), templates=templates())
+    encoder = Starting(Tokenizer.of(tokenizer()), templates=templates())
     once = encoder.written(encoder.render(encoder.mark("<|im_start|>{{ q }}"), {"q": "a"}))
     assert once == encoder.written("a")
     assert len(encoder.written(encoder.render("{{ q }}", {"q": "<|im_start|>a"}))) > len(once)
@@ -207,7 +205,7 @@ def test_a_start_token_that_a_template_writes_is_not_put_there_again() -> None:
 
 def builder(template: str, **limits: Any) -> PromptBuilder:
     config = InputConfig(path="in", template=template)
-    return PromptBuilder(config, SamplingParams(), tokenizer(), 100, Templates(**limits))
+    return PromptBuilder(config, SamplingParams(), Tokenizer.of(tokenizer()), 100, Templates(**limits))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +239,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded() -> None:
         made.build({"q": "ab" * 1000}, 0, "f")
     assert caught.value.kind == "prompt_too_long"
     with pytest.raises(RowError, match="2,000,000 characters"):
-        Encoder(tokenizer(), 100).data("ab" * 1000_000)
+        Encoder(Tokenizer.of(tokenizer()), 100).data("ab" * 1000_000)
 
 
 def test_a_process_that_was_ended_is_started_anew() -> None:

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from rayskip.config import InputConfig, SamplingParams
+from rayskip.data import tokenizer as tokenizers
 from rayskip.data.prompts import PromptBuilder, check_input, merge_params, row_key
 from rayskip.data.records import BROKEN_ROW
 from rayskip.data.templates import Templates
@@ -50,7 +51,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def builder(tokenizer: PreTrainedTokenizerBase | None, length: int = 1000, **config: Any) -> PromptBuilder:
-    return PromptBuilder(InputConfig(path="in", **config), SamplingParams(), tokenizer, length, TEMPLATES)
+    own = None if tokenizer is None else tokenizers.Tokenizer.of(tokenizer)
+    return PromptBuilder(InputConfig(path="in", **config), SamplingParams(), own, length, TEMPLATES)
 
 
 def tokens(made: PromptBuilder, row: dict[str, Any]) -> list[int]:
@@ -372,7 +374,7 @@ def test_saved_tokenizer_is_loaded(tokenizer: PreTrainedTokenizerBase, tmp_path:
 
 def test_a_null_that_a_template_writes_is_a_bad_row(tokenizer: PreTrainedTokenizerBase) -> None:
     config = InputConfig(path="x", template="{{ a }}{{ b or 'nothing' }}", chat=False)
-    builder = PromptBuilder(config, SamplingParams(), tokenizer, 64)
+    builder = PromptBuilder(config, SamplingParams(), tokenizers.Tokenizer.of(tokenizer), 64)
     assert builder.build({"a": "x", "b": None}, 0, "f").token_ids
     with pytest.raises(RowError, match="writes a null") as error:
         builder.build({"a": None, "b": "x"}, 0, "f")

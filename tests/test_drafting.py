@@ -22,7 +22,8 @@ from rayskip.config.file import load_config
 from rayskip.data.records import Generation, Prompt
 from rayskip.decode.batch import Chunk
 from rayskip.decode.draft import NEWEST, Draft
-from rayskip.decode.drafters import check_files, kangaroo
+from rayskip.decode.draft_files import check_files
+from rayskip.decode.drafters import kangaroo
 from rayskip.decode.drafters.auto import AutoDrafter
 from rayskip.decode.drafters.costs import StepCosts
 from rayskip.decode.drafters.drafter import Drafter, States
@@ -45,10 +46,9 @@ from rayskip.model.backends.torch import TorchBackend
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load, resolve, tensors_fingerprint
 from rayskip.model.decoder import Decoder
-from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
-from rayskip.model.medusa import MedusaLabel
+from rayskip.model.kangaroo import load_kangaroo
 from rayskip.model.token_batch import Span, TokenBatch
-from rayskip.model.trained import save_trained
+from rayskip.model.trained import KangarooLabel, MedusaLabel, save_trained
 from rayskip.skip import full_depth, skip_policy
 
 ROOT = Path(__file__).parent.parent

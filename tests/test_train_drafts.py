@@ -29,9 +29,8 @@ from rayskip.data.sources import discover, every_row
 from rayskip.engine import Engine
 from rayskip.errors import ConfigError, ModelError, RowError
 from rayskip.model.checkpoint import tensors_fingerprint
-from rayskip.model.kangaroo import KangarooLabel, load_kangaroo
-from rayskip.model.medusa import MedusaLabel
-from rayskip.model.trained import save_trained
+from rayskip.model.kangaroo import load_kangaroo
+from rayskip.model.trained import KangarooLabel, MedusaLabel, save_trained
 from rayskip.train import kangaroo, medusa
 from rayskip.train.drafts import (
     Targets,

@@ -11,7 +11,6 @@ import os
 import platform
 import time
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayskip.cluster.engine_thread import EngineThread
@@ -50,10 +49,10 @@ class Replica:
         job = self._job
         self._storage = open_storage(job.output.path)
         self._check_paths()
-        use_threads(job.cluster.cpus_per_replica or 1)
         from rayskip.data.prompts import PromptBuilder, prepare_templates, prompt_columns
 
-        templates = prepare_templates(job.input)  # while the engine loads
+        templates = prepare_templates(job.input)  # while torch is imported and the engine loads
+        use_threads(job.cluster.cpus_per_replica or 1)
         from rayskip.engine import Engine
 
         device = device_for(job.cluster.gpus_per_replica)
@@ -216,15 +215,7 @@ def hardware(device: str) -> dict[str, Any]:
     import torch
 
     from rayskip.model.backends.choose import gpu_facts
+    from rayskip.model.backends.machine import cpu_name
 
-    facts: dict[str, Any] = {"host": platform.node(), "cpu": _cpu_name(), "cpus": os.cpu_count()}
+    facts: dict[str, Any] = {"host": platform.node(), "cpu": cpu_name(), "cpus": os.cpu_count()}
     return facts | gpu_facts(device) | {"torch": str(torch.__version__), "python": platform.python_version()}
-
-
-def _cpu_name() -> str:
-    """Linux knows the model; elsewhere the architecture has to do."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from difflib import get_close_matches
 from reprlib import repr as short_repr
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -20,11 +20,8 @@ from rayskip.config import InputConfig, SamplingParams
 from rayskip.config.job import check_template_kwargs
 from rayskip.data.records import BROKEN_ROW, TEMPLATE_KWARGS, Prompt
 from rayskip.data.templates import Templates
-from rayskip.data.tokenizer import Encoder, ends_with_assistant
+from rayskip.data.tokenizer import Encoder, Tokenizer, ends_with_assistant
 from rayskip.errors import InputError, ModelError, RayskipError, RowError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Row = dict[str, Any]
 
@@ -115,7 +112,7 @@ class PromptBuilder:
         self,
         config: InputConfig,
         sampling: SamplingParams,
-        tokenizer: PreTrainedTokenizerBase | None,
+        tokenizer: Tokenizer | None,
         max_model_len: int,
         templates: Templates | None = None,
     ) -> None:

@@ -1,4 +1,8 @@
-"""Loading a tokenizer from a local folder, encoding text with it. Knows no rows, models or network."""
+"""A checkpoint's tokenizer as transformers reads it, and encoding text with it. Knows no rows, models or network.
+
+transformers takes seconds to import, so what it made of a tokenizer is kept in the user's cache: one that was read
+before needs nothing but the tokenizers library.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,12 @@ import copy
 import json
 import math
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from string import ascii_letters
 from typing import TYPE_CHECKING, Any
@@ -18,6 +25,7 @@ import jinja2
 from rayskip.data.marks import Marks
 from rayskip.data.templates import Templates, too_long
 from rayskip.errors import ModelError, RowError
+from rayskip.user_cache import recall
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,14 +37,119 @@ _PROBE = "The first of two words, and 1234: Grüße!"
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
+_READ = ("*.json", "*.model", "*.txt", "*.jinja", "*/*.jinja")
+"""Of a folder, what may decide its tokenizer."""
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+_LIBRARIES = ("transformers", "tokenizers", "sentencepiece")
+
+_METHODS = ("encode", "_encode_plus", "decode", "_decode", "get_vocab")
+"""Of a tokenizer of transformers', those that are to be its base class's, which leave all to the library."""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """named: special tokens by the name that templates have for each, as bos_token. special_ids: the added tokens
+    that are special. added: texts of all that are added. decoders: kinds of the steps by which the library makes
+    text of tokens. chat_template: one, several by name, or None. longest: characters of the longest token."""
+
+    named: dict[str, str]
+    all_special: list[str]
+    special_ids: dict[str, int]
+    added: list[str]
+    decoders: list[str]
+    chat_template: str | dict[str, str] | None
+    longest: int
+
+
+class Tokenizer:
+    """Token by token what transformers' tokenizer does. Thread-safe.
+
+    named_tokens: special tokens by name, as bos_token. special_ids: ids of the added tokens that are special.
+    special_tokens: the texts of all. added_tokens: the texts of all added ones. decoders: kinds of the steps by
+    which the library makes text of tokens, empty where there is none. chat_template: one, several by name, or None.
+    longest: characters of the longest token.
+    """
+
+    def __init__(
+        self,
+        facts: _Facts,
+        encode: Callable[[str, bool, bool], list[int]],
+        decode: Callable[[list[int], bool], str],
+        vocab: Callable[[], dict[str, int]],
+    ) -> None:
+        """encode(text, add_special_tokens, split_special_tokens), decode(token_ids, skip_special_tokens)."""
+        self.named_tokens, self.special_ids = facts.named, facts.special_ids
+        self.special_tokens = frozenset(facts.special_ids) | frozenset(facts.all_special)
+        self.added_tokens, self.decoders = frozenset(facts.added), frozenset(facts.decoders)
+        self.chat_template, self.longest = facts.chat_template, facts.longest
+        self._lock = threading.Lock()  # how special tokens are read is a setting of the library's object
+        self._encode, self._decode, self.get_vocab = encode, decode, vocab
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+        """One of transformers', as it is now."""
+        own = copy.deepcopy(tokenizer)
+        return cls(
+            _facts(own),
+            lambda text, add, split: own.encode(text, add_special_tokens=add, split_special_tokens=split),
+            lambda ids, skip: str(own.decode(ids, skip_special_tokens=skip)),
+            own.get_vocab,
+        )
+
+    @classmethod
+    def _of_library(cls, facts: _Facts, serialised: str) -> Tokenizer:
+        from tokenizers import Tokenizer as Library
+
+        own = Library.from_str(serialised)
+
+        def encode(text: str, add: bool, split: bool) -> list[int]:
+            own.encode_special_tokens = split
+            return list(own.encode(text, add_special_tokens=add).ids)
+
+        return cls(
+            facts,
+            encode,
+            lambda ids, skip: str(own.decode(ids, skip_special_tokens=skip)),
+            lambda: dict(own.get_vocab(with_added_tokens=True)),
+        )
+
+    def encode(
+        self, text: str, add_special_tokens: bool = True, split_special_tokens: bool = False
+    ) -> list[int]:
+        """Token ids. add_special_tokens: those that the tokenizer puts around a text; split_special_tokens: one in
+        the text is text like any other."""
+        with self._lock:
+            return list(self._encode(text, add_special_tokens, split_special_tokens))
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return self._decode(list(token_ids), skip_special_tokens)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer saved in `folder`; None where there is none (token ids in, token ids out).
 
     Raises ModelError when it cannot be read.
     """
-    if not any((folder / name).exists() for name in _FILES):
+    if not has_tokenizer(folder):
         return None
+    read: list[PreTrainedTokenizerBase] = []
+
+    def make() -> dict[str, Any]:
+        read.append(load_pretrained(folder))
+        return {"facts": asdict(_facts(read[0])), "library": _serialised(read[0])}
+
+    kept = recall("tokenizers", _deciding(folder), make)
+    if kept["library"] is None:
+        return Tokenizer.of(read[0] if read else load_pretrained(folder))
+    return Tokenizer._of_library(_Facts(**kept["facts"]), kept["library"])
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _FILES)
+
+
+def load_pretrained(folder: Path) -> PreTrainedTokenizerBase:
+    """transformers' own tokenizer of a folder that has one. Raises ModelError when it cannot be read."""
     from transformers import AutoTokenizer
 
     try:
@@ -48,6 +161,56 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not (folder / "tokenizer.json").exists():
         _check_converted(folder / "tokenizer.model", tokenizer)
     return tokenizer
+
+
+def _deciding(folder: Path) -> Iterator[bytes | str]:
+    """All that decides what transformers makes of a folder's tokenizer."""
+    yield Path(__file__).read_bytes()
+    yield from map(version, _LIBRARIES)
+    for file in sorted({file for pattern in _READ for file in folder.glob(pattern) if file.is_file()}):
+        yield str(file.relative_to(folder))
+        yield file.read_bytes()
+
+
+def _facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:
+    special = {
+        token.content: index for index, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    return _Facts(
+        {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        [str(token) for token in tokenizer.all_special_tokens],
+        special,
+        [token.content for token in tokenizer.added_tokens_decoder.values()],
+        _decoders(tokenizer),
+        tokenizer.chat_template,
+        max(map(len, tokenizer.get_vocab()), default=1),
+    )
+
+
+def _decoders(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    decoder: dict[str, Any] = (backend and json.loads(backend.to_str()).get("decoder")) or {}
+    return [str(step.get("type")) for step in [decoder, *decoder.get("decoders", [])]]
+
+
+def _serialised(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The library's tokenizer, which does all that this one does; None where it does not."""
+    from tokenizers import Tokenizer as Library
+    from transformers import TokenizersBackend
+
+    if not isinstance(tokenizer, TokenizersBackend) or any(
+        getattr(type(tokenizer), name) is not getattr(TokenizersBackend, name) for name in _METHODS
+    ):
+        return None
+    own: Library = copy.deepcopy(tokenizer.backend_tokenizer)
+    if tokenizer.clean_up_tokenization_spaces and (
+        type(own.model).__name__ != "BPE"
+        or tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+    ):
+        return None
+    own.no_truncation()
+    own.no_padding()
+    return str(own.to_str())
 
 
 _NOW = "strftime_now"
@@ -70,11 +233,9 @@ _STRFTIME = (
 _CODES = [f"%{flag}{letter}" for flag in ("-", "") for letter in ascii_letters]
 
 
-def _on_day(template: Any, day: date) -> Any:
-    """A chat template, or several by name, for which it is always midnight of `day`; None where there is none."""
-    if isinstance(template, dict):
-        return {name: _on_day(one, day) for name, one in template.items()}
-    if template is None or _NOW not in template:
+def _on_day(template: str, day: date) -> str:
+    """A chat template for which it is always midnight of `day`."""
+    if _NOW not in template:
         return template
     codes = json.dumps({code: day.strftime(code) for code in _CODES})
     return _STRFTIME.replace("CODES", codes) + template
@@ -114,27 +275,21 @@ def special_tokens(folder: Path) -> set[str]:
 
 
 class Encoder:
-    """Text to token ids, keeping apart what a template wrote and what the data says (see `Marks`).
-
-    Thread-safe: it has its own copy of the tokenizer, behind a lock, because choosing how special tokens are read
-    changes it.
-    """
+    """Text to token ids, keeping apart what a template wrote and what the data says (see `Marks`). Thread-safe."""
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: Tokenizer,
         max_model_len: int | None = None,
         templates: Templates | None = None,
         day: date | None = None,
     ) -> None:
         """max_model_len: positions of the context; a text that is too long for it in any case is not encoded. day:
         what chat templates tell as today's date; by default the day on which this is made."""
-        self._tokenizer = copy.deepcopy(tokenizer)
-        self._tokenizer.chat_template = _on_day(tokenizer.chat_template, day or date.today())
-        self._lock = threading.Lock()
+        self._tokenizer = tokenizer
+        self._day = day or date.today()
         self._templates = templates or Templates()
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._marks = Marks(special | set(tokenizer.all_special_tokens))
+        self._marks = Marks(tokenizer.special_tokens)
         self._most = math.inf if max_model_len is None else _most_characters(tokenizer, max_model_len)
 
     def data(self, text: str) -> list[int]:
@@ -146,8 +301,8 @@ class Encoder:
         """Token ids of a text whose special tokens are such, as of a chat that was rendered before; with the
         model's start token, if it has one, once."""
         self._check_length(text)
-        bos = self._tokenizer.bos_token
-        return self._encode(text, plain=False, start=not (bos and text.startswith(str(bos))))
+        bos = self._tokenizer.named_tokens.get("bos_token")
+        return self._encode(text, plain=False, start=not (bos and text.startswith(bos)))
 
     def mark(self, template: str) -> str:
         """A template's source, ready to be rendered by `render`. Raises jinja2.TemplateSyntaxError."""
@@ -160,8 +315,8 @@ class Encoder:
 
     def written(self, rendered: str) -> list[int]:
         """Token ids of what a marked template rendered, with the model's start token, if it has one, once."""
-        bos = self._tokenizer.bos_token
-        return self._marked(rendered, start=not (bos and self._marks.begins_with(rendered, str(bos))))
+        bos = self._tokenizer.named_tokens.get("bos_token")
+        return self._marked(rendered, start=not (bos and self._marks.begins_with(rendered, bos)))
 
     def chat(
         self,
@@ -184,14 +339,20 @@ class Encoder:
     @cached_property
     def _chat_template(self) -> tuple[str, dict[str, str]]:
         """Its marked source, and the special tokens that it may name."""
-        if self._tokenizer.chat_template is None:
+        template = self._tokenizer.chat_template
+        if template is None:
             raise ModelError("the model has no chat template; give plain prompts, without input.chat")
-        names = self._tokenizer.special_tokens_map
+        if isinstance(template, dict):
+            if "default" not in template:
+                names = ", ".join(sorted(template))
+                raise ModelError(f"the model has several chat templates ({names}) and none is the default")
+            template = template["default"]
         try:
-            source = self.mark(self._tokenizer.get_chat_template())
+            source = self.mark(_on_day(template, self._day))
         except (jinja2.TemplateSyntaxError, ValueError) as error:
             raise ModelError(f"the model's chat template cannot be read: {error}") from error
-        return source, {name: self._marks.tokens(token) for name, token in names.items()}
+        named = self._tokenizer.named_tokens
+        return source, {name: self._marks.tokens(token) for name, token in named.items()}
 
     def _marked(self, rendered: str, start: bool) -> list[int]:
         ids: list[int] = []
@@ -204,13 +365,12 @@ class Encoder:
             raise too_long(len(text), self._most)
 
     def _encode(self, text: str, plain: bool, start: bool) -> list[int]:
-        with self._lock:
-            return list(self._tokenizer.encode(text, add_special_tokens=start, split_special_tokens=plain))
+        return self._tokenizer.encode(text, add_special_tokens=start, split_special_tokens=plain)
 
 
-def _most_characters(tokenizer: PreTrainedTokenizerBase, max_model_len: int) -> int:
+def _most_characters(tokenizer: Tokenizer, max_model_len: int) -> int:
     """Characters beyond which no text fits the context: as many of the longest token."""
-    return max(_LEAST_MOST, max_model_len * max(map(len, tokenizer.get_vocab()), default=1))
+    return max(_LEAST_MOST, max_model_len * tokenizer.longest)
 
 
 def _check_text(values: Any) -> None:

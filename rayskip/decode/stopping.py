@@ -8,17 +8,16 @@ from typing import TYPE_CHECKING, Literal
 from rayskip.config import SamplingParams
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from rayskip.data.tokenizer import Tokenizer
 
 
 class Stopper:
     """Ends completions. Text needs a tokenizer; without one (token ids in, token ids out) there is none."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
-        added = tokenizer.added_tokens_decoder if tokenizer is not None else {}
-        self._special = [token.content for token in added.values() if token.special]
+        self._special = tokenizer.special_ids if tokenizer is not None else {}
         """Tokens that the completion's text does not show; a stop string may have them."""
 
     def text(self, token_ids: Sequence[int], params: SamplingParams) -> str | None:
@@ -72,4 +71,4 @@ class Stopper:
         """special: with special tokens."""
         if self._tokenizer is None:
             raise ValueError("stop strings need a tokenizer")
-        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=not special))
+        return self._tokenizer.decode(token_ids, skip_special_tokens=not special)

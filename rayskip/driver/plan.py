@@ -20,6 +20,7 @@ from rayskip.data.records import Shard
 from rayskip.data.sources import Source, discover, every_row, plan_shards
 from rayskip.data.storage import Storage
 from rayskip.data.tokenizer import special_tokens, tells_date
+from rayskip.decode.draft_files import check_files
 from rayskip.driver.commit import adopt
 from rayskip.driver.identity import contents, deciding, digest, said
 from rayskip.driver.records import JobRecord, signature
@@ -70,8 +71,6 @@ def make_plan(job: JobConfig) -> Plan:
     folder = resolve(job.model.path, job.model.revision)
     check(folder, Path(job.model.adapter) if job.model.adapter else None)
     if job.decode != DecodeConfig():
-        from rayskip.decode.drafters import check_files  # imports torch, which takes its time
-
         check_files(job.decode.draft, folder, skip_policy(job.decode.skip, read_layer_count(folder)))
     parts, config, day = (
         contents(job, source, folder),

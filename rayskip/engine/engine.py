@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.config.file import as_section
 from rayskip.data.records import Generation, Prompt, failed_row
-from rayskip.data.tokenizer import Encoder, load_tokenizer
+from rayskip.data.tokenizer import Encoder, Tokenizer, load_tokenizer
 from rayskip.decode.drafters import load_drafters
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
@@ -41,10 +41,6 @@ from rayskip.model.invariance import is_batch_invariant
 from rayskip.skip import skip_policy
 from rayskip.stats import Stats
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
 _log = logging.getLogger(__name__)
 
 
@@ -59,7 +55,7 @@ class Engine:
     def __init__(
         self,
         decoder: Decoder,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+        tokenizer: Tokenizer | None = None,
         engine: EngineConfig | None = None,
         decode: DecodeConfig | None = None,
     ) -> None:

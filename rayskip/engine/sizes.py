@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from rayskip.config import EngineConfig
 from rayskip.model.cache.kv_cache import KEY_BLOCK, KVCache
-from rayskip.model.clock import greedy_seconds
+from rayskip.model.clock import Timings, greedy_seconds
 from rayskip.model.decoder import Decoder
 from rayskip.model.token_batch import Span, TokenBatch
 from rayskip.skip import SkipPolicy
@@ -92,14 +93,16 @@ def _workers(worker_threads: bool, threads: int, max_batch_rows: int | None) -> 
 
 def best_rows(decoder: Decoder, threads: int) -> int:
     """The smallest candidate that the next one does not beat by enough, by timed decode steps of one worker."""
+    timings = Timings(decoder, threads, f"decode step at {KEY_BLOCK} positions")
     with decoder.backend.threads(threads):
         chosen, rate = 0, 0.0
         for rows in CANDIDATES:
-            measured = rows / _step_seconds(decoder, rows)
+            measured = rows / timings.seconds(rows, partial(_step_seconds, decoder, rows))
             if measured < rate * WORTH:
                 break
             chosen, rate = rows, measured
-        return chosen
+    timings.keep()
+    return chosen
 
 
 def _step_seconds(decoder: Decoder, rows: int) -> float:

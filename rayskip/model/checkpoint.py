@@ -10,15 +10,26 @@ import difflib
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rayskip.errors import ModelError, shown
 from rayskip.model import embedded, hub
 from rayskip.model.adapter import Merged, adapter_files, check_fit, read_adapter
+from rayskip.model.config import Config, RotaryModule, read_config, reader
 from rayskip.model.families import FAMILIES, family
-from rayskip.model.files import FLOATS, SMALL_FILES, Header, read_headers, read_json, weight_files
+from rayskip.model.files import (
+    FLOATS,
+    SMALL_FILES,
+    Header,
+    headers_text,
+    read_headers,
+    read_json,
+    weight_files,
+)
 from rayskip.model.refusals import check_configs, check_tensors
+from rayskip.user_cache import recall
 
 if TYPE_CHECKING:
     import torch
@@ -62,12 +73,31 @@ def check(folder: Path, adapter: Path | None = None) -> Spec:
     return _checked(folder, adapter)[2]
 
 
-def _checked(folder: Path, adapter: Path | None) -> tuple[Any, Family, Spec]:
-    """`check`, and what it read."""
+def _checked(folder: Path, adapter: Path | None) -> tuple[Config, Family, Spec]:
+    """`check`, and what it read. What was found good once is not checked again: torch, which that needs, takes
+    seconds to import."""
+    read = _config_and_spec(folder)
+    headers = read_headers(weight_files(folder))
+    looked_at: list[bytes | str] = [headers_text(headers), (folder / "config.json").read_bytes()]
+    if adapter is not None:
+        _check_base(adapter, folder)
+        settings, weights = adapter_files(adapter)
+        looked_at += [headers_text(read_headers([weights])), settings.read_bytes()]
+    recall("checks", [*reader(), *looked_at], lambda: _check(folder, adapter, *read, headers))
+    return read
+
+
+def _check(
+    folder: Path,
+    adapter: Path | None,
+    config: Config,
+    own: Family,
+    spec: Spec,
+    headers: Mapping[str, Header],
+) -> bool:
+    """True; raises ModelError when something does not fit."""
     import torch
 
-    config, own, spec = _config_and_spec(folder)
-    headers = read_headers(weight_files(folder))
     if spec.heads % spec.kv_heads:
         raise ModelError(
             f"{folder}/config.json: {spec.heads} heads are no multiple of {spec.kv_heads} key-value heads"
@@ -78,9 +108,8 @@ def _checked(folder: Path, adapter: Path | None) -> tuple[Any, Family, Spec]:
     except (RuntimeError, IndexError) as error:  # of shapes that cannot even be put together
         raise ModelError(f"{folder}: its tensors do not fit each other ({error})") from error
     if adapter is not None:
-        _check_base(adapter, folder)
         check_fit(read_adapter(adapter, own.prefixes), headers, own.prefixes)
-    return config, own, spec
+    return True
 
 
 def load(
@@ -99,7 +128,7 @@ def load(
 
 
 def _weights(
-    folder: Path, config: Any, own: Family, spec: Spec, stored: Mapping[str, torch.Tensor]
+    folder: Path, config: Config, own: Family, spec: Spec, stored: Mapping[str, torch.Tensor]
 ) -> Weights:
     from rayskip.model.families.parts import Tensors
 
@@ -150,16 +179,9 @@ def read_layer_count(folder: Path) -> int:
     return int(_config_and_spec(folder)[0].get_text_config().num_hidden_layers)
 
 
-def _config_and_spec(folder: Path) -> tuple[Any, Family, Spec]:
-    from dataclasses import replace
-
-    from transformers import AutoConfig
-
+def _config_and_spec(folder: Path) -> tuple[Config, Family, Spec]:
     file = folder / "config.json"
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers checks values by whatever happens to fail on them
-        raise ModelError(f"{file}: transformers cannot read it ({' '.join(str(error).split())})") from error
+    config = read_config(folder, _rotary)
     if config.model_type not in FAMILIES:
         raise ModelError(
             f"{file}: transformers takes it for a {config.model_type}; known: {', '.join(sorted(FAMILIES))}"
@@ -170,6 +192,10 @@ def _config_and_spec(folder: Path) -> tuple[Any, Family, Spec]:
     except ModelError as error:
         raise ModelError(f"model.path: {folder}: {error}") from error
     return config, own, replace(spec, eos_token_ids=_end_tokens(folder, config))
+
+
+def _rotary(model_type: str) -> RotaryModule | None:
+    return family(model_type).rotary(model_type) if model_type in FAMILIES else None
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -274,7 +300,7 @@ class _Stored(Mapping[str, "torch.Tensor"]):
         return len(self._handles)
 
 
-def _end_tokens(folder: Path, config: Any) -> tuple[int, ...]:
+def _end_tokens(folder: Path, config: Config) -> tuple[int, ...]:
     """What ends a text: the generation config's word on it, else the config's: one id, several or none."""
     file = folder / "generation_config.json"
     eos = read_json(file).get("eos_token_id") if file.is_file() else None

@@ -2,13 +2,46 @@
 
 from __future__ import annotations
 
+import json
+import random
 import time
+from collections.abc import Callable
+from dataclasses import asdict
 
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.decoder import Decoder
 from rayskip.model.token_batch import TokenBatch
+from rayskip.user_cache import fact_file, keep_fact, read_fact
 
 REPEATS = 3
+AGAIN_S = 0.05
+"""Seconds for which a forward whose time is known is measured again, on average: a long one once in a while."""
+
+
+class Timings:
+    """Seconds of forwards of one kind by their size, kept in the user's cache from one process to the next.
+
+    What else runs on a machine makes a forward slower and never faster, so the least that was ever measured counts;
+    and each is measured again now and then, so that no bad hour decides for good.
+    """
+
+    def __init__(self, decoder: Decoder, threads: int, kind: str) -> None:
+        """kind: what the sizes are sizes of. threads: that a forward takes."""
+        model = json.dumps([asdict(decoder.spec), decoder.depth])
+        self._file = fact_file("timings", [decoder.backend.machine, model, str(threads), kind])
+        self._seconds: dict[str, float] = read_fact(self._file) or {}
+
+    def seconds(self, size: int, measure: Callable[[], float]) -> float:
+        """Of a forward of that size, which `measure` measures."""
+        known = self._seconds.get(str(size))
+        if known is None:
+            self._seconds[str(size)] = measure()
+        elif random.random() < AGAIN_S / known:
+            self._seconds[str(size)] = min(known, measure())
+        return self._seconds[str(size)]
+
+    def keep(self) -> None:
+        keep_fact(self._file, self._seconds)
 
 
 def greedy_seconds(decoder: Decoder, batch: TokenBatch, cache: KVCache) -> float:

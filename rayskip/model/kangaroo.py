@@ -10,9 +10,7 @@ Shapes: N tokens, d hidden, Hq query heads, D head dim, V' listed tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,16 +18,7 @@ from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.decoder import Decoder
 from rayskip.model.spec import Attention, Dense, Layer, Norm
 from rayskip.model.token_batch import TokenBatch
-from rayskip.model.trained import Label, check_shapes, load_trained
-
-
-@dataclass(frozen=True)
-class KangarooLabel(Label):
-    """exit_layer: layers before the adapter."""
-
-    KIND: ClassVar[str] = "kangaroo"
-
-    exit_layer: int
+from rayskip.model.trained import KangarooLabel, check_shapes, load_trained
 
 
 class Kangaroo:

@@ -8,25 +8,14 @@ Shapes: N rows, d hidden, H heads, V' listed tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from rayskip.model.decoder import Decoder
 from rayskip.model.spec import Dense
-from rayskip.model.trained import Label, check_shapes, load_trained
-
-
-@dataclass(frozen=True)
-class MedusaLabel(Label):
-    """heads: tokens drafted. agreement: the first head's."""
-
-    KIND: ClassVar[str] = "medusa"
-
-    heads: int
+from rayskip.model.trained import MedusaLabel, check_shapes, load_trained
 
 
 class Medusa:

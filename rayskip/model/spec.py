@@ -1,6 +1,6 @@
 """What differs between decoder families, as data: the one forward reads it and asks no family anything.
 
-Knows neither checkpoints nor how tokens are batched.
+Knows neither checkpoints nor how tokens are batched. Importing this loads no torch.
 
 Shapes: d hidden, Hq query heads, Hkv key-value heads, D head dim, f feed-forward, V vocabulary.
 """
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal
 
 from rayskip.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayskip.model.config import Config, RotaryModule
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
@@ -146,15 +148,17 @@ class Weights:
 class Family:
     """One model_type: how its config becomes a Spec and its checkpoint Weights.
 
-    spec(config): config is the transformers config object.
+    spec(config): needs no torch.
     weights(config, spec, tensors): tensors, a `families.parts.Tensors`, maps names without their prefix to
     tensors in the compute dtype and on the device; each is read when it is asked for.
     prefixes: what such names begin with in a checkpoint; the first that fits is dropped.
+    rotary(model_type): transformers' rotary module, imported when asked for; None where positions are learned.
     """
 
-    spec: Callable[[Any], Spec]
-    weights: Callable[[Any, Spec, Any], Weights]
+    spec: Callable[[Config], Spec]
+    weights: Callable[[Config, Spec, Any], Weights]
     prefixes: tuple[str, ...]
+    rotary: Callable[[str], RotaryModule | None]
 
 
 def stacked(*parts: Dense) -> Dense:
@@ -162,4 +166,6 @@ def stacked(*parts: Dense) -> Dense:
     biases = [part.bias for part in parts if part.bias is not None]
     if len(biases) not in (0, len(parts)):
         raise ModelError(f"the checkpoint has a bias for {len(biases)} of {len(parts)} products of one input")
+    import torch
+
     return Dense(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)

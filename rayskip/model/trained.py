@@ -1,6 +1,6 @@
 """Files of what was trained to draft for a model: weights, and a label that says for which.
 
-Knows no drafter: each names its label and the shapes that it expects.
+Knows no drafter: each names the shapes that it expects. Looking for files loads no torch.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import ClassVar, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from rayskip.errors import ModelError
 from rayskip.model.checkpoint import tensors_fingerprint
 from rayskip.model.files import read_headers, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHIPPED = Path(__file__).parent / "shipped"
 """What comes with the package, one folder a model."""
@@ -37,6 +37,24 @@ class Label:
     tokens: int
     steps: int
     agreement: float
+
+
+@dataclass(frozen=True)
+class KangarooLabel(Label):
+    """exit_layer: layers before the adapter."""
+
+    KIND: ClassVar[str] = "kangaroo"
+
+    exit_layer: int
+
+
+@dataclass(frozen=True)
+class MedusaLabel(Label):
+    """heads: tokens drafted. agreement: the first head's."""
+
+    KIND: ClassVar[str] = "medusa"
+
+    heads: int
 
 
 TYPES: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (float, int)}
@@ -110,6 +128,7 @@ def check_shapes(
 
 def save_trained(folder: Path, label: Label, tensors: Mapping[str, Tensor]) -> None:
     """Write what `load_trained` reads; weights in bfloat16."""
+    import torch
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)

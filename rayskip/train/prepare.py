@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rayskip.config import ModelConfig, SamplingParams
 from rayskip.config.train import DataConfig
 from rayskip.data.prompts import PromptBuilder
-from rayskip.data.tokenizer import Encoder, load_tokenizer
+from rayskip.data.tokenizer import Encoder, Tokenizer, has_tokenizer, load_pretrained
 from rayskip.errors import InputError, ModelError
 from rayskip.model.checkpoint import read_spec, resolve
 from rayskip.train.examples import Example, read_examples, split
@@ -35,12 +35,13 @@ def prepare(model: ModelConfig, data: DataConfig, least: int, logprobs: bool = F
     Raises UserError for what the config names and is not there, or fewer than `least` examples to train on.
     """
     folder = resolve(model.path, model.revision)
-    tokenizer = load_tokenizer(folder)
-    if tokenizer is None:
+    if not has_tokenizer(folder):
         raise ModelError(f"{folder}: training needs a tokenizer, and the model has none")
+    pretrained = load_pretrained(folder)
+    tokenizer = Tokenizer.of(pretrained)
     spec = read_spec(folder)
     builder = PromptBuilder(data.input, SamplingParams(), tokenizer, spec.max_positions)
-    end: int = tokenizer.eos_token_id
+    end: int = pretrained.eos_token_id
     examples = read_examples(data, Encoder(tokenizer), builder, end, spec.vocab if logprobs else None)
     training, held_out = split(examples, data.held_out)
     if len(training) < least or not held_out:
@@ -48,7 +49,7 @@ def prepare(model: ModelConfig, data: DataConfig, least: int, logprobs: bool = F
             f"{data.input.path}: {len(training)} examples to train on and {len(held_out)} held out; "
             f"at least {least} (batch_size) and 1 are needed"
         )
-    return Prepared(folder, tokenizer, end, training, held_out)
+    return Prepared(folder, pretrained, end, training, held_out)
 
 
 def frozen(folder: Path) -> Any:

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from rayskip.config.train import DraftTrainingConfig, TrainKangarooConfig, TrainMedusaConfig
 from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import tensors_fingerprint
-from rayskip.model.kangaroo import KangarooLabel
-from rayskip.model.medusa import MedusaLabel
-from rayskip.model.trained import Label, check_shapes, load_trained, save_trained
+from rayskip.model.trained import KangarooLabel, Label, MedusaLabel, check_shapes, load_trained, save_trained
 from rayskip.train import kangaroo, medusa
 from rayskip.train.drafts import (
     DraftQuality,

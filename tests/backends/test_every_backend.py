@@ -21,10 +21,9 @@ from rayskip.model.backends.torch import TorchBackend
 from rayskip.model.checkpoint import load, tensors_fingerprint
 from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
-from rayskip.model.medusa import MedusaLabel
 from rayskip.model.spec import Spec, Weights
 from rayskip.model.token_batch import Span, TokenBatch
-from rayskip.model.trained import save_trained
+from rayskip.model.trained import MedusaLabel, save_trained
 from rayskip.skip import skip_policy
 
 CPU = torch.device("cpu")

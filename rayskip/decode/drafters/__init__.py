@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -21,15 +20,19 @@ from rayskip.config import (
     RetrievalDraft,
 )
 from rayskip.data.tokenizer import Encoder, load_tokenizer
+from rayskip.decode.draft_files import (
+    adapter_folder,
+    check_branches,
+    check_same_tokens,
+    corpus_file,
+    named_folder,
+)
 from rayskip.decode.drafters.auto import AutoDrafter
 from rayskip.decode.drafters.costs import StepCosts, measure_costs
 from rayskip.decode.drafters.draft_model import DraftModelDrafter
 from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.drafters.kangaroo import (
-    KANGAROO,
     KangarooDrafter,
-    LayerSkipped,
-    check_policy,
     most_drafted,
 )
 from rayskip.decode.drafters.lookahead import LookaheadDrafter
@@ -37,13 +40,12 @@ from rayskip.decode.drafters.lookup import LookupDrafter
 from rayskip.decode.drafters.medusa import MedusaDrafter
 from rayskip.decode.drafters.none import NoDrafter
 from rayskip.decode.drafters.retrieval import RetrievalDrafter, Store
-from rayskip.errors import ConfigError, ModelError
+from rayskip.errors import ModelError
 from rayskip.model.cache.kv_cache import KVCache
-from rayskip.model.checkpoint import check, load, read_spec, resolve
+from rayskip.model.checkpoint import load, resolve
 from rayskip.model.decoder import Decoder
-from rayskip.model.kangaroo import Kangaroo, KangarooLabel, load_kangaroo
-from rayskip.model.medusa import MedusaLabel, load_medusa
-from rayskip.model.trained import find_trained, has_shipped
+from rayskip.model.kangaroo import Kangaroo, load_kangaroo
+from rayskip.model.medusa import load_medusa
 from rayskip.skip import SkipPolicy
 
 KANGAROO_LAYERS = 1
@@ -80,11 +82,11 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
             completions, corpus = Store(config.max_tokens), _read_corpus(config, decoder)
             return Drafters(lambda threads, rows: RetrievalDrafter(config, completions, corpus))
         case KangarooDraft():
-            kangaroo = load_kangaroo(decoder, _adapter(config, decoder.folder, policy))
+            kangaroo = load_kangaroo(decoder, adapter_folder(config, decoder.folder, policy))
             return Drafters(lambda threads, rows: own(config, kangaroo), KANGAROO_LAYERS)
         case MedusaDraft():
-            medusa = load_medusa(decoder, _folder(config.path))
-            _check_branches(config.branches, len(medusa.token_ids))
+            medusa = load_medusa(decoder, named_folder(config.path))
+            check_branches(config.branches, len(medusa.token_ids))
             return Drafters(lambda threads, rows: MedusaDrafter(config, medusa))
         case DraftModelDraft():
             model = _draft_model(config, decoder)
@@ -97,7 +99,7 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
                 lambda threads, rows: DraftModelDrafter(config, model, vocab), own_layers=-(-cached // one)
             )
         case AutoDraft():
-            folder = _adapter(config, decoder.folder, policy)
+            folder = adapter_folder(config, decoder.folder, policy)
             beside = None if folder is None else load_kangaroo(decoder, folder)
 
             @cache
@@ -113,92 +115,19 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
             )
 
 
-def check_files(config: DraftConfig, model: Path, policy: SkipPolicy) -> None:
-    """Whether the files that the drafter needs are there and fit the model in the folder and the policy; loads no
-    weights.
-
-    Raises ConfigError or ModelError.
-    """
-    match config:
-        case KangarooDraft() | AutoDraft():
-            _adapter(config, model, policy)
-        case MedusaDraft():
-            heads, _ = find_trained(MedusaLabel, model, _folder(config.path))
-            _check_branches(config.branches, heads.tokens)
-        case DraftModelDraft():
-            folder = resolve(config.model.path, config.model.revision)
-            spec = check(folder, _folder(config.model.adapter))
-            _check_same_tokens(folder, spec.vocab, model, read_spec(model).vocab)
-        case RetrievalDraft():
-            _corpus(config)
-
-
-def _adapter(config: KangarooDraft | AutoDraft, model: Path | None, policy: SkipPolicy) -> Path | None:
-    """The folder of the Kangaroo adapter that drafts for the model in the folder `model`. None: auto goes without,
-    since it names none, and none ships or the policy skips a layer that the one that ships follows.
-
-    Raises ConfigError or ModelError.
-    """
-    named = config.path is not None or config.kind == KANGAROO
-    if not named and not has_shipped(KangarooLabel, model):
-        return None
-    label, folder = find_trained(KangarooLabel, model, _folder(config.path))
-    if not 0 < label.exit_layer < len(policy.until):
-        raise ModelError(
-            f"decode.draft.path: {folder} follows layer {label.exit_layer} of a model that has {len(policy.until)}"
-        )
-    try:
-        check_policy(label.exit_layer, policy)
-    except LayerSkipped:
-        if named:
-            raise
-        return None
-    _check_branches(config.branches, label.tokens)
-    return folder
-
-
-def _check_branches(branches: int, tokens: int) -> None:
-    if branches > tokens:
-        raise ConfigError(
-            f"decode.draft.branches: {branches} is more than the {tokens} tokens that a draft is chosen from"
-        )
-
-
-def _folder(path: str | None) -> Path | None:
-    return None if path is None else Path(path)
-
-
 def _draft_model(config: DraftModelDraft, decoder: Decoder) -> Decoder:
     """Raises ModelError when the two do not share their tokens."""
     folder = resolve(config.model.path, config.model.revision)
-    adapter = _folder(config.model.adapter)
+    adapter = named_folder(config.model.adapter)
     dtype = getattr(torch, config.model.dtype)
     model = Decoder(*load(folder, dtype, decoder.backend.device, adapter), folder=folder)
-    _check_same_tokens(folder, model.spec.vocab, decoder.folder, decoder.spec.vocab)
+    check_same_tokens(folder, model.spec.vocab, decoder.folder, decoder.spec.vocab)
     return model
-
-
-def _check_same_tokens(folder: Path, vocab: int, target_folder: Path | None, target_vocab: int) -> None:
-    own = load_tokenizer(folder)
-    target = load_tokenizer(target_folder) if target_folder else None
-    told = (own.get_vocab(), target.get_vocab()) if own and target else (vocab, target_vocab)
-    if told[0] != told[1]:
-        raise ModelError(
-            f"decode.draft.model: {folder} has other tokens than {target_folder or 'the model'}; a model with the "
-            "same tokenizer is wanted"
-        )
-
-
-def _corpus(config: RetrievalDraft) -> Path | None:
-    path = _folder(config.corpus)
-    if path is not None and not path.is_file():
-        raise ConfigError(f"decode.draft.corpus: {path} is no file; a text file with a text a line is wanted")
-    return path
 
 
 def _read_corpus(config: RetrievalDraft, decoder: Decoder) -> Store:
     store = Store()
-    path = _corpus(config)
+    path = corpus_file(config)
     if path is None:
         return store
     tokenizer = load_tokenizer(decoder.folder) if decoder.folder else None

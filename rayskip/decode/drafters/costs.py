@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 
 from rayskip.model.cache.kv_cache import KVCache, key_blocks
-from rayskip.model.clock import greedy_seconds
+from rayskip.model.clock import Timings, greedy_seconds
 from rayskip.model.decoder import Decoder
 from rayskip.model.token_batch import Span, TokenBatch
 
@@ -74,7 +75,11 @@ def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepC
         cache.fill(rows, length)
         limit = decoder.backend.traits.timed_tokens
         tokens = [2**power for power in range(13) if power < 2 or (2**power < 2 * most and 2**power <= limit)]
-        seconds = [_seconds(decoder, cache, count, length) for count in tokens]
+        timings = Timings(decoder, threads, f"forward of {rows} rows at {length} positions")
+        seconds = [
+            timings.seconds(count, partial(_seconds, decoder, cache, count, length)) for count in tokens
+        ]
+        timings.keep()
     # noise must not make more tokens look cheaper than fewer
     ascending = [max(seconds[: at + 1]) for at in range(len(seconds))]
     return StepCosts(tuple(tokens), tuple(ascending))

@@ -20,11 +20,10 @@ from rayskip.decode.draft import NEWEST
 from rayskip.decode.drafters.drafter import MISSED, Drafter, States
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
-from rayskip.errors import ConfigError
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.decoder import Decoder
 from rayskip.model.kangaroo import Kangaroo
-from rayskip.skip import FOREVER, SkipPolicy, full_depth
+from rayskip.skip import SkipPolicy, full_depth
 
 KANGAROO = "kangaroo"
 """What its drafts are counted as."""
@@ -159,16 +158,3 @@ class _Ran:
 def most_drafted(gamma: int, branches: int) -> int:
     """Tokens of a row's draft at most: `branches` after the newest one, and after each of as many so many again."""
     return branches + (gamma - 1) * branches**2
-
-
-class LayerSkipped(ConfigError):
-    """The policy skips a layer that the adapter follows: verification could not share it."""
-
-
-def check_policy(exit_layer: int, policy: SkipPolicy) -> None:
-    """Raises LayerSkipped when the policy skips one of the first `exit_layer` layers."""
-    if skipped := [layer for layer in range(exit_layer) if policy.until[layer] != FOREVER]:
-        raise LayerSkipped(
-            f"decode.draft: the adapter follows {exit_layer} layers, and {policy.name} skips layer "
-            f"{skipped[0]}; a policy that keeps the bottom {exit_layer} is wanted (skipdecode: warmup)"
-        )

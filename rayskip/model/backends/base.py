@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rayskip.model.backends import memory
 from rayskip.model.backends.clock import Stopwatch
+from rayskip.model.backends.machine import machine
 from rayskip.model.backends.transfer import to_device
 from rayskip.model.cache.kv_cache import KVCache, Layout
 from rayskip.model.spec import Dense, Layer, Norm, Spec, Weights
@@ -165,6 +166,11 @@ class Backend(ABC):
         self.traits = HOST if device.type == "cpu" else DEVICE
         self.warnings = list(warnings)
         self.row_rule = RowRule()
+
+    @property
+    def machine(self) -> str:
+        """All that decides what it computes and how fast, but the model: hardware, libraries, types."""
+        return f"{self.name}, {self.dtype} on {self.device}, {machine(self.device)}"
 
     @abstractmethod
     def load(self, weights: Weights) -> tuple[Stack, Head]:

@@ -10,12 +10,18 @@ from rayskip.errors import ConfigError, first_line
 from rayskip.model.backends.base import Backend
 from rayskip.model.backends.cpu.allocator import keep_freed_memory
 from rayskip.model.backends.cpu.backend import cpu_backend
-from rayskip.model.backends.cuda.backend import cuda_backend
 from rayskip.model.spec import Spec
+
+
+def _cuda_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> Backend:
+    from rayskip.model.backends.cuda.backend import cuda_backend  # brings torch's compiler along, for seconds
+
+    return cuda_backend(spec, dtype, device)
+
 
 BACKENDS: dict[str, Callable[[Spec, torch.dtype, torch.device], Backend]] = {
     "cpu": cpu_backend,
-    "cuda": cuda_backend,
+    "cuda": _cuda_backend,
 }
 
 

@@ -6,10 +6,7 @@ Of a Gemma 3 that also sees images (model_type gemma3) only the language model i
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+from typing import TYPE_CHECKING
 
 from rayskip.model.families.parts import (
     Tensors,
@@ -22,8 +19,11 @@ from rayskip.model.families.parts import (
 )
 from rayskip.model.spec import MLP, Attention, Family, Layer, Norm, Rope, Spec, Weights, stacked
 
+if TYPE_CHECKING:
+    from rayskip.model.config import Config, RotaryModule
 
-def spec(config: Any) -> Spec:
+
+def spec(config: Config) -> Spec:
     if config.model_type == "gemma3":  # transformers caps no logits of a model that also sees images
         refuse_set(config.get_text_config(), "final_logit_softcapping")
     config = config.get_text_config()
@@ -45,7 +45,7 @@ def spec(config: Any) -> Spec:
     )
 
 
-def weights(config: Any, spec: Spec, named: Tensors) -> Weights:
+def weights(config: Config, spec: Spec, named: Tensors) -> Weights:
     tied = (
         config.tie_word_embeddings
     )  # of a model that also sees images, its own word and not its text model's
@@ -60,14 +60,14 @@ def weights(config: Any, spec: Spec, named: Tensors) -> Weights:
     )
 
 
-def _ropes(config: Any, spec: Spec) -> dict[str, Rope]:
+def _ropes(config: Config, spec: Spec) -> dict[str, Rope]:
     if config.model_type == "gemma2":
-        table = rope(config, Gemma2RotaryEmbedding, spec)
+        table = rope(config, spec)
         return dict.fromkeys(set(config.layer_types), table)
-    return {kind: rope(config, Gemma3RotaryEmbedding, spec, kind) for kind in set(config.layer_types)}
+    return {kind: rope(config, spec, kind) for kind in set(config.layer_types)}
 
 
-def _layer(config: Any, named: Tensors, index: int, window: int | None) -> Layer:
+def _layer(config: Config, named: Tensors, index: int, window: int | None) -> Layer:
     at = f"layers.{index}"
     attention, mlp = f"{at}.self_attn", f"{at}.mlp"
     has_head_norms, bias = config.model_type != "gemma2", config.attention_bias
@@ -97,6 +97,19 @@ def _layer(config: Any, named: Tensors, index: int, window: int | None) -> Layer
     )
 
 
+def rotary(model_type: str) -> RotaryModule:
+    if model_type == "gemma2":
+        from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
+
+        return Gemma2RotaryEmbedding
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+
+    return Gemma3RotaryEmbedding
+
+
 FAMILY = Family(
-    spec, weights, prefixes=("model.language_model.", "language_model.model.", "language_model.", "model.")
+    spec,
+    weights,
+    prefixes=("model.language_model.", "language_model.model.", "language_model.", "model."),
+    rotary=rotary,
 )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+from typing import TYPE_CHECKING
 
 from rayskip.model.families.parts import Tensors, activation, max_positions, rope
 from rayskip.model.spec import MLP, Attention, Dense, Family, Layer, Spec, Weights
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def spec(config: Any) -> Spec:
+    from rayskip.model.config import Config, RotaryModule
+
+
+def spec(config: Config) -> Spec:
     dim = config.hidden_size // config.num_attention_heads
     return Spec(
         model_type=config.model_type,
@@ -25,18 +27,18 @@ def spec(config: Any) -> Spec:
     )
 
 
-def weights(config: Any, spec: Spec, named: Tensors) -> Weights:
+def weights(config: Config, spec: Spec, named: Tensors) -> Weights:
     embed = named["embed_in.weight"]
     return Weights(
         embed=embed,
         head=named.head(embed, config.tie_word_embeddings, "embed_out"),
         layers=[_layer(config, spec, named, index) for index in range(config.num_hidden_layers)],
         final_norm=named.layer_norm("final_layer_norm", config.layer_norm_eps),
-        ropes={"default": rope(config, GPTNeoXRotaryEmbedding, spec)},
+        ropes={"default": rope(config, spec)},
     )
 
 
-def _layer(config: Any, spec: Spec, named: Tensors, index: int) -> Layer:
+def _layer(config: Config, spec: Spec, named: Tensors, index: int) -> Layer:
     at, eps = f"layers.{index}", config.layer_norm_eps
     bias = config.attention_bias
     fused = named.dense(f"{at}.attention.query_key_value", bias)
@@ -65,4 +67,10 @@ def _by_kind(fused: Tensor, spec: Spec) -> Tensor:
     return by_head.transpose(0, 1).reshape(fused.shape)
 
 
-FAMILY = Family(spec, weights, prefixes=("gpt_neox.",))
+def rotary(model_type: str) -> RotaryModule:
+    from transformers.models.gpt_neox.modeling_gpt_neox import GPTNeoXRotaryEmbedding
+
+    return GPTNeoXRotaryEmbedding
+
+
+FAMILY = Family(spec, weights, prefixes=("gpt_neox.",), rotary=rotary)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from typing import TYPE_CHECKING
 
 from rayskip.model.families.parts import (
     FULL,
@@ -18,8 +16,11 @@ from rayskip.model.families.parts import (
 )
 from rayskip.model.spec import MLP, Attention, Family, Layer, Spec, Weights, stacked
 
+if TYPE_CHECKING:
+    from rayskip.model.config import Config, RotaryModule
 
-def spec(config: Any) -> Spec:
+
+def spec(config: Config) -> Spec:
     if (
         config.model_type == "llama"
     ):  # in transformers it has neither key, and sees everything whatever they say
@@ -39,7 +40,7 @@ def spec(config: Any) -> Spec:
     )
 
 
-def weights(config: Any, spec: Spec, named: Tensors) -> Weights:
+def weights(config: Config, spec: Spec, named: Tensors) -> Weights:
     embed = named["embed_tokens.weight"]
     return Weights(
         embed=embed,
@@ -49,11 +50,11 @@ def weights(config: Any, spec: Spec, named: Tensors) -> Weights:
             for index, window in zip(range(config.num_hidden_layers), _windows(config), strict=True)
         ],
         final_norm=named.rms_norm("norm", config.rms_norm_eps),
-        ropes={"default": rope(config, LlamaRotaryEmbedding, spec)},
+        ropes={"default": rope(config, spec)},
     )
 
 
-def _layer(config: Any, named: Tensors, index: int, window: int | None) -> Layer:
+def _layer(config: Config, named: Tensors, index: int, window: int | None) -> Layer:
     at, eps = f"layers.{index}", config.rms_norm_eps
     attention, mlp = f"{at}.self_attn", f"{at}.mlp"
     has_head_norms = config.model_type == "qwen3"
@@ -77,7 +78,7 @@ def _layer(config: Any, named: Tensors, index: int, window: int | None) -> Layer
     )
 
 
-def _biases(config: Any) -> tuple[bool, bool, bool]:
+def _biases(config: Config) -> tuple[bool, bool, bool]:
     """Whether query, key and value, the attention's output and the MLP have biases."""
     match config.model_type:
         case "llama":
@@ -90,7 +91,7 @@ def _biases(config: Any) -> tuple[bool, bool, bool]:
             return False, False, False
 
 
-def _windows(config: Any) -> list[int | None]:
+def _windows(config: Config) -> list[int | None]:
     """Positions that each layer sees: Mistral sets one number for all, Qwen one for some."""
     if config.model_type in ("qwen2", "qwen3"):
         return windows(config)
@@ -98,4 +99,10 @@ def _windows(config: Any) -> list[int | None]:
     return [window] * config.num_hidden_layers
 
 
-FAMILY = Family(spec, weights, prefixes=("model.",))
+def rotary(model_type: str) -> RotaryModule:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    return LlamaRotaryEmbedding
+
+
+FAMILY = Family(spec, weights, prefixes=("model.",), rotary=rotary)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rayskip.errors import ModelError
 from rayskip.model.families.parts import Tensors, activation
 from rayskip.model.spec import MLP, Attention, Family, Layer, Spec, Weights, stacked
+
+if TYPE_CHECKING:
+    from rayskip.model.config import Config
 
 POSITION_OFFSET = 2
 """Rows at the head of the position table that stand for padding."""
@@ -14,7 +17,7 @@ POSITION_OFFSET = 2
 EPS = 1e-5
 
 
-def spec(config: Any) -> Spec:
+def spec(config: Config) -> Spec:
     if config.word_embed_proj_dim != config.hidden_size:
         raise ModelError("opt with projected embeddings (word_embed_proj_dim, as opt-350m) is not supported")
     if not config.do_layer_norm_before or config._remove_final_layer_norm:
@@ -34,7 +37,7 @@ def spec(config: Any) -> Spec:
     )
 
 
-def weights(config: Any, spec: Spec, named: Tensors) -> Weights:
+def weights(config: Config, spec: Spec, named: Tensors) -> Weights:
     embed = named["embed_tokens.weight"]
     return Weights(
         embed=embed,
@@ -46,7 +49,7 @@ def weights(config: Any, spec: Spec, named: Tensors) -> Weights:
     )
 
 
-def _layer(config: Any, named: Tensors, index: int) -> Layer:
+def _layer(config: Config, named: Tensors, index: int) -> Layer:
     at, bias = f"layers.{index}", config.enable_bias
     return Layer(
         Attention(
@@ -65,4 +68,4 @@ def _layer(config: Any, named: Tensors, index: int) -> Layer:
     )
 
 
-FAMILY = Family(spec, weights, prefixes=("model.decoder.", "decoder."))
+FAMILY = Family(spec, weights, prefixes=("model.decoder.", "decoder."), rotary=lambda model_type: None)

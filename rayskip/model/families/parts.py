@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rayskip.errors import ModelError, shown
 from rayskip.model.files import short_name
 from rayskip.model.refusals import MOST_POSITIONS
 from rayskip.model.spec import Activation, Dense, Norm, Rope, Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rayskip.model.config import Config
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -21,8 +23,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-
-LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
 
 BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Ends of names of what older checkpoints hold though it follows from the config."""
@@ -73,6 +73,8 @@ class Tensors:
         another one, as transformers has it."""
         own = f"{name}.weight"
         if own in self:
+            import torch
+
             head = self[own]
             return Dense(embed if tied and not head.is_meta and torch.equal(head, embed) else head)
         if tied:
@@ -91,39 +93,37 @@ class Tensors:
         return Norm("layer", self[f"{name}.weight"], self[f"{name}.bias"], eps)
 
 
-def rope(
-    config: Any, rotary: Callable[[Any], Callable[..., tuple[Tensor, Tensor]]], spec: Spec, *layer_type: str
-) -> Rope:
-    """The table of a transformers rotary module, so that every kind of rope scaling is transformers' own.
+def rope(config: Config, spec: Spec, layer_type: str = "default") -> Rope:
+    """The table of the layers of one type, bit by bit that of transformers' rotary module.
 
-    rotary: makes the module of a config. Raises ModelError for parameters that it cannot read, and for a kind
-    whose angles change with the length of the text: cached keys, and rows of other lengths, would have been turned
-    by other angles.
+    Raises ModelError for parameters that transformers cannot read, and for a kind whose angles change with the
+    length of the text: cached keys, and rows of other lengths, would have been turned by other angles.
     """
-    parameters = config.rope_parameters[layer_type[0]] if layer_type else config.rope_parameters
-    if (kind := parameters["rope_type"]) in LENGTH_DEPENDENT_ROPES:
-        raise ModelError(f"config.json: rope_type {kind!r} depends on the text's length and is not supported")
-    try:
-        with torch.device("cpu"):
-            table = rotary(config)
-            last = table(torch.zeros(1), torch.tensor([[spec.max_positions - 1]]), *layer_type)
-        if not all(part.isfinite().all() for part in last):
-            raise ValueError("its angles are not finite")
-        cos, sin = table(torch.zeros(1), torch.arange(spec.max_positions)[None], *layer_type)
-    except Exception as error:  # whatever the arithmetic makes of a value that is missing or of another type
+    import torch
+
+    missing = f"rope_parameters say nothing of {layer_type}"
+    own = config.ropes.get(layer_type) or config.ropes.get("default") or missing
+    if isinstance(own, str):
+        raise ModelError(f"config.json: {own}")
+    with torch.device("cpu"):
+        each = torch.arange(spec.max_positions)[:, None].float() * torch.tensor(own["inverse"])
+    angles = torch.cat((each, each), dim=-1)
+    cos, sin = angles.cos() * own["scaling"], angles.sin() * own["scaling"]
+    if not (cos[-1].isfinite().all() and sin[-1].isfinite().all()):
         raise ModelError(
-            f"config.json: transformers makes no rope of {shown(parameters)} ({type(error).__name__}: {error})"
-        ) from error
+            f"config.json: transformers makes no rope of {shown(config.rope_parameters)}: its angles are not finite"
+        )
+    parameters = config.rope_parameters.get(layer_type, config.rope_parameters)
     turned = int(spec.head_dim * (parameters.get("partial_rotary_factor") or 1.0))
     if cos.shape[-1] != turned:
         raise ModelError(
             f"config.json: partial_rotary_factor asks for {turned} turned dimensions of a head, and transformers "
             f"turns {cos.shape[-1]} in a {config.model_type}; it is not supported"
         )
-    return Rope(cos[0], sin[0])
+    return Rope(cos, sin)
 
 
-def max_positions(config: Any) -> int:
+def max_positions(config: Config) -> int:
     """How long a text may be: max_position_embeddings, or what YaRN extends its own original length to."""
     longest = int(config.max_position_embeddings)
     rope_parameters = getattr(config, "rope_parameters", None) or {}
@@ -141,7 +141,7 @@ def max_positions(config: Any) -> int:
     return max(longest, int(original * factor))
 
 
-def windows(config: Any) -> list[int | None]:
+def windows(config: Config) -> list[int | None]:
     """What each layer sees by layer_types: the last sliding_window positions, or None for all."""
     kinds = config.layer_types
     if len(kinds) != config.num_hidden_layers or not set(kinds) <= {FULL, SLIDING}:
@@ -154,7 +154,7 @@ def windows(config: Any) -> list[int | None]:
     return [config.sliding_window if kind == SLIDING else None for kind in kinds]
 
 
-def refuse_set(config: Any, *keys: str) -> None:
+def refuse_set(config: Config, *keys: str) -> None:
     """Raises ModelError where a key is set that this family does not honour."""
     for key in keys:
         if value := getattr(config, key, None):
@@ -172,7 +172,7 @@ def activation(name: str) -> Activation:
     return ACTIVATIONS[name]
 
 
-def head_dim(config: Any) -> int:
+def head_dim(config: Config) -> int:
     """Raises ModelError when there are more heads than dimensions."""
     dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     if dim < 1:

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_int64
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,6 +41,10 @@ class CpuBackend(TorchBackend):
         self.library = library
         panels = Panels(library.panel_columns(), library.panel_depth())
         self.layout = Layout(library.page_positions(), panels)
+
+    @property
+    def machine(self) -> str:
+        return f"{super().machine}, kernels {Path(self.library._name).parent.name}"
 
     def stack(self, layers: Sequence[Layer], stored_at: int = 0) -> Stack:
         """Their weights are kept in twelve bits too, if the memory is little: a few rows take as long as reading

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-EXPONENTS = 16
-"""Of a panel, that have a number."""
-NONE = 255
-"""In place of a number."""
+from rayskip.model.backends.cpu.library import Compression, Library, threads
+
+TABLE = 32
+"""Entries of a panel's table: sixteen exponents, twice."""
 
 
 class CompressedWeights(NamedTuple):
@@ -29,30 +30,22 @@ class CompressedWeights(NamedTuple):
     whole: Tensor
 
 
-def compress(panels: Tensor, depth: int) -> CompressedWeights:
-    """panels [P, L, 2, H] bfloat16: L lines of `depth` inputs each, in two halves."""
-    count, lines = panels.shape[:2]
-    raw = panels.view(torch.int16)
-    exponents = raw.bitwise_right_shift(7).bitwise_and(255).to(torch.uint8).flatten(1)
-    seen = torch.stack([torch.bincount(own, minlength=256) for own in exponents])
-    known = seen.topk(EXPONENTS, dim=1).indices
-    numbers = torch.full((count, 256), NONE, dtype=torch.uint8)
-    numbers.scatter_(1, known, torch.arange(EXPONENTS, dtype=torch.uint8).expand(count, -1))
-    number = torch.stack([table[own.int()] for table, own in zip(numbers, exponents, strict=True)]).view(
-        panels.shape
-    )
-    panel, line = (number == NONE).flatten(2).any(dim=2).nonzero(as_tuple=True)
-    each = torch.bincount(panel, minlength=count)
+def compress(panels: Tensor, library: Library) -> CompressedWeights:
+    """panels [P, L, 2, H] bfloat16: L lines, in two halves."""
+    count, lines, _, half = panels.shape
+    each = torch.empty(count, dtype=torch.long)
+    tables = torch.empty(count, TABLE, dtype=torch.int16)
+    task = Compression(panels.data_ptr(), count, lines, tables.data_ptr(), each.data_ptr())
+    if library.exponent_tables(ctypes.byref(task), threads()):
+        raise MemoryError("no memory to compress weights")
     odd_from = torch.cumsum(each, 0) - each + torch.arange(count)
-    odd = torch.full((len(panel) + count,), lines * depth)
-    odd[torch.arange(len(panel)) + panel] = line * depth
-    lows = raw.bitwise_right_shift(8).bitwise_and(128) | raw.bitwise_and(127)
-    highs = number[:, :, 0].bitwise_and(15) | number[:, :, 1].bitwise_and(15) * 16
-    return CompressedWeights(
-        lows.to(torch.uint8),
-        highs,
-        (known.repeat(1, 2) * 128).to(torch.int16),
-        odd,
-        odd_from,
-        raw[panel, line],
-    )
+    lows = torch.empty(count, lines, 2, half, dtype=torch.uint8)
+    highs = torch.empty(count, lines, half, dtype=torch.uint8)
+    odd = torch.empty(int(each.sum()) + count, dtype=torch.long)
+    whole = torch.empty(len(odd) - count, 2, half, dtype=torch.int16)
+    task.odd_from = odd_from.data_ptr()
+    task.lows, task.highs = lows.data_ptr(), highs.data_ptr()
+    task.odd, task.whole = odd.data_ptr(), whole.data_ptr()
+    if library.compress(ctypes.byref(task), threads()):
+        raise MemoryError("no memory to compress weights")
+    return CompressedWeights(lows, highs, tables, odd, odd_from, whole)

@@ -16,7 +16,6 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 
 from rayskip.errors import ModelError
-from rayskip.model.embedded import cache_root, publish
+from rayskip.user_cache import cache_root, is_own, publish
 
 SOURCES = sorted((Path(__file__).parent / "kernels").glob("*.[ch]"))
 """Headers and the one file to compile."""
@@ -104,6 +103,17 @@ class Product(ctypes.Structure):
         ("out", c_int64),
         ("in", c_int64),
         *((name, c_void_p) for name in ("lows", "highs", "tables", "odd", "odd_from", "whole")),
+    )
+
+
+class Compression(ctypes.Structure):
+    """Weights to be compressed: as in compression.h."""
+
+    _fields_ = (
+        ("panels", c_void_p),
+        ("count", c_int64),
+        ("lines", c_int64),
+        *((name, c_void_p) for name in ("tables", "odd_from", "lows", "highs", "odd", "whole")),
     )
 
 
@@ -216,6 +226,8 @@ def loaded(dtype: torch.dtype) -> tuple[Library | None, str | None]:
         library.int8_product.argtypes = [pointer] * 3 + [number] * 2
         library.bounded_argmax.argtypes = [pointer] * 3 + [number] * 2 + [pointer] * 2
         library.product_argmax.argtypes = [pointer] * 2 + [number] * 2 + [pointer] * 2
+        if library.compressed_rows():
+            library.exponent_tables.argtypes = library.compress.argtypes = [pointer, number]
         library.run_layers.argtypes = library.draft.argtypes = [pointer]
     return library, slower
 
@@ -228,6 +240,7 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     NativeLayer,
     LayersTask,
     DraftTask,
+    Compression,
 )
 """In the order of `rayskip_sizes`, which ends with the second where there are no products."""
 
@@ -276,8 +289,7 @@ def _is_whole(target: Path) -> bool:
     """Whether a folder holds what was compiled into it. Raises ModelError where others may have written there."""
     try:
         for path in (target, target / LIBRARY):
-            facts = path.lstat()
-            if facts.st_uid != os.getuid() or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            if not is_own(path):
                 raise ModelError(
                     f"{path} may have been written by another user and is not loaded; "
                     f"set RAYSKIP_CACHE to a folder of your own"

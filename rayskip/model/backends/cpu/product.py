@@ -38,7 +38,7 @@ class CpuLinear(Linear):
         if self._compressed is None and self.library.compressed_rows():
             columns, depth = self.library.panel_columns(), self.library.panel_depth()
             lines = self._panels.view(-1, self.in_features // depth, 2, columns * depth // 2)
-            self._compressed = compress(lines, depth)
+            self._compressed = compress(lines, self.library)
             for name, part in self._compressed._asdict().items():
                 setattr(self.struct, name, part.data_ptr())
 

@@ -4,7 +4,7 @@
  * it.
  *
  * Nearly all weights of a panel have one of sixteen exponents, whose number takes four bits; sign and mantissa take eight.
- * That exponents hold few bits is DFloat11's observation (arXiv 2504.11651). packing.py compresses. */
+ * That exponents hold few bits is DFloat11's observation (arXiv 2504.11651). compression.h compresses. */
 #ifndef COMPRESSED_H
 #define COMPRESSED_H
 

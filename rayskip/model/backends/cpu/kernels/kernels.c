@@ -164,6 +164,7 @@ int64_t rayskip_page_positions(void) { return PAGE; }
 int rayskip_has_products(void) { return 0; }
 #else
 #include "bounded_argmax.h"
+#include "compression.h"
 
 int rayskip_has_products(void) { return 1; }
 
@@ -434,6 +435,7 @@ int rayskip_run_layers(LayersTask *task) {
 /* Sizes of the structures that library.py declares too, in its order. */
 const int64_t rayskip_sizes[] = {sizeof(Shape),  sizeof(Step),
 #ifdef PRODUCTS
-                                 sizeof(Product), sizeof(Int8Weights), sizeof(Layer), sizeof(LayersTask), sizeof(DraftTask)
+                                 sizeof(Product), sizeof(Int8Weights), sizeof(Layer), sizeof(LayersTask), sizeof(DraftTask),
+                                 sizeof(Compression)
 #endif
 };
