@@ -10,7 +10,7 @@ import pytest
 
 from rayskip.config.file import load_config
 from rayskip.driver.plan import make_plan
-from rayskip.preview import format_preview, preview
+from rayskip.dry_run import dry_run, format_dry_run
 
 RENDERED = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
 
@@ -29,7 +29,7 @@ def rows(path: Path, *found: dict[str, Any]) -> None:
 
 
 def said(job: Path, *overrides: str) -> str:
-    return format_preview(preview(load_config(job, overrides)))
+    return format_dry_run(dry_run(load_config(job, overrides)))
 
 
 def warnings(job: Path, *overrides: str) -> tuple[str, ...]:

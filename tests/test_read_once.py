@@ -157,8 +157,8 @@ def test_other_files_make_another_tokenizer(smollm2: Path, tmp_path: Path) -> No
 PLAN = """
 import sys
 from rayskip.config.file import load_config
-from rayskip.preview import preview
-preview(load_config(sys.argv[1], ["output.path=" + sys.argv[2]]))
+from rayskip.dry_run import dry_run
+dry_run(load_config(sys.argv[1], ["output.path=" + sys.argv[2]]))
 print([name for name in ("torch", "transformers", "ray", "datasets") if name in sys.modules])
 """
 
