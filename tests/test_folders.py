@@ -89,6 +89,19 @@ def test_a_folder_of_an_earlier_version_is_resumed_with_its_tokens(old: Path) ->
     assert _rows(old / "unfinished") == _rows(old / "finished")
 
 
+def test_input_that_was_copied_anew_is_the_same_and_changed_input_is_not(old: Path) -> None:
+    here, rows = "output.path=here", old / "rows.jsonl"
+    _run("job.yaml", here)
+    os.utime(rows, ns=(0, 0))
+    assert _run("job.yaml", here).rows == 12
+    with pytest.raises(OutputError, match=r"different: input\.split"):  # it only knows the time of change
+        _run("job.yaml")
+    rows.write_text(rows.read_text().replace("[", "[ ", 1)[:-1])
+    os.utime(rows, ns=(0, 0))
+    with pytest.raises(OutputError, match="different: input files"):
+        _run("job.yaml", here)
+
+
 def test_the_quality_audits_of_an_earlier_version_count(old: Path) -> None:
     """It called them receipts: in the config, in commit records and in the report."""
     fallback = {"quality.below_floor": "full_depth", "quality.min_audits": 7, "quality.floor": 0.25}

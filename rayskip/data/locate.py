@@ -112,7 +112,15 @@ def stamp(url: str) -> str | None:
     return _stamp(info) if info.type == fs.FileType.File else None
 
 
-def open_input(url: str) -> io.RawIOBase:
+def etag(url: str) -> str | None:
+    """What S3 makes of an object's bytes; None for a file of another store. Raises as `open_input` does."""
+    if not url.startswith("s3://"):
+        return None
+    with open_input(url) as source:
+        return source.etag
+
+
+def open_input(url: str) -> _Input:
     """A file to read. Raises FileNotFoundError or NotADirectoryError, and StorageBusy for every other fault of the
     store, now or at a later read: an OSError that a decoder raises over it is about what the file holds.
     """
@@ -130,6 +138,11 @@ class _Input(io.RawIOBase):
         super().__init__()
         self._url = url
         self._source = source
+
+    @property
+    def etag(self) -> str | None:
+        tag = self._source.metadata().get("ETag")
+        return tag.decode() if tag else None
 
     def readable(self) -> bool:
         return True

@@ -18,6 +18,7 @@ import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError
 
 from rayskip.config import InputConfig
+from rayskip.data.fingerprint import fingerprint
 from rayskip.data.formats import FORMATS, SUFFIXES, UNREADABLE, Scan
 from rayskip.data.locate import GLOB, Located, locate, locate_file, read_if_there, stamp
 from rayskip.data.records import BROKEN_ROW, Shard
@@ -41,13 +42,14 @@ _MOST_STATE = 1 << 26
 
 @dataclass(frozen=True)
 class InputFile:
-    """name: the file's part of the row identity. fingerprint: changes when the content does (see `stamp`).
-    marks: what its format needs to find rows again."""
+    """name: the file's part of the row identity. fingerprint: of its content. stamp: its size and time of change,
+    by which a change while a job runs is noticed. marks: what its format needs to find rows again."""
 
     url: str
     name: str
     rows: int
     fingerprint: str
+    stamp: str
     marks: tuple[int, ...] = ()
 
 
@@ -89,10 +91,10 @@ def discover(config: InputConfig) -> Source:
     kind, located = _locate(config)
     with ThreadPoolExecutor(_SCANS) as pool:
         scans = list(pool.map(lambda file: _scan(kind, file.url), located))
-    schema = _schema(kind, scans, config)
+    schema = _schema(kind, [scan for scan, _ in scans], config)
     files = [
-        InputFile(file.url, file.name, scan.rows, file.stamp, scan.marks)
-        for file, scan in zip(located, scans, strict=True)
+        InputFile(file.url, file.name, scan.rows, content, file.stamp, scan.marks)
+        for file, (scan, content) in zip(located, scans, strict=True)
     ]
     if not any(file.rows for file in files):
         raise InputError(f"input.path: {config.path} has no rows")
@@ -144,15 +146,16 @@ def every_row(
             yield shard, index, row
 
 
-def _scan(kind: str, url: str) -> Scan:
+def _scan(kind: str, url: str) -> tuple[Scan, str]:
+    """What is in a file, and the fingerprint of its content."""
     try:
-        return FORMATS[kind].scan(url)
+        return FORMATS[kind].scan(url), fingerprint(url, whole=not FORMATS[kind].indexed)
     except (StorageBusy, FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{url}: cannot be read ({first_line(error)})") from error
 
 
 def _refuse_changed(file: InputFile) -> None:
-    if stamp(file.url) != file.fingerprint:
+    if stamp(file.url) != file.stamp:
         raise InputError(f"{file.url}: changed since the job was planned")
 
 

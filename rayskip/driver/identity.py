@@ -45,6 +45,11 @@ def contents(job: JobConfig, source: Source, model: Path) -> dict[str, str]:
     }
 
 
+def stamps(source: Source) -> str:
+    """A hash of the input files' sizes and times of change, as earlier versions had it for "input files"."""
+    return digest([(file.name, file.rows, file.stamp) for file in source.files])
+
+
 def said(config: dict[str, Any], under: str = "") -> Values:
     """What a config's nested sections say, by dotted key."""
     values: Values = {}
@@ -68,7 +73,8 @@ def differences(there: JobRecord, here: JobRecord) -> list[str]:
     """What decides the output and is not the same in both, with both values; empty where they are one job.
 
     there: a folder's, perhaps by another version: a key that it lacks has come since and counts as its default, one
-    that only it has differs unless it is null. A date that was not given here is taken from there.
+    that only it has differs unless it is null. Its input files may be known by their stamps. A date that was not
+    given here is taken from there.
     """
     try:
         known = JobConfig.model_validate(there.config, extra="ignore").model_dump(mode="json")
@@ -79,7 +85,7 @@ def differences(there: JobRecord, here: JobRecord) -> list[str]:
     old, new = said(known), said(here.config)
     found = []
     for part, keys in _NAMING.items():
-        if there.parts.get(part) != here.parts.get(part):
+        if there.parts.get(part) not in (here.parts.get(part), here.stamps):
             found += _unequal(old, new, keys) or [part]
     old, new = deciding(said(there.config) | old), deciding(new)
     found += _unequal(old, new, sorted(old.keys() | new.keys()))

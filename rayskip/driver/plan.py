@@ -16,7 +16,7 @@ from rayskip.data.prompts import check_input, prompt_source
 from rayskip.data.records import Shard
 from rayskip.data.sources import Source, discover, plan_shards
 from rayskip.data.tokenizer import tells_date
-from rayskip.driver.identity import contents, deciding, digest, said
+from rayskip.driver.identity import contents, deciding, digest, said, stamps
 from rayskip.driver.records import JobRecord, signature
 from rayskip.model.checkpoint import check, read_layer_count, resolve
 from rayskip.skip import skip_policy
@@ -64,6 +64,7 @@ def make_plan(job: JobConfig) -> Plan:
         name=job.name,
         fingerprint=digest([parts, deciding(said(config)), str(day)]),
         parts=parts,
+        stamps=stamps(source),
         date=day,
         shards=len(shards),
         rows=sum(shard.rows for shard in shards),

@@ -77,7 +77,8 @@ class JobRecord(Signed):
     """What the job is: whether another run's is the same, `identity.differences` tells.
 
     fingerprint: hash of what decided the output when the job began; ties its commit records to it.
-    parts: hash of each content, files and weights. config: the job's config as given, every key of it.
+    parts: hash of each content, files and weights. stamps: hash of the input files' sizes and times of change, by
+    which earlier versions knew them; not written. config: the job's config as given, every key of it.
     date: that chat templates tell as today's; None where none asks for it. rows: input rows.
     nonce: new whenever a job begins in the folder; "" before it does, and in folders of earlier versions.
     """
@@ -86,6 +87,7 @@ class JobRecord(Signed):
     name: str
     fingerprint: str
     parts: dict[str, str]
+    stamps: str = Field("", exclude=True)
     shards: int
     rows: int
     config: dict[str, Any]

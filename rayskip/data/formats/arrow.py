@@ -95,4 +95,4 @@ def _to_its_end(stream: pa.RecordBatchReader, source: pa.NativeFile) -> Iterator
         raise pa.ArrowInvalid("the file goes on after the stream's end")
 
 
-FORMAT = Format(scan, read)
+FORMAT = Format(scan, read, indexed=True)

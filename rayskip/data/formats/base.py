@@ -58,12 +58,14 @@ class Format:
 
     read(url, marks, start, stop, schema): rows [start, stop) under the job's schema, with the column
     BROKEN_ROW saying why a row could not be read. Raises UNREADABLE when the file changed or is damaged.
-    unify(schemas): the job's schema from its files'.
+    unify(schemas): the job's schema from its files'. indexed: the file has an index of its rows, so that planning
+    does not read it whole.
     """
 
     scan: Callable[[str], Scan]
     read: Callable[[str, tuple[int, ...], int, int, pa.Schema], pa.Table]
     unify: Callable[[Sequence[pa.Schema]], pa.Schema] = unify
+    indexed: bool = False
 
 
 def rows_between(batches: Iterable[pa.RecordBatch], start: int, stop: int, schema: pa.Schema) -> pa.Table:

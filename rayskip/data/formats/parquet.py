@@ -61,4 +61,4 @@ def _group_rows(footer: pq.FileMetaData) -> list[int]:
     return [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
 
 
-FORMAT = Format(scan, read)
+FORMAT = Format(scan, read, indexed=True)
