@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rayskip.config import JobConfig
+from rayskip.data.folder import open_folder
 from rayskip.data.prompts import PromptBuilder, prompt_columns
 from rayskip.data.records import Prompt, Shard
 from rayskip.data.sources import read_shard
-from rayskip.data.storage import open_storage
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.data.values import python_rows
 from rayskip.driver.commit import adopt, load_commits, lost_files, sizes
@@ -88,7 +88,7 @@ def preview(job: JobConfig) -> Preview:
 
 def _committed(job: JobConfig, plan: Plan) -> tuple[Plan, int, OutputError | None]:
     """The plan as the output folder has it, and shards that are committed there or why it is refused."""
-    storage = open_storage(job.output.path)
+    storage = open_folder(job.output.path)
     try:
         plan = replace(plan, record=adopt(storage, plan.record))
         commits = load_commits(storage, plan.record.fingerprint, plan.shards)

@@ -185,35 +185,36 @@ def test_fresh_deletes_the_job_and_nothing_else(storage: LocalStorage) -> None:
         old.check()
 
 
-@pytest.mark.parametrize("key", ["manifest.json", "report.json", "_commits/shard-00000.json"])
+@pytest.mark.parametrize("key", ["manifest.json", "report.json", "commits/shard-00000.json"])
 @pytest.mark.parametrize("content", [b'{"mine": 1}', b"[1]", b"no json", b'{"fingerprint": "f9"}'])
 def test_a_strangers_files_are_refused_and_stay(storage: LocalStorage, key: str, content: bytes) -> None:
     """Fresh or not, and also beside a job.json of ours when they cannot be a job's."""
+    key = f".rayskip/{key}"
     storage.put(key, content)
-    for fresh in [True] if key.startswith("_commits") else [False, True]:
+    for fresh in [True] if key.startswith(".rayskip/commits") else [False, True]:
         with pytest.raises(OutputError, match=r"output\.path") as refused:
             open_job(storage, job(), fresh)
-        assert key.split("/")[0] in str(refused.value)
+        assert key.rsplit("/", 1)[0] in str(refused.value)
     assert storage.list("") == {key: len(content)}
-    if not key.startswith("_commits") and b"fingerprint" not in content:
-        storage.put("job.json", job().to_bytes())
+    if not key.startswith(".rayskip/commits") and b"fingerprint" not in content:
+        storage.put(".rayskip/job.json", job().to_bytes())
         with pytest.raises(OutputError, match="move it away"):
             open_job(storage, job(), fresh=True)
 
 
 def test_a_strangers_job_json_is_refused_and_stays(storage: LocalStorage) -> None:
-    storage.put("job.json", b'{"cron": "0 0 * * *"}')
+    storage.put(".rayskip/job.json", b'{"cron": "0 0 * * *"}')
     for fresh in (False, True):
         with pytest.raises(OutputError, match=r"job\.json is damaged"):
             open_job(storage, job(), fresh)
-    assert storage.list("") == {"job.json": 21}
+    assert storage.list("") == {".rayskip/job.json": 21}
 
 
 def test_a_job_whose_job_json_is_deleted_goes_on(storage: LocalStorage) -> None:
     """The way on that is left when it is damaged: everything else still says whose it is."""
     lease = open_job(storage, job(), fresh=False)
     done = commit(storage, lease, "f1", SHARDS[0], attempt(storage, 0))
-    storage.delete(["job.json"])
+    storage.delete([".rayskip/job.json"])
     again = open_job(storage, job(), fresh=False)
     assert again.nonce != lease.nonce
     assert load_commits(storage, "f1", SHARDS) == {0: done}
@@ -222,8 +223,8 @@ def test_a_job_whose_job_json_is_deleted_goes_on(storage: LocalStorage) -> None:
 
 
 def test_a_folder_of_an_earlier_version_has_no_nonce_and_goes_on(storage: LocalStorage) -> None:
-    storage.create("job.json", job("fe" * 32).to_bytes().replace(b',\n  "nonce": ""', b""))
-    assert b"nonce" not in (storage.get("job.json") or b"")
+    storage.create(".rayskip/job.json", job("fe" * 32).to_bytes().replace(b',\n  "nonce": ""', b""))
+    assert b"nonce" not in (storage.get(".rayskip/job.json") or b"")
     assert open_job(storage, job("fe" * 32), fresh=False).nonce == "fe" * 16
 
 
@@ -236,10 +237,10 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(storage: LocalStorage) -> 
 
     lease = open_job(storage, job(), fresh=False)
     commit(storage, lease, "f1", SHARDS[0], attempt(storage, 0))
-    storage.put("_commits/shard-00001.json", b"{")
+    storage.put(".rayskip/commits/shard-00001.json", b"{")
     commits, damaged = scan_commits(storage)
     assert [record.shard for record in commits] == [0]
-    assert list(damaged) == ["_commits/shard-00001.json"]
+    assert list(damaged) == [".rayskip/commits/shard-00001.json"]
     with pytest.raises(OutputError, match="Permission denied"):
         scan_commits(Refuses(storage.url))
 
@@ -247,12 +248,12 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(storage: LocalStorage) -> 
 def test_damage_is_refused_by_name(storage: LocalStorage) -> None:
     lease = open_job(storage, job(), fresh=False)
     done = commit(storage, lease, "f1", SHARDS[0], attempt(storage, 0))
-    with pytest.raises(OutputError, match=r"_commits/shard-00000\.json is not of this job"):
+    with pytest.raises(OutputError, match=r".rayskip/commits/shard-00000\.json is not of this job"):
         load_commits(storage, "f1", SHARDS[1:])
     storage.put(done.file, b"cut")
     with pytest.raises(OutputError, match=f"{done.file} has 3 bytes, 12 were committed; .*--repair"):
         finish(storage, fold("j", "f1", "jsonl", {"kind": "none"}, [done]))
     escape = done.to_bytes().replace(done.file.encode(), b"../../etc/passwd")
-    storage.put("_commits/shard-00000.json", escape)
-    with pytest.raises(OutputError, match=r"_commits/shard-00000\.json is damaged: file"):
+    storage.put(".rayskip/commits/shard-00000.json", escape)
+    with pytest.raises(OutputError, match=r".rayskip/commits/shard-00000\.json is damaged: file"):
         load_commits(storage, "f1", SHARDS)

@@ -14,14 +14,20 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import datasets
+import duckdb
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.dataset as ds
 import pytest
 from transformers import AutoTokenizer
 
 from rayskip.cluster.local_pool import LocalPool
 from rayskip.cluster.replica import Replica
-from rayskip.config import JobConfig
+from rayskip.config import InputConfig, JobConfig
 from rayskip.config.file import load_config
-from rayskip.data.sources import Source
+from rayskip.data.sources import Source, discover
 from rayskip.driver.loop import run_job
 from rayskip.driver.progress import Progress
 from rayskip.driver.records import VERSION, CommitRecord
@@ -54,7 +60,8 @@ def _run(config: str, *overrides: str, **options: Any) -> Report:
 
 
 def _rows(out: Path) -> list[dict[str, Any]]:
-    manifest = json.loads((out / "manifest.json").read_text())
+    records = out / ".rayskip" if (out / ".rayskip").exists() else out
+    manifest = json.loads((records / "manifest.json").read_text())
     files = [(out / file["path"]).read_text() for file in manifest["files"]]
     return [json.loads(line) for text in files for line in text.splitlines()]
 
@@ -100,6 +107,42 @@ def test_input_that_was_copied_anew_is_the_same_and_changed_input_is_not(old: Pa
     os.utime(rows, ns=(0, 0))
     with pytest.raises(OutputError, match="different: input files"):
         _run("job.yaml", here)
+
+
+def test_a_finished_folder_reads_as_a_dataset(old: Path, tmp_path: Path) -> None:
+    """By common readers, given the folder itself where they take folders, and by the next job."""
+    out = str(old / "here")
+    _run("job.yaml", f"output.path={out}", "output.format=parquet")
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+    loaded = datasets.load_dataset(out)
+    tables = {
+        "pandas": pa.Table.from_pandas(pd.read_parquet(out)),
+        "pyarrow": ds.dataset(out).to_table(),
+        "datasets": loaded["train"].data.table,
+        "datasets by format": datasets.load_dataset("parquet", data_dir=out)["train"].data.table,
+        "polars": pl.read_parquet(f"{out}/**/*.parquet").to_arrow(),
+        "polars scan": pl.scan_parquet(f"{out}/data/").collect().to_arrow(),
+        "duckdb": duckdb.sql(f"from '{out}/**/*.parquet'").to_arrow_table(),
+        "duckdb folder": duckdb.sql(f"from read_parquet('{out}')").to_arrow_table(),
+    }
+    names = ["row_index", "sample_index", "token_ids", "finish_reason"]
+    rows = [{name: row[name] for name in names} for row in _rows(old / "finished")]
+    for reader, table in tables.items():
+        found = sorted(
+            table.select(names).to_pylist(), key=lambda row: (row["row_index"], row["sample_index"])
+        )
+        assert found == rows, reader
+    files = discover(InputConfig(path=out)).files
+    assert [file.rows for file in files] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "openai"])
+def test_a_finished_folder_of_json_lines_reads_as_a_dataset(old: Path, tmp_path: Path, format: str) -> None:
+    out = str(old / "here")
+    _run("job.yaml", f"output.path={out}", f"output.format={format}")
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+    assert set(datasets.load_dataset(out)["train"]["row_index"]) == set(range(12))
+    assert ds.dataset(out, format="json").count_rows() == 12
 
 
 def test_the_quality_audits_of_an_earlier_version_count(old: Path) -> None:
@@ -209,7 +252,7 @@ class _Killed(Exception):
 
 def _until_a_commit(out: Path) -> Callable[[Progress], None]:
     def look(progress: Progress) -> None:
-        if list(out.glob("_commits/*")):
+        if list(out.glob(".rayskip/commits/*")):
             raise _Killed
 
     return look

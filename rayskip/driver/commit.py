@@ -22,15 +22,11 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 import rayskip
-from rayskip.data.attempt import DATA, JOB
+from rayskip.data.folder import COMMITS, DATA, EPOCHS, JOB, MANIFEST, REPORT
 from rayskip.data.records import Shard, ShardResult
 from rayskip.data.storage import Storage, probe
 from rayskip.driver.identity import differences
 from rayskip.driver.records import (
-    COMMITS,
-    EPOCHS,
-    MANIFEST,
-    REPORT,
     VERSION,
     CommitRecord,
     Document,
@@ -49,9 +45,9 @@ D = TypeVar("D", bound=Document)
 _log = logging.getLogger(__name__)
 
 # What we write, and nothing that a person or a system (.DS_Store) puts beside it.
-_OUR_DATA = re.compile(r"data/shard-\d{5,}-[0-9a-f]+\.[a-z]+")
-_OUR_COMMIT = re.compile(r"_commits/shard-\d{5,}\.json")
-_OUR_EPOCH = re.compile(r"_epochs/\d{6,}\.json")
+_OUR_DATA = re.compile(rf"{DATA}/shard-\d{{5,}}-[0-9a-f]{{32}}\.[a-z]+")
+_OUR_COMMIT = re.compile(rf"{re.escape(COMMITS)}/shard-\d{{5,}}\.json")
+_OUR_EPOCH = re.compile(rf"{re.escape(EPOCHS)}/\d{{6,}}\.json")
 
 REPAIR = "`rayskip verify OUT --repair` takes such shards back, and the run command then redoes them alone"
 _WAYS_ON = {
@@ -82,14 +78,15 @@ def read(storage: Storage, key: str, kind: type[D]) -> D | None:
     try:
         head = _Head.model_validate_json(data)
         if head.version > VERSION:
+            theirs, ours = head.rayskip, rayskip.__version__
             raise OutputError(
-                f"{storage.url}/{key} was written by a newer rayskip, {head.rayskip}; this is {rayskip.__version__}"
+                f"{storage.place(key)} was written by a newer rayskip, {theirs}; this is {ours}"
             )
         return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        problem = f"{storage.url}/{key} is damaged: {where} {first['msg']}".rstrip()
+        problem = f"{storage.place(key)} is damaged: {where} {first['msg']}".rstrip()
         raise Damaged(problem + _WAYS_ON.get(key, "")) from error
 
 
@@ -109,7 +106,7 @@ def scan_commits(storage: Storage) -> tuple[list[CommitRecord], dict[str, str]]:
         try:
             found = read(storage, key, CommitRecord)
             if found is not None and commit_key(found.shard) != key:
-                raise Damaged(f"{storage.url}/{key} is damaged: it holds shard {found.shard}")
+                raise Damaged(f"{storage.place(key)} is damaged: it holds shard {found.shard}")
             return found
         except Damaged as error:
             damaged[key] = str(error)
@@ -180,7 +177,7 @@ def open_job(storage: Storage, record: JobRecord, fresh: bool) -> Lease:
     storage.create(JOB, record.model_copy(update={"nonce": uuid.uuid4().hex}).to_bytes())
     there = read(storage, JOB, JobRecord)
     if there is None:
-        raise OutputError(f"{storage.url}/{JOB} is gone: another run starts this job over; this one stops")
+        raise OutputError(f"{storage.place(JOB)} is gone: another run starts this job over; this one stops")
     _same_job(storage, there, record)
     lease.nonce = there.nonce or there.fingerprint[:32]
     return lease
@@ -197,7 +194,7 @@ def refuse_strangers(storage: Storage, fingerprint: str | None = None) -> None:
         ours = found == fingerprint if fingerprint else found and known
         if found is not None and not ours:
             raise OutputError(
-                f"{storage.url}/{key} is not this job's, and a run would replace it; move it away, or choose "
+                f"{storage.place(key)} is not this job's, and a run would replace it; move it away, or choose "
                 f"another output.path"
             )
     if not known and not fingerprint and commit_keys(storage):
@@ -271,9 +268,9 @@ def commit(
         return ours
     existing = read(storage, key, CommitRecord)
     if existing is None or existing.fingerprint != fingerprint:
-        raise OutputError(f"{storage.url}/{key} belongs to another job; --fresh deletes it and starts over")
+        raise OutputError(f"{storage.place(key)} belongs to another job; --fresh deletes it and starts over")
     if existing.file == ours.file and existing.sha256 != ours.sha256:
-        raise OutputError(f"{storage.url}/{key} is of what {ours.file} held before; {REPAIR}")
+        raise OutputError(f"{storage.place(key)} is of what {ours.file} held before; {REPAIR}")
     return existing
 
 
@@ -296,7 +293,7 @@ def load_commits(storage: Storage, fingerprint: str, shards: Iterable[Shard]) ->
         shard = planned.get(index)
         if shard is None or record.fingerprint != fingerprint or _range(record) != _range(shard):
             raise OutputError(
-                f"{storage.url}/{commit_key(index)} is not of this job; --fresh deletes it and starts over"
+                f"{storage.place(commit_key(index))} is not of this job; --fresh deletes it and starts over"
             )
     return commits
 
@@ -304,12 +301,12 @@ def load_commits(storage: Storage, fingerprint: str, shards: Iterable[Shard]) ->
 def finish(storage: Storage, manifest: Manifest) -> None:
     """Make the job visible: check that every data file is there whole, sweep strays, create manifest.json."""
     for path in lost_files(storage, sizes(manifest)):
-        raise OutputError(f"{storage.url}/{path} is gone; the same command runs its shard again")
+        raise OutputError(f"{storage.place(path)} is gone; the same command runs its shard again")
     sweep(storage, manifest)
     if storage.create(MANIFEST, manifest.to_bytes()):
         return
     if read(storage, MANIFEST, Manifest) != manifest:
-        raise OutputError(f"{storage.url}/{MANIFEST} is of another job")
+        raise OutputError(f"{storage.place(MANIFEST)} is of another job")
 
 
 def _range(record: CommitRecord | Shard) -> tuple[str, int, int]:
@@ -338,7 +335,7 @@ def lost_files(storage: Storage, committed: Mapping[str, int]) -> set[str]:
     for path, size in committed.items():
         if there.get(path, size) != size:
             raise OutputError(
-                f"{storage.url}/{path} has {there[path]:,} bytes, {size:,} were committed; {REPAIR}"
+                f"{storage.place(path)} has {there[path]:,} bytes, {size:,} were committed; {REPAIR}"
             )
     return committed.keys() - there.keys()
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 
 from rayskip.config import JobConfig
 from rayskip.data.attempt import data_key
+from rayskip.data.folder import MANIFEST, REPORT, open_folder
 from rayskip.data.output import SUFFIXES
 from rayskip.data.sources import Source
-from rayskip.data.storage import Storage, open_storage
+from rayskip.data.storage import Storage
 from rayskip.driver.commit import (
     Lease,
     adopt,
@@ -30,7 +31,7 @@ from rayskip.driver.commit import (
 )
 from rayskip.driver.plan import Plan, make_plan
 from rayskip.driver.progress import Meter, Progress
-from rayskip.driver.records import MANIFEST, REPORT, CommitRecord, Manifest, commit_key, fold, signature
+from rayskip.driver.records import CommitRecord, Manifest, commit_key, fold, signature
 from rayskip.driver.report import Report, merged, total
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
@@ -72,7 +73,7 @@ def run_plan(
     on_progress: OnProgress = _ignore,
 ) -> Report:
     """`run_job` for a plan that is made already."""
-    storage = open_storage(job.output.path)
+    storage = open_folder(job.output.path)
     if not fresh and (report := finished_report(storage, plan)):
         _log.warning("%s is finished already, nothing was done; --fresh starts over", job.output.path)
         return report

@@ -1,15 +1,8 @@
 """The JSON documents of an output folder, and the one fold from commit records to a manifest.
 
-Does not know storage. Layout, relative to OUT:
-
-    job.json                       what the job is; created once
-    _epochs/000001.json            one per driver that ever ran; the highest is the one that may commit
-    data/shard-00042-<hex>.parquet created once per shard, <hex> being the job's nonce; counts once it is committed
-    _commits/shard-00042.json      created once per shard: the first creator wins
-    report.json                    throughput of the run that finished the job
-    manifest.json                  created last; a reader that finds it sees the whole job
-
-Names that start with "_" are skipped by the usual dataset readers.
+Does not know storage; `data/folder.py` has the layout. job.json is created once. The driver of the highest epoch is
+the one that may commit. A shard's data file is created once, named by the job's nonce, and counts once it is
+committed. A commit record is created once: the first creator wins. manifest.json is created last.
 """
 
 from __future__ import annotations
@@ -22,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 import rayskip
+from rayskip.data.folder import COMMITS, EPOCHS
 from rayskip.data.records import Shard, ShardResult
 from rayskip.stats import Stats
 
@@ -29,11 +23,6 @@ VERSION = 1
 """Of the folder's format. It grows only when an older rayskip would misread a folder: a field that is added has a
 default, so that documents without it load, an unknown field is passed over, and a field with a new name is found
 under its old one too (_RENAMED)."""
-
-MANIFEST = "manifest.json"
-REPORT = "report.json"
-COMMITS = "_commits"
-EPOCHS = "_epochs"
 
 _RENAMED = {
     "min_receipts": "min_audits",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rayskip.data.attempt import JOB
-from rayskip.data.storage import Storage, open_storage
+from rayskip.data.folder import JOB, MANIFEST, open_folder
+from rayskip.data.storage import Storage
 from rayskip.driver.commit import data_files, epoch_keys, read, read_commits, sizes
-from rayskip.driver.records import MANIFEST, EpochRecord, JobRecord, Manifest
+from rayskip.driver.records import EpochRecord, JobRecord, Manifest
 from rayskip.driver.report import total
 from rayskip.errors import OutputError
 
@@ -35,7 +35,7 @@ class JobStatus:
 
 def status(out: str) -> JobStatus:
     """The state of the job in folder `out`. Raises OutputError when there is none."""
-    storage = open_storage(out)
+    storage = open_folder(out)
     job = read_job(storage)
     commits = read_commits(storage)
     finished = read(storage, MANIFEST, Manifest) is not None
