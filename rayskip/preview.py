@@ -91,7 +91,7 @@ def _committed(job: JobConfig, plan: Plan) -> tuple[Plan, int, OutputError | Non
     storage = open_folder(job.output.path)
     try:
         plan = replace(plan, record=adopt(storage, plan.record))
-        commits = load_commits(storage, plan.record.fingerprint, plan.shards)
+        commits = load_commits(storage, plan.record.fingerprint, plan.shards, plan.record.since)
         return plan, len(commits) - len(lost_files(storage, sizes(commits.values()))), None
     except OutputError as error:
         return plan, 0, error

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -136,13 +140,43 @@ def test_a_finished_folder_reads_as_a_dataset(old: Path, tmp_path: Path) -> None
     assert [file.rows for file in files] == [4, 4, 4]
 
 
-@pytest.mark.parametrize("format", ["jsonl", "openai"])
-def test_a_finished_folder_of_json_lines_reads_as_a_dataset(old: Path, tmp_path: Path, format: str) -> None:
+def test_a_finished_folder_of_json_lines_reads_as_a_dataset(old: Path, tmp_path: Path) -> None:
     out = str(old / "here")
-    _run("job.yaml", f"output.path={out}", f"output.format={format}")
+    _run("job.yaml", f"output.path={out}")
     datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
-    assert set(datasets.load_dataset(out)["train"]["row_index"]) == set(range(12))
+    assert sorted(datasets.load_dataset(out)["train"]["row_index"]) == sorted([*range(6)] * 2)
     assert ds.dataset(out, format="json").count_rows() == 12
+
+
+def _run_on_a_terminal(answer: str, *options: str) -> tuple[int, str]:
+    """`rayskip run job.yaml` with a terminal as its standard streams: its exit code, and what it showed."""
+    command = [sys.executable, "-c", "from rayskip.cli import main; main()", "run", "job.yaml", *options]
+    ours, its = pty.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its) as process:
+        os.close(its)
+        shown = b""
+        with suppress(OSError):  # a terminal's way to say that its last writer has gone
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    return process.returncode, shown.decode()
+
+
+def test_fresh_asks_on_a_terminal_before_a_finished_job_is_lost(old: Path) -> None:
+    asked = "holds the finished job 'early': 12 rows in 3 files, 4,457 bytes. --fresh"
+    before = sorted(path.read_bytes() for path in old.glob("finished/**/*.json*"))
+    code, shown = _run_on_a_terminal("n", "--fresh")
+    assert (code, asked in shown) == (2, True)
+    assert "error: finished: nothing was deleted" in shown
+    code, shown = _run_on_a_terminal("y", "--fresh", "--set", "input.path=gone.jsonl")
+    assert (code, asked in shown) == (2, True)
+    assert "gone.jsonl does not exist" in shown.replace("\r\n", "")
+    code, shown = _run_on_a_terminal(
+        "n", "--fresh", "--set", "output.path=unfinished", "--set", "model.path=gone"
+    )
+    assert (code, "holds" in shown) == (2, False)
+    assert sorted(path.read_bytes() for path in old.glob("finished/**/*.json*")) == before
 
 
 def test_the_quality_audits_of_an_earlier_version_count(old: Path) -> None:

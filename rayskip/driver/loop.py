@@ -132,7 +132,9 @@ class JobRun:
         self.began = time.monotonic() - plan.seconds
         self.cpu_began = time.process_time()
         self.first_token: float | None = None
-        self.commits = still_there(storage, load_commits(storage, plan.record.fingerprint, plan.shards))
+        self.commits = still_there(
+            storage, load_commits(storage, plan.record.fingerprint, plan.shards, lease.since)
+        )
         self.whole = total(self.commits.values())
         self.resumed = frozenset(self.commits)
         self.rows_failed = sum(record.rows_failed for record in self.commits.values())
@@ -170,6 +172,7 @@ class JobRun:
         self.storage.put(REPORT, report.to_bytes())
         finish(
             self.storage,
+            self.lease,
             fold(
                 record.name,
                 record.fingerprint,

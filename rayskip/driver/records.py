@@ -70,6 +70,7 @@ class JobRecord(Signed):
     which earlier versions knew them; not written. config: the job's config as given, every key of it.
     date: that chat templates tell as today's; None where none asks for it. rows: input rows.
     nonce: new whenever a job begins in the folder; "" before it does, and in folders of earlier versions.
+    since: the epoch in which it began: commit records of earlier ones are of a job before it that --fresh deleted.
     """
 
     version: int = VERSION
@@ -82,6 +83,7 @@ class JobRecord(Signed):
     config: dict[str, Any]
     date: datetime.date | None = None
     nonce: str = Field("", pattern="^[0-9a-f]*$")
+    since: int = 0
 
     @field_validator("config")
     @classmethod

@@ -37,7 +37,7 @@ def status(out: str) -> JobStatus:
     """The state of the job in folder `out`. Raises OutputError when there is none."""
     storage = open_folder(out)
     job = read_job(storage)
-    commits = read_commits(storage)
+    commits = read_commits(storage, job.since)
     finished = read(storage, MANIFEST, Manifest) is not None
     committed, there = sizes(commits), data_files(storage)
     last = max(epoch_keys(storage), default=None)
@@ -53,6 +53,19 @@ def status(out: str) -> JobStatus:
         driver=read(storage, last, EpochRecord) if last else None,
         lost=sorted(path for path, size in committed.items() if there.get(path) != size),
         strays=sorted(there.keys() - committed.keys()) if finished else [],
+    )
+
+
+def finished_job(out: str) -> str | None:
+    """What `--fresh` would delete of a finished job in folder `out`, in words; None when there is none."""
+    manifest = read(open_folder(out), MANIFEST, Manifest)
+    if manifest is None:
+        return None
+    size = sum(file.bytes for file in manifest.files)
+    written = f", written {manifest.written}" if manifest.written else ""
+    return (
+        f"the finished job {manifest.name!r}: {manifest.rows:,} rows in {len(manifest.files):,} files, "
+        f"{size:,} bytes{written}"
     )
 
 
