@@ -39,7 +39,7 @@ from rayskip.driver.report import Report
 from rayskip.driver.status import status
 from rayskip.driver.verify import verify
 from rayskip.engine import Engine
-from rayskip.errors import OutputError
+from rayskip.errors import InputError, OutputError
 from rayskip.preview import format_preview, preview
 
 FIXTURE = Path(__file__).parent / "fixtures/folders_0.1.0"
@@ -100,6 +100,19 @@ def test_a_folder_of_an_earlier_version_is_resumed_with_its_tokens(old: Path) ->
     assert _rows(old / "unfinished") == _rows(old / "finished")
 
 
+def test_a_folder_of_an_earlier_version_keeps_its_names(old: Path) -> None:
+    names = sorted(path.name for path in (old / "finished").iterdir())
+    assert "_commits" in names
+    next((old / "finished/data").glob("shard-00001-*")).unlink()
+    assert _run("job.yaml").shards_resumed == 2
+    assert _run("job.yaml", fresh=True).shards_resumed == 0
+    assert verify("finished").rows == 12
+    assert sorted(path.name for path in (old / "finished").iterdir()) == names
+    (old / "finished/manifest.json").write_text("{")
+    with pytest.raises(OutputError, match=r"finished/manifest\.json is damaged"):
+        verify("finished")
+
+
 def test_input_that_was_copied_anew_is_the_same_and_changed_input_is_not(old: Path) -> None:
     here, rows = "output.path=here", old / "rows.jsonl"
     _run("job.yaml", here)
@@ -138,6 +151,9 @@ def test_a_finished_folder_reads_as_a_dataset(old: Path, tmp_path: Path) -> None
         assert found == rows, reader
     files = discover(InputConfig(path=out)).files
     assert [file.rows for file in files] == [4, 4, 4]
+    (old / "here/.rayskip/manifest.json").unlink()
+    with pytest.raises(InputError, match=r"here is the output of a job that is not finished"):
+        discover(InputConfig(path=out))
 
 
 def test_a_finished_folder_of_json_lines_reads_as_a_dataset(old: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from pyarrow import fs
 
+from rayskip.data.folder import JOB, MANIFEST
 from rayskip.errors import InputError, StorageBusy, first_line
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def locate(path: str) -> list[Located]:
             return [_located(info, prefix, str(PurePosixPath(inner).parent))]
         if info.type != fs.FileType.Directory:
             raise InputError(f"input.path: {path} is no file and no folder")
+        _refuse_unfinished(store, inner, path)
         root = inner
         found = _list(store, root, path, ["**"])
     if lost := [info.path for info in found if info.type == fs.FileType.NotFound]:
@@ -204,6 +206,18 @@ def _info(store: fs.FileSystem, inner: str, path: str) -> fs.FileInfo:
     if info.type == fs.FileType.NotFound:
         raise InputError(f"input.path: {path} does not exist{_nearest(store, inner)}")
     return info
+
+
+def _refuse_unfinished(store: fs.FileSystem, inner: str, path: str) -> None:
+    """Raises InputError for a job's output folder as long as the job is not finished."""
+    try:
+        job, manifest = store.get_file_info([f"{inner}/{JOB}", f"{inner}/{MANIFEST}"])
+    except OSError as error:
+        raise InputError(f"input.path: {path} cannot be read ({first_line(error)})") from error
+    if job.type == fs.FileType.File and manifest.type == fs.FileType.NotFound:
+        raise InputError(
+            f"input.path: {path} is the output of a job that is not finished; run that job to its end"
+        )
 
 
 def _list(store: fs.FileSystem, root: str, path: str, pattern: list[str]) -> list[fs.FileInfo]:

@@ -148,6 +148,7 @@ class Lease:
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 started=datetime.now(UTC).isoformat(timespec="seconds"),
+                rayskip=rayskip.__version__,
             )
             key = epoch_key(self.epoch)
             # Told "exists" by a retry whose first reply was lost, the nonce says that it is ours.

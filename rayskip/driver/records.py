@@ -93,13 +93,17 @@ class JobRecord(Signed):
 
 
 class EpochRecord(Document):
-    """A driver's claim on the job. Wall-clock time is for people: no decision reads it."""
+    """A driver's claim on the job. Wall-clock time is for people: no decision reads it.
+
+    rayskip: its version; None from before it was told.
+    """
 
     epoch: int
     nonce: str
     host: str
     pid: int
     started: str
+    rayskip: str | None = None
 
 
 class CommitRecord(Signed):
