@@ -332,8 +332,9 @@ def finish(storage: Storage, lease: Lease, manifest: Manifest) -> None:
     for path in lost_files(storage, sizes(manifest)):
         raise OutputError(f"{storage.place(path)} is gone; the same command runs its shard again")
     sweep(storage, manifest)
-    shards = {commit_key(file.shard) for file in manifest.files}
-    storage.delete([key for key in commit_keys(storage) if key not in shards])
+    ours = {commit_key(file.shard) for file in manifest.files}
+    others = {key: read(storage, key, CommitRecord) for key in commit_keys(storage) if key not in ours}
+    storage.delete([key for key, record in others.items() if record and record.epoch < lease.since])
     while not storage.create(MANIFEST, manifest.to_bytes()):
         if read(storage, MANIFEST, Manifest) == manifest:
             return
