@@ -11,6 +11,7 @@ import os
 import platform
 import time
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,11 @@ from rayskip.cluster.engine_thread import EngineThread
 from rayskip.config import JobConfig
 from rayskip.data.agreement import agreement
 from rayskip.data.attempt import write_attempt
+from rayskip.data.folder import open_folder
 from rayskip.data.output import count_rows, encode, errors_by_type, output_table
 from rayskip.data.records import Generation, Prompt, Shard, ShardResult, failed_row
 from rayskip.data.sources import Source, read_shard
-from rayskip.data.storage import open_storage
+from rayskip.data.storage import Storage
 from rayskip.data.token_bytes import token_bytes
 from rayskip.data.values import python_rows
 from rayskip.errors import ConfigError, OutputError, RowError, first_line
@@ -41,7 +43,10 @@ class Replica:
         """Costs nothing; `ready` loads."""
         self._job = job
         self._source = source
-        self._storage = open_storage(job.output.path)
+
+    @cached_property
+    def _storage(self) -> Storage:
+        return open_folder(self._job.output.path)
 
     def ready(self) -> ReplicaInfo:
         """Load the engine and start its thread. Raises ModelError, and ConfigError where the GPU that the job asks
@@ -128,7 +133,7 @@ class Replica:
             rows, rows_failed = count_rows(there, output.format, output.prefix or "", shard)
         except ValueError as error:
             raise OutputError(
-                f"{self._storage.url}/{shard.output}: {error}; delete it and run again"
+                f"{self._storage.place(shard.output)}: {error}; delete it and run again"
             ) from error
         return replace(
             result,
