@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from rayskip.errors import ConfigError, Interrupted, JobFailed, RayskipError, counted
+from rayskip.errors import ConfigError, Interrupted, JobFailed, OutputError, RayskipError, counted
 
 app = typer.Typer(
     name="rayskip",
@@ -79,7 +79,13 @@ def _options(
 def run(
     config: Config,
     overrides: Overrides = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Delete what OUT holds and start over.")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Delete the job that OUT holds and start over. On a terminal, asks if it is finished.",
+        ),
+    ] = False,
 ) -> None:
     """Run a job, or go on where it stopped. Prints the report."""
     from rayskip.driver.signals import heeded
@@ -89,6 +95,8 @@ def run(
     from rayskip.config.file import load_config
 
     job = load_config(config, overrides or ())
+    if fresh and sys.stdin.isatty() and sys.stderr.isatty():
+        _ask_to_delete(job.output.path)
     from rayskip.driver.report import format_report
     from rayskip.job import run as run_job
     from rayskip.view import live_view
@@ -99,6 +107,15 @@ def run(
     _show(f"committed to {job.output.path}")
     if report.failure:
         raise JobFailed(report.failure)
+
+
+def _ask_to_delete(out: str) -> None:
+    """Ask before a finished job is lost. Raises OutputError when the answer is no."""
+    from rayskip.driver.status import finished_job
+
+    job = finished_job(out)
+    if job and not typer.confirm(f"{out} holds {job}. --fresh deletes it. Go on?", err=True):
+        raise OutputError(f"{out}: nothing was deleted")
 
 
 @app.command()

@@ -11,12 +11,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rayskip.config import JobConfig, SamplingParams
-from rayskip.data.attempt import JOB
+from rayskip.data.folder import JOB, open_folder
 from rayskip.data.output import count_error
 from rayskip.data.prompts import PromptBuilder, prepare_templates, prompt_columns
 from rayskip.data.records import Prompt, RowErrors, Shard
 from rayskip.data.sources import read_shard
-from rayskip.data.storage import open_storage, probe_unmade
+from rayskip.data.storage import probe_unmade
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.data.values import python_rows
 from rayskip.driver.commit import load_commits, lost_files, read, sizes
@@ -69,7 +69,7 @@ def dry_run(job: JobConfig) -> DryRun:
     that what is wrong with the rows shows first.
     """
     with suppress(OutputError):  # told last
-        job = as_begun(job, read(open_storage(job.output.path), JOB, JobRecord))
+        job = as_begun(job, read(open_folder(job.output.path), JOB, JobRecord))
     templates = prepare_templates(job.input)  # while the plan is made
     plan = make_plan(job)
     plan, committed, refused = _committed(job, plan)
@@ -109,11 +109,11 @@ def dry_run(job: JobConfig) -> DryRun:
 
 def _committed(job: JobConfig, plan: Plan) -> tuple[Plan, int, OutputError | None]:
     """The plan as the output folder has it, and shards that are committed there or why it is refused."""
-    storage = open_storage(job.output.path)
     try:
+        storage = open_folder(job.output.path)
         plan = adopted(job, plan, storage)
         probe_unmade(storage)
-        commits = load_commits(storage, plan.record.fingerprint, plan.shards)
+        commits = load_commits(storage, plan.record.fingerprint, plan.shards, plan.record.since)
         return plan, len(commits) - len(lost_files(storage, sizes(commits.values()))), None
     except OutputError as error:
         return plan, 0, error

@@ -26,7 +26,7 @@ def run(
 
     job: a config, as the path of a YAML file, as a nested dict or as JobConfig. Relative paths in it start at the
     current directory. overrides: {"sampling.max_tokens": 64}, or as after --set, ["sampling.max_tokens=64"].
-    fresh: delete what the output folder holds and start over.
+    fresh: delete the job that the output folder holds and start over.
     progress: True shows a bar, in a notebook too; a function is called with each snapshot.
 
     A job that is finished already is not run again: its report is returned. Works in a notebook and in any thread;

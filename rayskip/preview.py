@@ -26,7 +26,7 @@ def preview(job: JobConfig, rows: int) -> list[OutputRow]:
         update={"cpus_per_replica": job.cluster.cpus_per_replica or usable_cores()}
     )
     replica = Replica(job.model_copy(update={"engine": engine, "cluster": cluster}), plan.source)
-    replica.ready()
+    replica.load()
     most = min(rows, job.input.max_rows or rows)
     found = []
     for shard in plan_shards(plan.source, most, most):

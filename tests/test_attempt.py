@@ -13,7 +13,8 @@ import pytest
 
 from rayskip.cluster.replica import Replica
 from rayskip.config import JobConfig, ModelConfig
-from rayskip.data.attempt import JOB, data_key, write_attempt
+from rayskip.data.attempt import data_key, write_attempt
+from rayskip.data.folder import JOB
 from rayskip.data.output import SUFFIXES, count_rows, encode, output_table
 from rayskip.data.records import Generation, Shard
 from rayskip.data.storage import LocalStorage

@@ -69,7 +69,7 @@ def _run(folder: Path, out: Path, **sections: Any) -> tuple[Report, list[dict[st
 
     report = run_job(_job(folder, out, **sections), pool)
     assert verify(str(out)).rows == ROWS
-    manifest = Manifest.model_validate_json((out / "manifest.json").read_text())
+    manifest = Manifest.model_validate_json((out / ".rayskip/manifest.json").read_text())
     lines = [line for file in manifest.files for line in (out / file.path).read_text().splitlines()]
     return report, [json.loads(line) for line in lines]
 
@@ -97,7 +97,7 @@ def test_output_is_labelled_and_audits_are_what_two_jobs_show(folder: Path, tmp_
     assert {row["skip_policy"] for row in good} == {"skipdecode(warmup=1, layers=4->2, horizon=6)"}
     depths = [4, 4, 3, 3, 3, 2, 2, 2, 2, 2, 2]
     assert [row["mean_layers"] for row in good] == pytest.approx([sum(depths) / len(depths)] * (ROWS - 1))
-    manifest = json.loads((tmp_path / "skipped/manifest.json").read_text())
+    manifest = json.loads((tmp_path / "skipped/.rayskip/manifest.json").read_text())
     assert manifest["skip"] == SKIP | {"warmup": 1}
     same = (
         sum(row["token_ids"] == other["token_ids"] for row, other in zip(rows, expected, strict=True)) - 1

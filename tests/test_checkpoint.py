@@ -21,13 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from rayskip import user_cache
 from rayskip.config import JobConfig, SamplingParams
+from rayskip.data.blocks import BLOCK, SAMPLES
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.dry_run import dry_run, format_dry_run
 from rayskip.errors import ModelError
 from rayskip.model import embedded
 from rayskip.model.checkpoint import (
-    BLOCK,
-    SAMPLES,
     check,
     load,
     resolve,

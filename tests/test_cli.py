@@ -130,8 +130,8 @@ def test_model_prints_a_folder_of_safetensors(smollm2: Path) -> None:
     ("args", "said"),
     [
         (["model", "no/such/folder"], "error: model.path: no folder no/such/folder"),
-        (["status", "nowhere"], "error: nowhere: no job.json there"),
-        (["verify", "nowhere"], "error: nowhere: no job.json there"),
+        (["status", "nowhere"], "error: nowhere: no .rayskip/job.json there"),
+        (["verify", "nowhere"], "error: nowhere: no .rayskip/job.json there"),
         (["plan", "job.yaml", "--set", "input.path=row.jsonl"], "error: "),
         (["plan", "job.yaml", "--set", "input.prompt=questoin"], "error: "),
         (["run", "job.yaml", "--set", "model.path=smollm"], "error: model.path: no folder smollm"),

@@ -133,7 +133,7 @@ def test_every_row_is_read_once_and_in_order(tmp_path: Path, name: str, count: i
     max_rows=st.none() | st.integers(1, 200),
 )
 def test_plan_is_a_partition(counts: list[int], shard_rows: int, max_rows: int | None) -> None:
-    files = [InputFile(f"/in/{i}", str(i), count, "") for i, count in enumerate(counts)]
+    files = [InputFile(f"/in/{i}", str(i), count, "", "") for i, count in enumerate(counts)]
     shards = list(plan_shards(Source("jsonl", files, pa.schema([])), shard_rows, max_rows))
     planned = [(shard.name, row) for shard in shards for row in range(shard.start, shard.stop)]
     assert planned == [(file.name, row) for file in files for row in range(file.rows)][:max_rows]

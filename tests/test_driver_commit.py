@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayskip.config import JobConfig
+from rayskip.data.folder import MANIFEST
 from rayskip.data.records import Shard, ShardResult
 from rayskip.data.storage import LocalStorage
-from rayskip.driver.commit import commit, finish, load_commits, open_job, scan_commits
+from rayskip.driver.commit import commit, finish, load_commits, open_job, read, read_commits, scan_commits
 from rayskip.driver.records import CommitRecord, JobRecord, Manifest, fold, to_commit
 from rayskip.driver.report import total
 from rayskip.errors import OutputError, TakenOver
@@ -80,14 +81,14 @@ def test_a_job_runs_resumes_and_finishes(storage: LocalStorage) -> None:
 
     lease = open_job(storage, job(), fresh=False)
     assert lease.epoch == 2
-    commits = load_commits(storage, "f1", SHARDS)
+    commits = load_commits(storage, "f1", SHARDS, 0)
     assert sorted(commits) == [0, 1]
     for shard in SHARDS[2:]:
         commits[shard.index] = commit(storage, lease, "f1", shard, attempt(storage, shard.index))
     assert total(commits.values()).completion_tokens == 100 + 101 + 102 + 103
     manifest = fold("j", "f1", "jsonl", {"kind": "none"}, commits.values())
-    finish(storage, manifest)
-    finish(storage, manifest)
+    finish(storage, lease, manifest)
+    finish(storage, lease, manifest)
     assert sorted(storage.list("data")) == [file.path for file in manifest.files]
 
 
@@ -106,7 +107,7 @@ def test_of_racing_commits_one_counts_and_all_learn_which(storage: LocalStorage)
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda result: commit(storage, lease, "f1", SHARDS[0], result), attempts))
     assert len({record.nonce for record in won}) == 1
-    assert load_commits(storage, "f1", SHARDS) == {0: won[0]}
+    assert load_commits(storage, "f1", SHARDS, 0) == {0: won[0]}
 
 
 def test_a_lost_reply_is_told_from_a_lost_race(storage: LocalStorage) -> None:
@@ -180,50 +181,98 @@ def test_fresh_deletes_the_job_and_nothing_else(storage: LocalStorage) -> None:
     storage.put("data/mine.csv", b"precious")
     open_job(storage, job("f2"), fresh=True)
     assert sorted(storage.list("data")) == ["data/mine.csv"]
-    assert load_commits(storage, "f2", SHARDS) == {}
+    assert load_commits(storage, "f2", SHARDS, 0) == {}
     with pytest.raises(TakenOver):
         old.check()
 
 
-@pytest.mark.parametrize("key", ["manifest.json", "report.json", "_commits/shard-00000.json"])
+def test_fresh_fences_a_driver_in_the_middle_of_a_write(storage: LocalStorage) -> None:
+    """Its writes, of the same job, arrive when the folder is already another driver's."""
+
+    class Late(LocalStorage):
+        """Writes of records arrive late."""
+
+        def create(self, key: str, data: bytes) -> bool:
+            late.append((key, data))
+            return True
+
+    late: list[tuple[str, bytes]] = []
+    first = open_job(storage, job(), fresh=False)
+    done = [commit(Late(storage.url), first, "f1", shard, attempt(storage, shard.index)) for shard in SHARDS]
+    finish(Late(storage.url), first, fold("j", "f1", "jsonl", {"kind": "none"}, done))
+
+    second = open_job(storage, job(), fresh=True)
+    assert len(late) == 5
+    for key, data in late:
+        assert storage.create(key, data)
+    assert load_commits(storage, "f1", SHARDS, second.since) == {}
+    commits = []
+    for shard in SHARDS[:3]:
+        commits.append(commit(storage, second, "f1", shard, attempt(storage, shard.index, by="the second")))
+        with pytest.raises(TakenOver, match="another driver took this job over"):
+            commit(storage, first, "f1", shard, attempt(storage, shard.index, by="the first"))
+    manifest = fold("j", "f1", "jsonl", {"kind": "none"}, commits)
+    finish(storage, second, manifest)
+    assert read(storage, MANIFEST, Manifest) == manifest
+    assert read_commits(storage, 0) == commits
+    assert sorted(storage.list("data")) == [record.file for record in commits]
+
+
+def test_fresh_refuses_a_folder_in_which_no_job_began(storage: LocalStorage) -> None:
+    for key in ("job.json", "manifest.json", "report.json", "_commits/shard-00000.json", "data/x.parquet"):
+        storage.put(key, b"precious")
+    before = storage.list("")
+    with pytest.raises(OutputError, match=r"is no job's output folder: .*output\.path"):
+        open_job(storage, job(), fresh=True)
+    assert storage.list("") == before
+    open_job(storage, job(), fresh=False)
+    open_job(storage, job(), fresh=True)
+    assert storage.list("").items() > before.items()
+    hidden = LocalStorage(f"{storage.url}/other")
+    hidden.put(".DS_Store", b"")
+    open_job(hidden, job(), fresh=True)
+
+
+@pytest.mark.parametrize("key", ["manifest.json", "report.json", "commits/shard-00000.json"])
 @pytest.mark.parametrize("content", [b'{"mine": 1}', b"[1]", b"no json", b'{"fingerprint": "f9"}'])
 def test_a_strangers_files_are_refused_and_stay(storage: LocalStorage, key: str, content: bytes) -> None:
     """Fresh or not, and also beside a job.json of ours when they cannot be a job's."""
+    key = f".rayskip/{key}"
     storage.put(key, content)
-    for fresh in [True] if key.startswith("_commits") else [False, True]:
+    for fresh in [True] if key.startswith(".rayskip/commits") else [False, True]:
         with pytest.raises(OutputError, match=r"output\.path") as refused:
             open_job(storage, job(), fresh)
-        assert key.split("/")[0] in str(refused.value)
+        assert key.rsplit("/", 1)[0] in str(refused.value)
     assert storage.list("") == {key: len(content)}
-    if not key.startswith("_commits") and b"fingerprint" not in content:
-        storage.put("job.json", job().to_bytes())
+    if not key.startswith(".rayskip/commits") and b"fingerprint" not in content:
+        storage.put(".rayskip/job.json", job().to_bytes())
         with pytest.raises(OutputError, match="move it away"):
             open_job(storage, job(), fresh=True)
 
 
 def test_a_strangers_job_json_is_refused_and_stays(storage: LocalStorage) -> None:
-    storage.put("job.json", b'{"cron": "0 0 * * *"}')
+    storage.put(".rayskip/job.json", b'{"cron": "0 0 * * *"}')
     for fresh in (False, True):
         with pytest.raises(OutputError, match=r"job\.json is damaged"):
             open_job(storage, job(), fresh)
-    assert storage.list("") == {"job.json": 21}
+    assert storage.list("") == {".rayskip/job.json": 21}
 
 
 def test_a_job_whose_job_json_is_deleted_goes_on(storage: LocalStorage) -> None:
     """The way on that is left when it is damaged: everything else still says whose it is."""
     lease = open_job(storage, job(), fresh=False)
     done = commit(storage, lease, "f1", SHARDS[0], attempt(storage, 0))
-    storage.delete(["job.json"])
+    storage.delete([".rayskip/job.json"])
     again = open_job(storage, job(), fresh=False)
     assert again.nonce != lease.nonce
-    assert load_commits(storage, "f1", SHARDS) == {0: done}
+    assert load_commits(storage, "f1", SHARDS, 0) == {0: done}
     with pytest.raises(OutputError, match="another job"):
         open_job(storage, job(sampling={"seed": 1}), fresh=False)
 
 
 def test_a_folder_of_an_earlier_version_has_no_nonce_and_goes_on(storage: LocalStorage) -> None:
-    storage.create("job.json", job("fe" * 32).to_bytes().replace(b',\n  "nonce": ""', b""))
-    assert b"nonce" not in (storage.get("job.json") or b"")
+    storage.create(".rayskip/job.json", job("fe" * 32).to_bytes().replace(b',\n  "nonce": ""', b""))
+    assert b"nonce" not in (storage.get(".rayskip/job.json") or b"")
     assert open_job(storage, job("fe" * 32), fresh=False).nonce == "fe" * 16
 
 
@@ -236,10 +285,10 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(storage: LocalStorage) -> 
 
     lease = open_job(storage, job(), fresh=False)
     commit(storage, lease, "f1", SHARDS[0], attempt(storage, 0))
-    storage.put("_commits/shard-00001.json", b"{")
+    storage.put(".rayskip/commits/shard-00001.json", b"{")
     commits, damaged = scan_commits(storage)
     assert [record.shard for record in commits] == [0]
-    assert list(damaged) == ["_commits/shard-00001.json"]
+    assert list(damaged) == [".rayskip/commits/shard-00001.json"]
     with pytest.raises(OutputError, match="Permission denied"):
         scan_commits(Refuses(storage.url))
 
@@ -247,12 +296,12 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(storage: LocalStorage) -> 
 def test_damage_is_refused_by_name(storage: LocalStorage) -> None:
     lease = open_job(storage, job(), fresh=False)
     done = commit(storage, lease, "f1", SHARDS[0], attempt(storage, 0))
-    with pytest.raises(OutputError, match=r"_commits/shard-00000\.json is not of this job"):
-        load_commits(storage, "f1", SHARDS[1:])
+    with pytest.raises(OutputError, match=r".rayskip/commits/shard-00000\.json is not of this job"):
+        load_commits(storage, "f1", SHARDS[1:], 0)
     storage.put(done.file, b"cut")
     with pytest.raises(OutputError, match=f"{done.file} has 3 bytes, 12 were committed; .*--repair"):
-        finish(storage, fold("j", "f1", "jsonl", {"kind": "none"}, [done]))
+        finish(storage, lease, fold("j", "f1", "jsonl", {"kind": "none"}, [done]))
     escape = done.to_bytes().replace(done.file.encode(), b"../../etc/passwd")
-    storage.put("_commits/shard-00000.json", escape)
-    with pytest.raises(OutputError, match=r"_commits/shard-00000\.json is damaged: file"):
-        load_commits(storage, "f1", SHARDS)
+    storage.put(".rayskip/commits/shard-00000.json", escape)
+    with pytest.raises(OutputError, match=r".rayskip/commits/shard-00000\.json is damaged: file"):
+        load_commits(storage, "f1", SHARDS, 0)

@@ -122,7 +122,7 @@ def run(
 
 def content(out: Path) -> bytes:
     """The finished job's data, in shard order."""
-    manifest = Manifest.model_validate_json((out / "manifest.json").read_bytes())
+    manifest = Manifest.model_validate_json((out / ".rayskip/manifest.json").read_bytes())
     return b"".join((out / file.path).read_bytes() for file in manifest.files)
 
 
@@ -141,7 +141,7 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     assert content(tmp_path) == whole()
     assert (report.rows, report.generations, report.generations_failed) == (60, 60, 6)
     assert report.shards_resumed == report.retries == 0
-    assert report == Report.model_validate_json((tmp_path / "report.json").read_bytes())
+    assert report == Report.model_validate_json((tmp_path / ".rayskip/report.json").read_bytes())
     assert report.errors == {f"odd_{kind}": RowErrors(3, "a", kind * ROWS, "it is odd") for kind in (0, 1)}
     assert "odd_1: 3, such as a row 10: it is odd" in format_report(report)
     assert report.failure is None
@@ -158,14 +158,9 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     assert (now.finished, now.shards, now.rows, now.completion_tokens) == (True, 6, 60, 420)
     assert now.errors == report.errors
     assert "60, 6 failed, 0 cut off" in format_status(now)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "_commits",
-        "_epochs",
-        "data",
-        "job.json",
-        "manifest.json",
-        "report.json",
-    }
+    assert {path.name for path in tmp_path.iterdir()} == {".rayskip", "data"}
+    records = {"commits", "epochs", "job.json", "manifest.json", "report.json"}
+    assert {path.name for path in (tmp_path / ".rayskip").iterdir()} == records
 
 
 def test_what_replicas_warn_of_is_said_once_and_stays_in_the_report(
@@ -233,7 +228,7 @@ def test_a_shard_that_never_succeeds_fails_the_job_and_the_rest_stays(tmp_path: 
     committed = status(str(tmp_path)).shards
     assert (status(str(tmp_path)).state, status(str(tmp_path)).reason) == ("failed", str(failed.value))
     assert committed >= 4  # all but the shard and its neighbour on the first replica
-    assert not (tmp_path / "manifest.json").exists()
+    assert not (tmp_path / ".rayskip/manifest.json").exists()
     assert run(config(tmp_path)).shards_resumed == committed
     assert content(tmp_path) == whole()
 
@@ -270,8 +265,9 @@ def test_status_tells_a_running_job_from_one_that_lost_its_driver(tmp_path: Path
     assert "ETA" in format_status(running)
     assert status(str(tmp_path)).state == "finished"
 
-    (tmp_path / "manifest.json").unlink()
-    heartbeat, epoch = tmp_path / "_epochs/000001-heartbeat.json", tmp_path / "_epochs/000001.json"
+    records = tmp_path / ".rayskip"
+    (records / "manifest.json").unlink()
+    heartbeat, epoch = records / "epochs/000001-heartbeat.json", records / "epochs/000001.json"
     said = json.loads(heartbeat.read_text()) | {"ended": None}
 
     def state(seen: datetime, **claim: object) -> str:
@@ -378,7 +374,7 @@ def test_a_replica_that_outlives_its_driver_leaves_no_second_file(
     thread = threading.Thread(target=first)
     thread.start()
     assert stopped.wait(30)
-    while len(list(tmp_path.glob("_commits/shard-*.json"))) < 5:  # its driver has nothing else to do
+    while len(list(tmp_path.glob(".rayskip/commits/shard-*.json"))) < 5:  # its driver has nothing else to do
         time.sleep(0.01)
     second = plan(6, "f2" if fresh else "f1")
     run_plan(
@@ -421,14 +417,14 @@ def test_strays_are_named_and_a_finished_run_sweeps_its_own(
 def test_files_of_a_desktop_are_passed_over(tmp_path: Path) -> None:
     with pytest.raises(JobFailed):
         run(config(tmp_path, retry={"max_shard_attempts": 1}), fail_at(4))
-    for folder in ("_commits", "_epochs", "data"):
+    for folder in (".rayskip/commits", ".rayskip/epochs", "data"):
         (tmp_path / folder / ".DS_Store").write_bytes(b"\0")
         (tmp_path / folder / "notes.txt").write_text("mine")
     assert status(str(tmp_path)).driver
     run(config(tmp_path))
     assert content(tmp_path) == whole()
     run(config(tmp_path), fresh=True)
-    assert (tmp_path / "_commits/notes.txt").read_text() == "mine"
+    assert (tmp_path / ".rayskip/commits/notes.txt").read_text() == "mine"
 
 
 def fail_at(index: int) -> Callable[[Shard], None]:
@@ -473,7 +469,7 @@ def test_a_changed_data_file_stays_until_repair_takes_its_shard_back(tmp_path: P
         run(config(tmp_path), only())
     assert cut.read_bytes() == b"cut"
     assert len(repair(str(tmp_path))) == 2
-    assert not (tmp_path / "manifest.json").exists()
+    assert not (tmp_path / ".rayskip/manifest.json").exists()
     run(config(tmp_path), only(1, 3) if finished else only(1, 3, 4, 5))
     assert content(tmp_path) == whole()
     assert repair(str(tmp_path)) == []
@@ -483,8 +479,8 @@ def test_a_changed_data_file_stays_until_repair_takes_its_shard_back(tmp_path: P
 def test_repair_takes_a_damaged_record_back_with_its_file(tmp_path: Path) -> None:
     """The file could be damaged too, and a replica would take it for an attempt before its own."""
     run(config(tmp_path))
-    (tmp_path / "_commits/shard-00004.json").write_bytes(b"{")
-    (tmp_path / "manifest.json").write_bytes(b"[]")
+    (tmp_path / ".rayskip/commits/shard-00004.json").write_bytes(b"{")
+    (tmp_path / ".rayskip/manifest.json").write_bytes(b"[]")
     with pytest.raises(OutputError, match=r"manifest\.json is damaged"):
         verify(str(tmp_path))
     assert "shard-00004.json is damaged" in repair(str(tmp_path))[0]
@@ -496,9 +492,9 @@ def test_repair_takes_a_damaged_record_back_with_its_file(tmp_path: Path) -> Non
 def interrupted(out: Path) -> None:
     """A job with shards 0 to 3 committed."""
     run(config(out))
-    (out / "manifest.json").unlink()
+    (out / ".rayskip/manifest.json").unlink()
     for shard in (4, 5):
-        (out / f"_commits/shard-0000{shard}.json").unlink()
+        (out / f".rayskip/commits/shard-0000{shard}.json").unlink()
         next((out / "data").glob(f"shard-0000{shard}-*")).unlink()
 
 
@@ -545,7 +541,7 @@ def test_a_folder_that_vanishes_stops_the_job(tmp_path: Path) -> None:
 
     with pytest.raises(TakenOver, match=r"job\.json is gone or another job's"):
         run(config(out), mishap)
-    assert not (out / "job.json").exists()
+    assert not (out / ".rayskip/job.json").exists()
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
@@ -572,4 +568,4 @@ def test_a_job_past_its_limit_fails_again_when_run_again(tmp_path: Path) -> None
     for _ in range(2):
         with pytest.raises(JobFailed, match="max_failed_rows = 1"):
             run(job, shards=2)
-    assert not (tmp_path / "out/manifest.json").exists()
+    assert not (tmp_path / "out/.rayskip/manifest.json").exists()

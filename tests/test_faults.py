@@ -128,7 +128,7 @@ def finish(config: Path) -> None:
 
 
 def wait_for_commits(process: subprocess.Popen[str], out: Path, count: int = 1) -> None:
-    wait_until(process, lambda: len(list(out.glob("_commits/*.json"))) >= count)
+    wait_until(process, lambda: len(list(out.glob(".rayskip/commits/*.json"))) >= count)
 
 
 def wait_until(process: subprocess.Popen[str], found: Callable[[], T | None]) -> T:
@@ -144,13 +144,13 @@ def wait_until(process: subprocess.Popen[str], found: Callable[[], T | None]) ->
 def hashes(out: str) -> list[str]:
     """sha256 of the finished job's files, in row order; the job passes `verify`."""
     assert verify(out).rows == ROWS
-    data = open_storage(out).get("manifest.json")
+    data = open_storage(out).get(".rayskip/manifest.json")
     assert data is not None
     return [file.sha256 for file in Manifest.model_validate_json(data).files]
 
 
 def report(out: Path) -> Report:
-    return Report.model_validate_json((out / "report.json").read_bytes())
+    return Report.model_validate_json((out / ".rayskip/report.json").read_bytes())
 
 
 @pytest.fixture(scope="module")

@@ -8,19 +8,28 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import datasets
+import duckdb
+import pandas as pd
+import polars as pl
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pytest
 from transformers import AutoTokenizer
 
 from rayskip.cluster.local_pool import LocalPool
 from rayskip.cluster.replica import Replica
-from rayskip.config import JobConfig
+from rayskip.config import InputConfig, JobConfig
 from rayskip.config.file import load_config
 from rayskip.data.sources import InputFile, Source, discover
 from rayskip.driver.identity import as_begun
@@ -34,7 +43,7 @@ from rayskip.driver.status import status
 from rayskip.driver.verify import verify
 from rayskip.dry_run import dry_run, format_dry_run
 from rayskip.engine import Engine
-from rayskip.errors import OutputError
+from rayskip.errors import InputError, OutputError
 from rayskip.preview import preview
 from rayskip.view import format_rows
 
@@ -60,7 +69,8 @@ def _run(config: str, *overrides: str, **options: Any) -> Report:
 
 
 def _rows(out: Path) -> list[dict[str, Any]]:
-    manifest = json.loads((out / "manifest.json").read_text())
+    records = out / ".rayskip" if (out / ".rayskip").exists() else out
+    manifest = json.loads((records / "manifest.json").read_text())
     files = [(out / file["path"]).read_text() for file in manifest["files"]]
     return [json.loads(line) for text in files for line in text.splitlines()]
 
@@ -100,8 +110,8 @@ def test_a_job_keeps_the_shards_it_began_with(old: Path) -> None:
     anew = ("output.shard_rows=null", "output.path=new")
     assert choose_shard_rows(load_config("job.yaml", anew), discover(load_config("job.yaml").input)) == 6
     assert _run("job.yaml", *anew, "cluster.replicas=3").shards == 3
-    for gone in ("manifest.json", "_commits/shard-00001.json"):
-        (old / "new" / gone).unlink()
+    for gone in ("manifest.json", "commits/shard-00001.json"):
+        (old / "new/.rayskip" / gone).unlink()
     assert "6 rows in 3 shards, 2 committed" in format_dry_run(dry_run(load_config("job.yaml", anew)))
     assert _run("job.yaml", *anew).shards_resumed == 2
     assert _rows(old / "new") == _rows(old / "finished")
@@ -125,7 +135,7 @@ def test_a_job_keeps_the_shards_it_began_with(old: Path) -> None:
 def test_a_small_job_has_small_shards(rows: int, cluster: dict[str, Any], shard_rows: int) -> None:
     config = {"name": "j", "model": {"path": "m"}, "input": {"path": "in"}, "output": {"path": "out"}}
     job = JobConfig.model_validate(config | {"cluster": cluster})
-    source = Source("jsonl", [InputFile("in", "in", rows, "")], pa.schema([]))
+    source = Source("jsonl", [InputFile("in", "in", rows, "", "")], pa.schema([]))
     assert choose_shard_rows(job, source) == shard_rows
 
 
@@ -148,9 +158,9 @@ def test_a_jobs_output_is_the_next_jobs_input(old: Path) -> None:
     assert {"note", "row_index", "text", "generated_row_index", "generated_text"} <= first.keys()
     assert [row["generated_row_index"] for row in _rows(old / "next")] == [0, 1, 2, 3] * 3
 
-    before = (old / "next/manifest.json").read_bytes()
-    for gone in ("manifest.json", "_commits/shard-00001.json", "_commits/shard-00002.json"):
-        (old / "next" / gone).unlink()
+    before = (old / "next/.rayskip/manifest.json").read_bytes()
+    for gone in ("manifest.json", "commits/shard-00001.json", "commits/shard-00002.json"):
+        (old / "next/.rayskip" / gone).unlink()
     next(
         (old / "next/data").glob("shard-00002-*")
     ).unlink()  # the other is found, as of a run that was killed
@@ -158,11 +168,108 @@ def test_a_jobs_output_is_the_next_jobs_input(old: Path) -> None:
     assert verify("next").rows == verify("next").generations == 12
     sums = [
         [file["sha256"] for file in json.loads(text)["files"]]
-        for text in (before, (old / "next/manifest.json").read_bytes())
+        for text in (before, (old / "next/.rayskip/manifest.json").read_bytes())
     ]
     assert sums[0] == sums[1]
     with pytest.raises(OutputError, match=r"different: output\.prefix \('generated_' there, 'a_' here\)"):
         _run("job.yaml", *given, "output.prefix=a_")
+
+
+def test_a_folder_of_an_earlier_version_keeps_its_names(old: Path) -> None:
+    names = sorted(path.name for path in (old / "finished").iterdir())
+    assert "_commits" in names
+    next((old / "finished/data").glob("shard-00001-*")).unlink()
+    assert _run("job.yaml").shards_resumed == 2
+    assert _run("job.yaml", fresh=True).shards_resumed == 0
+    assert (verify("finished").rows, status("finished").state) == (6, "finished")
+    assert len(show("finished", 6)[0]) == 12
+    assert sorted(path.name for path in (old / "finished").iterdir()) == names
+    assert len(list((old / "finished/_epochs").glob("*-heartbeat.json"))) == 2
+    (old / "finished/manifest.json").write_text("{")
+    with pytest.raises(OutputError, match=r"finished/manifest\.json is damaged"):
+        verify("finished")
+
+
+def test_input_that_was_copied_anew_is_the_same_and_changed_input_is_not(old: Path) -> None:
+    here, rows = "output.path=here", old / "rows.jsonl"
+    _run("job.yaml", here)
+    os.utime(rows, ns=(0, 0))
+    assert _run("job.yaml", here).rows == 6
+    with pytest.raises(OutputError, match=r"different: input\.split"):  # it only knows the time of change
+        _run("job.yaml")
+    rows.write_text(rows.read_text().replace("[", "[ ", 1)[:-1])
+    os.utime(rows, ns=(0, 0))
+    with pytest.raises(OutputError, match="different: input files"):
+        _run("job.yaml", here)
+
+
+def test_a_finished_folder_reads_as_a_dataset(old: Path, tmp_path: Path) -> None:
+    """By common readers, given the folder itself where they take folders, and by the next job."""
+    out = str(old / "here")
+    _run("job.yaml", f"output.path={out}", "output.format=parquet")
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+    loaded = datasets.load_dataset(out)
+    tables = {
+        "pandas": pa.Table.from_pandas(pd.read_parquet(out)),
+        "pyarrow": ds.dataset(out).to_table(),
+        "datasets": loaded["train"].data.table,
+        "datasets by format": datasets.load_dataset("parquet", data_dir=out)["train"].data.table,
+        "polars": pl.read_parquet(f"{out}/**/*.parquet").to_arrow(),
+        "polars scan": pl.scan_parquet(f"{out}/data/").collect().to_arrow(),
+        "duckdb": duckdb.sql(f"from '{out}/**/*.parquet'").to_arrow_table(),
+        "duckdb folder": duckdb.sql(f"from read_parquet('{out}')").to_arrow_table(),
+    }
+    names = ["row_index", "sample_index", "token_ids", "finish_reason"]
+    rows = [{name: row[name] for name in names} for row in _rows(old / "finished")]
+    for reader, table in tables.items():
+        found = sorted(
+            table.select(names).to_pylist(), key=lambda row: (row["row_index"], row["sample_index"])
+        )
+        assert found == rows, reader
+    files = discover(InputConfig(path=out)).files
+    assert [file.rows for file in files] == [4, 4, 4]
+    (old / "here/.rayskip/manifest.json").unlink()
+    with pytest.raises(InputError, match=r"here is the output of a job that is not finished"):
+        discover(InputConfig(path=out))
+
+
+def test_a_finished_folder_of_json_lines_reads_as_a_dataset(old: Path, tmp_path: Path) -> None:
+    out = str(old / "here")
+    _run("job.yaml", f"output.path={out}")
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+    assert sorted(datasets.load_dataset(out)["train"]["row_index"]) == sorted([*range(6)] * 2)
+    assert ds.dataset(out, format="json").count_rows() == 12
+
+
+def _run_on_a_terminal(answer: str, *options: str) -> tuple[int, str]:
+    """`rayskip run job.yaml` with a terminal as its standard streams: its exit code, and what it showed."""
+    command = [sys.executable, "-c", "from rayskip.cli import main; main()", "run", "job.yaml", *options]
+    ours, its = pty.openpty()
+    os.write(ours, f"{answer}\n".encode())
+    with subprocess.Popen(command, stdin=its, stdout=its, stderr=its) as process:
+        os.close(its)
+        shown = b""
+        with suppress(OSError):  # a terminal's way to say that its last writer has gone
+            while part := os.read(ours, 4096):
+                shown += part
+    os.close(ours)
+    return process.returncode, shown.decode()
+
+
+def test_fresh_asks_on_a_terminal_before_a_finished_job_is_lost(old: Path) -> None:
+    asked = "holds the finished job 'early': 12 generations in 3 files, 4,457 bytes. --fresh"
+    before = sorted(path.read_bytes() for path in old.glob("finished/**/*.json*"))
+    code, shown = _run_on_a_terminal("n", "--fresh")
+    assert (code, asked in shown) == (2, True)
+    assert "error: finished: nothing was deleted" in shown
+    code, shown = _run_on_a_terminal("y", "--fresh", "--set", "input.path=gone.jsonl")
+    assert (code, asked in shown) == (2, True)
+    assert "gone.jsonl does not exist" in shown.replace("\r\n", "")
+    code, shown = _run_on_a_terminal(
+        "n", "--fresh", "--set", "output.path=unfinished", "--set", "model.path=gone"
+    )
+    assert (code, "holds" in shown) == (2, False)
+    assert sorted(path.read_bytes() for path in old.glob("finished/**/*.json*")) == before
 
 
 def test_the_quality_audits_of_an_earlier_version_count(old: Path) -> None:
@@ -285,7 +392,7 @@ class _Killed(Exception):
 
 def _until_a_commit(out: Path) -> Callable[[Progress], None]:
     def look(progress: Progress) -> None:
-        if list(out.glob("_commits/*")):
+        if list(out.glob(".rayskip/commits/*")):
             raise _Killed
 
     return look

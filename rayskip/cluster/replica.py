@@ -11,17 +11,19 @@ import os
 import platform
 import time
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rayskip.cluster.engine_thread import EngineThread
 from rayskip.config import JobConfig
 from rayskip.data.agreement import agreement
-from rayskip.data.attempt import JOB, write_attempt
+from rayskip.data.attempt import write_attempt
+from rayskip.data.folder import JOB, open_folder
 from rayskip.data.locate import stamp
 from rayskip.data.output import count_rows, encode, errors_by_type, output_table
 from rayskip.data.records import Generation, Prompt, Shard, ShardResult, failed_row
 from rayskip.data.sources import Source, read_shard
-from rayskip.data.storage import open_storage
+from rayskip.data.storage import Storage
 from rayskip.data.token_bytes import token_bytes
 from rayskip.data.values import python_rows
 from rayskip.errors import ConfigError, InputError, OutputError, RowError, first_line
@@ -42,13 +44,20 @@ class Replica:
         self._job = job
         self._source = source
 
+    @cached_property
+    def _storage(self) -> Storage:
+        return open_folder(self._job.output.path)
+
     def ready(self) -> ReplicaInfo:
-        """Load the engine and start its thread. Raises ModelError, InputError or OutputError for what is not on
-        this node, and ConfigError where the GPU that the job asks for does not work."""
+        """`load`, if this node sees the folders that the driver sees. Raises InputError or OutputError if not."""
+        self._check_paths()
+        return self.load()
+
+    def load(self) -> ReplicaInfo:
+        """Load the engine and start its thread. Raises ModelError, and ConfigError where the GPU that the job asks
+        for does not work."""
         began = time.monotonic()
         job = self._job
-        self._storage = open_storage(job.output.path)
-        self._check_paths()
         from rayskip.data.prompts import PromptBuilder, prepare_templates, prompt_columns
 
         templates = prepare_templates(job.input)  # while torch is imported and the engine loads
@@ -141,7 +150,7 @@ class Replica:
             rows, rows_failed = count_rows(there, output.format, output.prefix or "", shard)
         except ValueError as error:
             raise OutputError(
-                f"{self._storage.url}/{shard.output}: {error}; delete it and run again"
+                f"{self._storage.place(shard.output)}: {error}; delete it and run again"
             ) from error
         return replace(
             result,

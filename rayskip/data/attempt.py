@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from pathlib import PurePosixPath
 
+from rayskip.data.folder import DATA, JOB
 from rayskip.data.storage import Storage
 from rayskip.errors import OutputError, TakenOver
-
-JOB = "job.json"
-DATA = "data"
 
 
 def data_key(shard: int, nonce: str, suffix: str) -> str:
@@ -31,8 +29,10 @@ def write_attempt(storage: Storage, key: str, data: bytes) -> bytes:
     nonce = PurePosixPath(key).stem.rsplit("-", 1)[1]
     if nonce.encode() not in (storage.get(JOB) or b""):
         storage.delete([key])
-        raise TakenOver(f"{storage.url}/{JOB} is gone or another job's; this one stops")
+        raise TakenOver(f"{storage.place(JOB)} is gone or another job's; this one stops")
     there = data if created else storage.get(key)
     if there is None:
-        raise OutputError(f"{storage.url}/{key} was deleted while it was written; run the same command again")
+        raise OutputError(
+            f"{storage.place(key)} was deleted while it was written; run the same command again"
+        )
     return there

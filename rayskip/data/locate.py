@@ -18,6 +18,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from rayskip.data.credentials import why_refused
+from rayskip.data.folder import JOB, MANIFEST
 from rayskip.errors import InputError, StorageBusy, first_line
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def locate(path: str) -> list[Located]:
             return [_located(info, prefix, str(PurePosixPath(inner).parent))]
         if info.type != fs.FileType.Directory:
             raise InputError(f"input.path: {path} is no file and no folder")
+        _refuse_unfinished(store, inner, path)
         found = _list(store, root, path, ["**"])
     if lost := [info.path for info in found if info.type == fs.FileType.NotFound]:
         raise InputError(f"input.path: {lost[0]} is a link that leads nowhere")
@@ -115,7 +117,15 @@ def stamp(url: str) -> str | None:
     return _stamp(info) if info.type == fs.FileType.File else None
 
 
-def open_input(url: str) -> io.RawIOBase:
+def etag(url: str) -> str | None:
+    """What S3 makes of an object's bytes; None for a file of another store. Raises as `open_input` does."""
+    if not url.startswith("s3://"):
+        return None
+    with open_input(url) as source:
+        return source.etag
+
+
+def open_input(url: str) -> _Input:
     """A file to read. Raises FileNotFoundError or NotADirectoryError, and StorageBusy for every other fault of the
     store, now or at a later read: an OSError that a decoder raises over it is about what the file holds.
     """
@@ -133,6 +143,11 @@ class _Input(io.RawIOBase):
         super().__init__()
         self._url = url
         self._source = source
+
+    @property
+    def etag(self) -> str | None:
+        tag = self._source.metadata().get("ETag")
+        return tag.decode() if tag else None
 
     def readable(self) -> bool:
         return True
@@ -208,6 +223,14 @@ def _any_info(store: fs.FileSystem, inner: str, path: str) -> fs.FileInfo:
         raise InputError(
             f"input.path: {path} cannot be read ({first_line(error)}){why_refused(path)}"
         ) from error
+
+
+def _refuse_unfinished(store: fs.FileSystem, inner: str, path: str) -> None:
+    """Raises InputError for a job's output folder as long as the job is not finished."""
+    if _is_there(store, f"{inner}/{JOB}", path) and not _is_there(store, f"{inner}/{MANIFEST}", path):
+        raise InputError(
+            f"input.path: {path} is the output of a job that is not finished; run that job to its end"
+        )
 
 
 def _list(store: fs.FileSystem, root: str, path: str, pattern: list[str]) -> list[fs.FileInfo]:

@@ -18,6 +18,7 @@ import pyarrow as pa
 from pydantic import BaseModel, Field, ValidationError
 
 from rayskip.config import InputConfig
+from rayskip.data.fingerprint import fingerprint
 from rayskip.data.formats import COMPRESSED, FORMATS, SUFFIXES, UNREADABLE, Reading, Scan
 from rayskip.data.locate import Located, locate, locate_file, read_if_there, stamp
 from rayskip.data.partitions import schema_of, with_columns
@@ -42,13 +43,15 @@ _MOST_STATE = 1 << 26
 
 @dataclass(frozen=True)
 class InputFile:
-    """name: the file's part of the row identity. fingerprint: changes when the content does (see `stamp`).
-    marks: what its format needs to find rows again. notes, warnings: see `Scan`."""
+    """name: the file's part of the row identity. fingerprint: of its content. stamp: its size and time of change,
+    by which a change while a job runs is noticed. marks: what its format needs to find rows again. notes, warnings:
+    see `Scan`."""
 
     url: str
     name: str
     rows: int
     fingerprint: str
+    stamp: str
     marks: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -110,10 +113,10 @@ def discover(config: InputConfig, texts: Collection[str] = ()) -> Source:
     reading = _reading(config, kind, texts)
     with ThreadPoolExecutor(_SCANS) as pool:
         scans = list(pool.map(lambda file: _scan(kind, file.url, reading), located))
-    schema = _schema(kind, scans, config)
+    schema = _schema(kind, [scan for scan, _ in scans], config)
     files = [
-        InputFile(file.url, file.name, scan.rows, file.stamp, scan.marks, scan.notes, scan.warnings)
-        for file, scan in zip(located, scans, strict=True)
+        InputFile(file.url, file.name, scan.rows, content, file.stamp, scan.marks, scan.notes, scan.warnings)
+        for file, (scan, content) in zip(located, scans, strict=True)
     ]
     if not any(file.rows for file in files):
         raise InputError(f"input.path: {config.path} has no rows")
@@ -186,15 +189,16 @@ def _reading(config: InputConfig, kind: str, texts: Collection[str]) -> Reading:
     return Reading(config.encoding, config.delimiter, frozenset(named.get(name, name) for name in texts))
 
 
-def _scan(kind: str, url: str, reading: Reading) -> Scan:
+def _scan(kind: str, url: str, reading: Reading) -> tuple[Scan, str]:
+    """What is in a file, and the fingerprint of its content."""
     try:
-        return FORMATS[kind].scan(url, reading)
+        return FORMATS[kind].scan(url, reading), fingerprint(url, whole=FORMATS[kind].text)
     except (StorageBusy, FileNotFoundError, NotADirectoryError, *UNREADABLE) as error:
         raise InputError(f"{url}: cannot be read ({first_line(error)})") from error
 
 
 def _refuse_changed(file: InputFile) -> None:
-    if stamp(file.url) != file.fingerprint:
+    if stamp(file.url) != file.stamp:
         raise InputError(f"{file.url}: changed since the job was planned")
 
 

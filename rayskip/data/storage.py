@@ -36,6 +36,9 @@ class Storage(Protocol):
 
     url: str
 
+    def place(self, key: str) -> str:
+        """Where an object is, for messages."""
+
     def create(self, key: str, data: bytes) -> bool:
         """Write an object unless the key exists; True when this call wrote it.
 
@@ -72,7 +75,7 @@ def open_storage(url: str) -> Storage:
 
 def probe(storage: Storage) -> None:
     """Make sure that creating a key twice is refused here. Raises OutputError on a store that overwrites."""
-    key = f"_probe-{uuid.uuid4().hex}"
+    key = f".probe-{uuid.uuid4().hex}"
     storage.create(key, b"first")
     try:
         if storage.create(key, b"second") or storage.get(key) != b"first":
@@ -100,6 +103,9 @@ class LocalStorage:
         return LocalStorage(
             str(next(path for path in (self._root, *self._root.absolute().parents) if path.exists()))
         )
+
+    def place(self, key: str) -> str:
+        return f"{self.url}/{key}"
 
     def create(self, key: str, data: bytes) -> bool:
         return self._write(key, data, os.link)
@@ -204,6 +210,9 @@ class ObjectStorage:
             )
         except (BaseError, ValueError, NoCredentials) as error:
             raise OutputError(f"{url}: {first_line(error)}") from error
+
+    def place(self, key: str) -> str:
+        return f"{self.url}/{key}"
 
     def create(self, key: str, data: bytes) -> bool:
         return self._retrying(lambda: self._create(key, data))

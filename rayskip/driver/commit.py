@@ -22,15 +22,11 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 import rayskip
-from rayskip.data.attempt import DATA, JOB
+from rayskip.data.folder import COMMITS, DATA, EPOCHS, JOB, MANIFEST, RECORDS, REPORT
 from rayskip.data.records import Shard, ShardResult
 from rayskip.data.storage import Storage, probe
 from rayskip.driver.identity import differences
 from rayskip.driver.records import (
-    COMMITS,
-    EPOCHS,
-    MANIFEST,
-    REPORT,
     VERSION,
     CommitRecord,
     Document,
@@ -49,9 +45,9 @@ D = TypeVar("D", bound=Document)
 _log = logging.getLogger(__name__)
 
 # What we write, and nothing that a person or a system (.DS_Store) puts beside it.
-_OUR_DATA = re.compile(r"data/shard-\d{5,}-[0-9a-f]+\.[a-z]+")
-_OUR_COMMIT = re.compile(r"_commits/shard-\d{5,}\.json")
-_OUR_EPOCH = re.compile(r"_epochs/\d{6,}\.json")
+_OUR_DATA = re.compile(rf"{DATA}/shard-\d{{5,}}-[0-9a-f]{{32}}\.[a-z]+")
+_OUR_COMMIT = re.compile(rf"{re.escape(COMMITS)}/shard-\d{{5,}}\.json")
+_OUR_EPOCH = re.compile(rf"{re.escape(EPOCHS)}/\d{{6,}}\.json")
 
 REPAIR = "`rayskip verify OUT --repair` takes such shards back, and the run command then redoes them alone"
 _WAYS_ON = {
@@ -82,23 +78,27 @@ def read(storage: Storage, key: str, kind: type[D]) -> D | None:
     try:
         head = _Head.model_validate_json(data)
         if head.version > VERSION:
+            theirs, ours = head.rayskip, rayskip.__version__
             raise OutputError(
-                f"{storage.url}/{key} was written by a newer rayskip, {head.rayskip}; this is {rayskip.__version__}"
+                f"{storage.place(key)} was written by a newer rayskip, {theirs}; this is {ours}"
             )
         return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        problem = f"{storage.url}/{key} is damaged: {where} {first['msg']}".rstrip()
+        problem = f"{storage.place(key)} is damaged: {where} {first['msg']}".rstrip()
         raise Damaged(problem + _WAYS_ON.get(key, "")) from error
 
 
-def read_commits(storage: Storage) -> list[CommitRecord]:
-    """All commit records, by shard. Raises OutputError for one that is damaged or misnamed."""
+def read_commits(storage: Storage, since: int) -> list[CommitRecord]:
+    """The commit records of a job that began in epoch `since`, by shard.
+
+    Raises OutputError for one that is damaged or misnamed.
+    """
     commits, damaged = scan_commits(storage)
     for problem in damaged.values():
         raise OutputError(f"{problem}; {REPAIR}")
-    return commits
+    return [record for record in commits if record.epoch >= since]
 
 
 def scan_commits(storage: Storage) -> tuple[list[CommitRecord], dict[str, str]]:
@@ -109,7 +109,7 @@ def scan_commits(storage: Storage) -> tuple[list[CommitRecord], dict[str, str]]:
         try:
             found = read(storage, key, CommitRecord)
             if found is not None and commit_key(found.shard) != key:
-                raise Damaged(f"{storage.url}/{key} is damaged: it holds shard {found.shard}")
+                raise Damaged(f"{storage.place(key)} is damaged: it holds shard {found.shard}")
             return found
         except Damaged as error:
             damaged[key] = str(error)
@@ -131,10 +131,11 @@ def epoch_keys(storage: Storage) -> list[str]:
 class Lease:
     """A driver's epoch. A driver that sees a later epoch has been replaced and stops.
 
-    nonce: by which this job names its data files; `open_job` sets it.
+    nonce: by which this job names its data files. since: the epoch in which it began. `open_job` sets both.
     """
 
     nonce = ""
+    since = 0
 
     def __init__(self, storage: Storage) -> None:
         """Claim the next epoch, fencing the driver before."""
@@ -147,6 +148,7 @@ class Lease:
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 started=datetime.now(UTC).isoformat(timespec="seconds"),
+                rayskip=rayskip.__version__,
             )
             key = epoch_key(self.epoch)
             # Told "exists" by a retry whose first reply was lost, the nonce says that it is ours.
@@ -166,8 +168,9 @@ class Lease:
 def open_job(storage: Storage, record: JobRecord, fresh: bool) -> Lease:
     """Make the folder this job's and this driver's; job.json is created when there is none.
 
-    fresh: an earlier job's files are deleted. Raises OutputError when the folder holds another job, before
-    a driver that may still run it is fenced; TakenOver when another run starts it over at this moment.
+    fresh: an earlier job's files are deleted. Raises OutputError when the folder holds another job, or with `fresh`
+    what is no job's, before a driver that may still run it is fenced; TakenOver when another run starts it over at
+    this moment.
     """
     if fresh:
         refuse_strangers(storage)
@@ -177,17 +180,20 @@ def open_job(storage: Storage, record: JobRecord, fresh: bool) -> Lease:
     lease = Lease(storage)
     if fresh:
         clear(storage)
-    storage.create(JOB, record.model_copy(update={"nonce": uuid.uuid4().hex}).to_bytes())
+    # A job.json that a person deleted says nothing of the records that are there.
+    since = lease.epoch if fresh or not commit_keys(storage) else 0
+    storage.create(JOB, record.model_copy(update={"nonce": uuid.uuid4().hex, "since": since}).to_bytes())
     there = read(storage, JOB, JobRecord)
     if there is None:
-        raise TakenOver(f"{storage.url}/{JOB} is gone: another run starts this job over; this one stops")
+        raise TakenOver(f"{storage.place(JOB)} is gone: another run starts this job over; this one stops")
     _same_job(storage, there, record)
-    lease.nonce = there.nonce or there.fingerprint[:32]
+    lease.nonce, lease.since = there.nonce or there.fingerprint[:32], there.since
     return lease
 
 
 def refuse_strangers(storage: Storage, fingerprint: str | None = None) -> None:
-    """Raises OutputError when files by the names that a job uses are not a job's, or not of job `fingerprint`.
+    """Raises OutputError when files by the names that a job uses are not of job `fingerprint`. Without one: when
+    they are not a job's, or when there are files and no job ever began there.
 
     `--fresh` deletes what has these names, and a run that ends replaces it.
     """
@@ -197,14 +203,21 @@ def refuse_strangers(storage: Storage, fingerprint: str | None = None) -> None:
         ours = found == fingerprint if fingerprint else found and known
         if found is not None and not ours:
             raise OutputError(
-                f"{storage.url}/{key} is not this job's, and a run would replace it; move it away, or choose "
+                f"{storage.place(key)} is not this job's, and a run would replace it; move it away, or choose "
                 f"another output.path"
             )
-    if not known and not fingerprint and commit_keys(storage):
+    if known or fingerprint or epoch_keys(storage):
+        return
+    if found := min(filter(_seen, storage.list("")), default=None):
         raise OutputError(
-            f"{storage.url} holds {COMMITS} and no {JOB}, so it is not known to be a job's and --fresh deletes "
-            f"nothing there; delete the folder yourself, or choose another output.path"
+            f"{storage.url} is no job's output folder: it holds {found} and no {JOB}, so --fresh deletes nothing "
+            f"there; choose another output.path, or run without --fresh to add a job to what is there"
         )
+
+
+def _seen(key: str) -> bool:
+    """Whether it is no hidden file, as systems put into folders."""
+    return key.startswith(f"{RECORDS}/") or not any(part.startswith(".") for part in key.split("/"))
 
 
 def _fingerprint(storage: Storage, key: str) -> str | None:
@@ -267,13 +280,18 @@ def commit(
     lease.check()
     ours = to_commit(shard, result, fingerprint, lease.epoch, uuid.uuid4().hex)
     key = commit_key(shard.index)
-    if storage.create(key, ours.to_bytes()):
+    while not storage.create(key, ours.to_bytes()):
+        existing = read(storage, key, CommitRecord)
+        if existing is None or existing.epoch >= lease.since:
+            break
+        storage.delete([key])  # a fenced driver was in the middle of this write when its job was deleted
+    else:
         return ours
-    existing = read(storage, key, CommitRecord)
+    lease.check()
     if existing is None or existing.fingerprint != fingerprint:
-        raise OutputError(f"{storage.url}/{key} belongs to another job; --fresh deletes it and starts over")
+        raise OutputError(f"{storage.place(key)} belongs to another job; --fresh deletes it and starts over")
     if existing.file == ours.file and existing.sha256 != ours.sha256:
-        raise OutputError(f"{storage.url}/{key} is of what {ours.file} held before; {REPAIR}")
+        raise OutputError(f"{storage.place(key)} is of what {ours.file} held before; {REPAIR}")
     return existing
 
 
@@ -288,28 +306,41 @@ def commit_all(
         return list(writers.map(lambda attempt: commit(storage, lease, fingerprint, *attempt), attempts))
 
 
-def load_commits(storage: Storage, fingerprint: str, shards: Iterable[Shard]) -> dict[int, CommitRecord]:
-    """The commit records of an earlier run, by shard. Raises OutputError for one that is not this job's."""
+def load_commits(
+    storage: Storage, fingerprint: str, shards: Iterable[Shard], since: int
+) -> dict[int, CommitRecord]:
+    """The commit records of an earlier run, by shard; since: the epoch in which the job began.
+
+    Raises OutputError for one that is not this job's.
+    """
     planned = {shard.index: shard for shard in shards}
-    commits = {record.shard: record for record in read_commits(storage)}
+    commits = {record.shard: record for record in read_commits(storage, since)}
     for index, record in commits.items():
         shard = planned.get(index)
         if shard is None or record.fingerprint != fingerprint or _range(record) != _range(shard):
             raise OutputError(
-                f"{storage.url}/{commit_key(index)} is not of this job; --fresh deletes it and starts over"
+                f"{storage.place(commit_key(index))} is not of this job; --fresh deletes it and starts over"
             )
     return commits
 
 
-def finish(storage: Storage, manifest: Manifest) -> None:
-    """Make the job visible: check that every data file is there whole, sweep strays, create manifest.json."""
+def finish(storage: Storage, lease: Lease, manifest: Manifest) -> None:
+    """Make the job visible: check that every data file is there whole, sweep strays, create manifest.json.
+
+    What a fenced driver still wrote of a job that --fresh deleted is swept too. Raises TakenOver when this driver
+    has been replaced.
+    """
     for path in lost_files(storage, sizes(manifest)):
-        raise OutputError(f"{storage.url}/{path} is gone; the same command runs its shard again")
+        raise OutputError(f"{storage.place(path)} is gone; the same command runs its shard again")
     sweep(storage, manifest)
-    if storage.create(MANIFEST, manifest.to_bytes()):
-        return
-    if read(storage, MANIFEST, Manifest) != manifest:
-        raise OutputError(f"{storage.url}/{MANIFEST} is of another job")
+    ours = {commit_key(file.shard) for file in manifest.files}
+    others = {key: read(storage, key, CommitRecord) for key in commit_keys(storage) if key not in ours}
+    storage.delete([key for key, record in others.items() if record and record.epoch < lease.since])
+    while not storage.create(MANIFEST, manifest.to_bytes()):
+        if read(storage, MANIFEST, Manifest) == manifest:
+            return
+        lease.check()
+        storage.delete([MANIFEST])
 
 
 def _range(record: CommitRecord | Shard) -> tuple[str, int, int]:
@@ -338,7 +369,7 @@ def lost_files(storage: Storage, committed: Mapping[str, int]) -> set[str]:
     for path, size in committed.items():
         if there.get(path, size) != size:
             raise OutputError(
-                f"{storage.url}/{path} has {there[path]:,} bytes, {size:,} were committed; {REPAIR}"
+                f"{storage.place(path)} has {there[path]:,} bytes, {size:,} were committed; {REPAIR}"
             )
     return committed.keys() - there.keys()
 

@@ -14,10 +14,11 @@ from typing import Literal
 
 import psutil
 
+from rayskip.data.folder import EPOCHS
 from rayskip.data.storage import Storage
 from rayskip.driver.commit import epoch_keys, read
 from rayskip.driver.progress import Progress
-from rayskip.driver.records import EPOCHS, Document, EpochRecord
+from rayskip.driver.records import Document, EpochRecord
 from rayskip.errors import Interrupted, RayskipError, TakenOver
 
 BEAT_S = 10.0

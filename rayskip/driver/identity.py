@@ -66,6 +66,11 @@ def _complete(config: dict[str, Any]) -> dict[str, Any]:
     return config | {name: values | config.get(name, {}) for name, values in _BEFORE.items()}
 
 
+def stamps(source: Source) -> str:
+    """A hash of the input files' sizes and times of change, as earlier versions had it for "input files"."""
+    return digest([(file.name, file.rows, file.stamp) for file in source.files])
+
+
 def said(config: dict[str, Any], under: str = "") -> Values:
     """What a config's nested sections say, by dotted key."""
     values: Values = {}
@@ -98,8 +103,8 @@ def differences(there: JobRecord, here: JobRecord) -> list[str]:
     """What decides the output and is not the same in both, with both values; empty where they are one job.
 
     there: a folder's, perhaps by another version: a key that it lacks has come since and counts as what was done
-    before, which is its default but for _BEFORE; one that only it has differs unless it is null. What is chosen
-    where it is not given is taken from there.
+    before, which is its default but for _BEFORE; one that only it has differs unless it is null. Its input files
+    may be known by their stamps. What is chosen where it is not given is taken from there.
     """
     config = _complete(there.config)
     try:
@@ -111,7 +116,7 @@ def differences(there: JobRecord, here: JobRecord) -> list[str]:
     old, new = said(known), said(here.config)
     found = []
     for part, keys in _NAMING.items():
-        if there.parts.get(part) != here.parts.get(part):
+        if there.parts.get(part) not in (here.parts.get(part), here.stamps):
             found += _unequal(old, new, keys) or [part]
     given = {
         key: new[key] for key, value in chosen(there).items() if value is not None and new[key] is not None

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rayskip.config import JobConfig
-from rayskip.data.attempt import JOB, data_key
+from rayskip.data.attempt import data_key
+from rayskip.data.folder import JOB, MANIFEST, REPORT, open_folder
 from rayskip.data.output import SUFFIXES
 from rayskip.data.sources import Source
-from rayskip.data.storage import Storage, open_storage
+from rayskip.data.storage import Storage
 from rayskip.driver.commit import (
     Lease,
     adopt,
@@ -33,16 +34,7 @@ from rayskip.driver.heartbeat import beating
 from rayskip.driver.identity import as_begun
 from rayskip.driver.plan import Plan, adopted, make_plan, settled
 from rayskip.driver.progress import Meter, Progress
-from rayskip.driver.records import (
-    MANIFEST,
-    REPORT,
-    CommitRecord,
-    JobRecord,
-    Manifest,
-    commit_key,
-    fold,
-    signature,
-)
+from rayskip.driver.records import CommitRecord, JobRecord, Manifest, commit_key, fold, signature
 from rayskip.driver.report import Report, error_lines, merged, total, total_errors
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
@@ -74,7 +66,7 @@ def run_job(
     Interrupted after SIGTERM or Ctrl-C; what was committed stays in each case.
     """
     if not fresh:
-        job = as_begun(job, read(open_storage(job.output.path), JOB, JobRecord))
+        job = as_begun(job, read(open_folder(job.output.path), JOB, JobRecord))
     return run_plan(job, make_plan(job), pool_factory, fresh, on_progress)
 
 
@@ -88,7 +80,7 @@ def run_plan(
     """`run_job` for a plan that is made already."""
     for warning in plan.warnings:
         _log.warning("%s", warning)
-    storage = open_storage(job.output.path)
+    storage = open_folder(job.output.path)
     if not fresh and (report := finished_report(storage, plan)):
         _log.warning("%s is finished already, nothing was done; --fresh starts over", job.output.path)
         return report
@@ -148,7 +140,9 @@ class JobRun:
         self.began = time.monotonic() - plan.seconds
         self.cpu_began = time.process_time()
         self.first_token: float | None = None
-        self.commits = still_there(storage, load_commits(storage, plan.record.fingerprint, plan.shards))
+        self.commits = still_there(
+            storage, load_commits(storage, plan.record.fingerprint, plan.shards, lease.since)
+        )
         self.whole = total(self.commits.values())
         self.resumed = frozenset(self.commits)
         self.failed = sum(record.rows_failed for record in self.commits.values())
@@ -189,6 +183,7 @@ class JobRun:
         self.storage.put(REPORT, report.to_bytes())
         finish(
             self.storage,
+            self.lease,
             fold(
                 record.name,
                 record.fingerprint,

@@ -22,7 +22,7 @@ from rayskip.data.storage import Storage
 from rayskip.data.tokenizer import special_tokens, tells_date
 from rayskip.decode.draft_files import check_files
 from rayskip.driver.commit import adopt
-from rayskip.driver.identity import contents, deciding, digest, said
+from rayskip.driver.identity import contents, deciding, digest, said, stamps
 from rayskip.driver.records import JobRecord, signature
 from rayskip.errors import InputError, StorageBusy
 from rayskip.model.checkpoint import check, read_layer_count, resolve
@@ -81,6 +81,7 @@ def make_plan(job: JobConfig) -> Plan:
         name=job.name,
         fingerprint=digest([parts, deciding(said(config)), str(day), prefix, shard_rows]),
         parts=parts,
+        stamps=stamps(source),
         date=day,
         prefix=prefix,
         shard_rows=shard_rows,

@@ -1,16 +1,9 @@
 """The JSON documents of an output folder, and the one fold from commit records to a manifest.
 
-Does not know storage. Layout, relative to OUT:
-
-    job.json                       what the job is; created once
-    _epochs/000001.json            one per driver that ever ran; the highest is the one that may commit
-    _epochs/000001-heartbeat.json  how far that driver is, for people; written again and again
-    data/shard-00042-<hex>.parquet created once per shard, <hex> being the job's nonce; counts once it is committed
-    _commits/shard-00042.json      created once per shard: the first creator wins
-    report.json                    throughput of the run that finished the job
-    manifest.json                  created last; a reader that finds it sees the whole job
-
-Names that start with "_" are skipped by the usual dataset readers.
+Does not know storage; `data/folder.py` has the layout. job.json is created once. The driver of the highest epoch is
+the one that may commit; how far a driver is, it writes beside its epoch again and again, for people. A shard's
+data file is created once, named by the job's nonce, and counts once it is committed. A commit record is created
+once: the first creator wins. manifest.json is created last.
 """
 
 from __future__ import annotations
@@ -23,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 import rayskip
+from rayskip.data.folder import COMMITS, EPOCHS
 from rayskip.data.records import RowErrors, Shard, ShardResult
 from rayskip.stats import Stats
 
@@ -30,11 +24,6 @@ VERSION = 1
 """Of the folder's format. It grows only when an older rayskip would misread a folder: a field that is added has a
 default, so that documents without it load, an unknown field is passed over, and a field with a new name is found
 under its old one too (_RENAMED)."""
-
-MANIFEST = "manifest.json"
-REPORT = "report.json"
-COMMITS = "_commits"
-EPOCHS = "_epochs"
 
 _RENAMED = {
     "min_receipts": "min_audits",
@@ -78,16 +67,19 @@ class JobRecord(Signed):
     """What the job is: whether another run's is the same, `identity.differences` tells.
 
     fingerprint: hash of what decided the output when the job began; ties its commit records to it.
-    parts: hash of each content, files and weights. config: the job's config as given, every key of it.
+    parts: hash of each content, files and weights. stamps: hash of the input files' sizes and times of change, by
+    which earlier versions knew them; not written. config: the job's config as given, every key of it.
     date: that chat templates tell as today's; None where none asks for it. prefix: of the output columns' names.
     shard_rows: most rows of a shard; in folders of before it was chosen, what the config says. rows: input rows.
     nonce: new whenever a job begins in the folder; "" before it does, and in folders of earlier versions.
+    since: the epoch in which it began: commit records of earlier ones are of a job before it that --fresh deleted.
     """
 
     version: int = VERSION
     name: str
     fingerprint: str
     parts: dict[str, str]
+    stamps: str = Field("", exclude=True)
     shards: int
     rows: int
     config: dict[str, Any]
@@ -95,6 +87,7 @@ class JobRecord(Signed):
     prefix: str = ""
     shard_rows: int
     nonce: str = Field("", pattern="^[0-9a-f]*$")
+    since: int = 0
 
     @model_validator(mode="before")
     @classmethod
@@ -120,13 +113,17 @@ class JobRecord(Signed):
 
 
 class EpochRecord(Document):
-    """A driver's claim on the job. Wall-clock time is for people: no decision reads it."""
+    """A driver's claim on the job. Wall-clock time is for people: no decision reads it.
+
+    rayskip: its version; None from before it was told.
+    """
 
     epoch: int
     nonce: str
     host: str
     pid: int
     started: str
+    rayskip: str | None = None
 
 
 class CommitRecord(Signed):

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from itertools import groupby, islice
 
 from rayskip.config import InputConfig
+from rayskip.data.folder import open_folder
 from rayskip.data.output import OutputRow, read_rows
 from rayskip.data.prompts import said_columns
-from rayskip.data.storage import Storage, open_storage
+from rayskip.data.storage import Storage
 from rayskip.driver.commit import REPAIR, read_commits
 from rayskip.driver.records import CommitRecord, JobRecord
 from rayskip.driver.status import read_job
@@ -22,9 +23,9 @@ def show(out: str, count: int, errors: bool = False) -> tuple[list[OutputRow], s
     Reads no more data files than it takes. Raises OutputError where there is no job, or a file that was committed
     cannot be read.
     """
-    storage = open_storage(out)
+    storage = open_folder(out)
     job = read_job(storage)
-    wanted = (commit for commit in read_commits(storage) if commit.rows_failed or not errors)
+    wanted = (commit for commit in read_commits(storage, job.since) if commit.rows_failed or not errors)
     rows = (row for commit in wanted for row in _read(storage, job, commit))
     chosen = (row for row in rows if row.error_type is not None or not errors)
     by_row = groupby(chosen, key=lambda row: (row.row_file, row.row_index))
@@ -35,8 +36,8 @@ def show(out: str, count: int, errors: bool = False) -> tuple[list[OutputRow], s
 def _read(storage: Storage, job: JobRecord, commit: CommitRecord) -> Iterator[OutputRow]:
     data = storage.get(commit.file)
     if data is None:
-        raise OutputError(f"{storage.url}/{commit.file} is gone; the run command runs its shard again")
+        raise OutputError(f"{storage.place(commit.file)} is gone; the run command runs its shard again")
     try:
         yield from read_rows(data, job.format, job.prefix)
     except (ValueError, KeyError, TypeError, OSError) as error:  # OSError: pyarrow's, of damaged bytes
-        raise OutputError(f"{storage.url}/{commit.file} is damaged ({error}); {REPAIR}") from error
+        raise OutputError(f"{storage.place(commit.file)} is damaged ({error}); {REPAIR}") from error

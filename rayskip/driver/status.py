@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rayskip.data.attempt import JOB
+from rayskip.data.folder import JOB, MANIFEST, open_folder
 from rayskip.data.records import RowErrors
-from rayskip.data.storage import Storage, open_storage
+from rayskip.data.storage import Storage
 from rayskip.driver.commit import data_files, read, read_commits, sizes
 from rayskip.driver.heartbeat import Heartbeat, is_alive, last_driver, silent_s
-from rayskip.driver.records import MANIFEST, EpochRecord, JobRecord, Manifest
+from rayskip.driver.records import EpochRecord, JobRecord, Manifest
 from rayskip.driver.report import failure, total, total_errors
-from rayskip.errors import OutputError
+from rayskip.errors import OutputError, counted
 
 State = Literal["running", "finished", "failed", "interrupted", "stale", "unfinished"]
 """stale: its driver is gone without a word, or silent for two minutes. unfinished: no driver ever said anything."""
@@ -64,10 +64,10 @@ class JobStatus:
 
 def status(out: str) -> JobStatus:
     """The state of the job in folder `out`. Raises OutputError when there is none."""
-    storage = open_storage(out)
+    storage = open_folder(out)
     job = read_job(storage)
     driver, heartbeat = last_driver(storage)  # before the records: one that ends now has written them all
-    commits = read_commits(storage)
+    commits = read_commits(storage, job.since)
     finished = read(storage, MANIFEST, Manifest) is not None
     committed, there = sizes(commits), data_files(storage)
     whole, errors = total(commits), total_errors(commits)
@@ -115,6 +115,19 @@ def _state(driver: EpochRecord | None, heartbeat: Heartbeat | None) -> State:
 def _driver(driver: EpochRecord, heartbeat: Heartbeat | None) -> Driver:
     silent = silent_s(heartbeat) if heartbeat else None
     return Driver(driver.host, driver.pid, driver.started, silent, heartbeat.phase if heartbeat else None)
+
+
+def finished_job(out: str) -> str | None:
+    """What `--fresh` would delete of a finished job in folder `out`, in words; None when there is none."""
+    manifest = read(open_folder(out), MANIFEST, Manifest)
+    if manifest is None:
+        return None
+    size = sum(file.bytes for file in manifest.files)
+    written = f", written {manifest.written}" if manifest.written else ""
+    return (
+        f"the finished job {manifest.name!r}: {counted(manifest.rows, 'generation')} in "
+        f"{counted(len(manifest.files), 'file')}, {size:,} bytes{written}"
+    )
 
 
 def read_job(storage: Storage) -> JobRecord:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from rayskip.data.attempt import DATA
+from rayskip.data.folder import DATA, MANIFEST, open_folder
 from rayskip.data.output import identity_problems, read_identities
-from rayskip.data.storage import Storage, open_storage
+from rayskip.data.storage import Storage
 from rayskip.driver.commit import (
     REPAIR,
     Damaged,
@@ -24,7 +24,7 @@ from rayskip.driver.commit import (
     sweep,
     take_back,
 )
-from rayskip.driver.records import MANIFEST, CommitRecord, JobRecord, Manifest, commit_key, fold
+from rayskip.driver.records import CommitRecord, JobRecord, Manifest, commit_key, fold
 from rayskip.driver.status import read_job
 from rayskip.errors import OutputError, counted
 
@@ -45,11 +45,11 @@ class VerifyResult:
 
 def verify(out: str) -> VerifyResult:
     """Verify the finished job in folder `out`. Raises OutputError listing what is wrong."""
-    storage = open_storage(out)
+    storage = open_folder(out)
     job = read_job(storage)
     manifest = read(storage, MANIFEST, Manifest)
     if manifest is None:
-        raise OutputError(f"{storage.url}: the job is not finished ({MANIFEST} is not there); run it again")
+        raise OutputError(f"{storage.url}: the job is not finished (it has no manifest.json); run it again")
     problems = list(_problems(storage, job, manifest))
     found = problems + list(_strays(storage, manifest))
     if found:
@@ -72,7 +72,7 @@ def repair(out: str) -> list[str]:
     Claims the folder first: a driver that still runs stops. Returns what was wrong, nothing for a job that is whole
     as far as it is committed. Raises OutputError when there is no job.
     """
-    storage = open_storage(out)
+    storage = open_folder(out)
     job = read_job(storage)
     Lease(storage)
     commits, damaged = scan_commits(storage)
@@ -99,7 +99,7 @@ def repair(out: str) -> list[str]:
         return [str(error)]
     if manifest and manifest != fold(job.name, job.fingerprint, manifest.format, manifest.skip, good):
         storage.delete([MANIFEST])
-        return [f"{MANIFEST} does not match the commit records"]
+        return ["manifest.json does not match the commit records"]
     if manifest:
         sweep(storage, manifest)
     return []
@@ -114,7 +114,7 @@ def _problems(storage: Storage, job: JobRecord, manifest: Manifest) -> Iterator[
     commits, damaged = scan_commits(storage)
     yield from damaged.values()
     if manifest != fold(job.name, job.fingerprint, manifest.format, manifest.skip, commits):
-        yield f"{MANIFEST} does not match the commit records"
+        yield "manifest.json does not match the commit records"
     yield from _partition_problems(job, commits)
     for commit in commits:
         yield from _file_problems(storage, job, commit)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rayskip.data.blocks import BLOCK, SAMPLES, blocks, sampled
 from rayskip.errors import ModelError, shown
 from rayskip.model import embedded, hub
 from rayskip.model.adapter import Merged, adapter_files, check_fit, read_adapter
@@ -41,9 +42,6 @@ LABEL = "rayskip.json"
 
 SUGGESTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Sampling parameters that a generation_config.json may have under the names of a job's."""
-
-BLOCK = 1 << 20
-SAMPLES = 16
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
@@ -220,7 +218,7 @@ def _fingerprint(small: list[Path], weights: list[Path]) -> str:
     digest = hashlib.sha256()
     for file in small + weights:
         digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
-        for block in _sampled(file) if file in weights else _blocks(file):
+        for block in _sampled(file) if file in weights else _whole(file):
             digest.update(block)
     return digest.hexdigest()
 
@@ -234,24 +232,19 @@ def tensors_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _blocks(file: Path) -> Iterator[bytes]:
+def _whole(file: Path) -> Iterator[bytes]:
     with file.open("rb") as source:
-        while block := source.read(BLOCK):
-            yield block
+        yield from blocks(source)
 
 
 def _sampled(file: Path) -> Iterator[bytes]:
-    """Of a safetensors file."""
+    """Of a safetensors file: its header and 16 evenly spaced MiB; all of a small one."""
     size = file.stat().st_size
     with file.open("rb") as source:
-        if size <= SAMPLES * BLOCK:
-            yield source.read()
-            return
-        length = source.read(8)
-        yield length + source.read(int.from_bytes(length, "little"))
-        for part in range(SAMPLES):
-            source.seek((size - BLOCK) * part // (SAMPLES - 1))
-            yield source.read(BLOCK)
+        if size > SAMPLES * BLOCK:
+            length = source.read(8)
+            yield length + source.read(int.from_bytes(length, "little"))
+        yield from sampled(source, size, BLOCK)
 
 
 class _Shapes(Mapping[str, "torch.Tensor"]):

@@ -63,7 +63,8 @@ class Format:
 
     read(url, reading, marks, start, stop, schema): rows [start, stop) under the job's schema, with the column
     BROKEN_ROW saying why a row could not be read. Raises UNREADABLE when the file changed or is damaged.
-    unify(schemas): the job's schema from its files'. text: whether files are text, which may be compressed.
+    unify(schemas): the job's schema from its files'. text: whether files are text, which may be compressed, and
+    which planning reads whole, as text has no index of its rows.
     """
 
     scan: Callable[[str, Reading], Scan]
