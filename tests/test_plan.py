@@ -10,7 +10,7 @@ import pytest
 
 from rayskip.config.file import load_config
 from rayskip.driver.plan import make_plan
-from rayskip.preview import format_preview, preview
+from rayskip.dry_run import dry_run, format_dry_run
 
 RENDERED = "<|im_start|>user\nName a colour.<|im_end|>\n<|im_start|>assistant\n"
 
@@ -29,7 +29,7 @@ def rows(path: Path, *found: dict[str, Any]) -> None:
 
 
 def said(job: Path, *overrides: str) -> str:
-    return format_preview(preview(load_config(job, overrides)))
+    return format_dry_run(dry_run(load_config(job, overrides)))
 
 
 def warnings(job: Path, *overrides: str) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ def test_messages_that_are_continued_are_counted(job: Path) -> None:
     rows(job.parent / "in/a.jsonl", {"messages": chat}, {"messages": chat[:1]})
     text = said(job)
     assert "<|im_start|>assistant\nThe label is:\n" in text
-    assert "1 rows end with the assistant's message, which is continued" in text
+    assert "1 row with the assistant's message last, which is continued" in text
     assert "is continued" not in said(job, "input.continue_final_message=false")
 
 
