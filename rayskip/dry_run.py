@@ -177,7 +177,7 @@ def format_dry_run(seen: DryRun) -> str:
     parts += histogram(seen.lengths)
     if seen.continued:
         parts.append(
-            f"{counted(seen.continued, 'row')} end with the assistant's message, which is continued; "
+            f"{counted(seen.continued, 'row')} with the assistant's message last, which is continued; "
             "input.continue_final_message: false has a new answer begin"
         )
     if seen.errors:

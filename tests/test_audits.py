@@ -89,8 +89,8 @@ def test_output_is_labelled_and_audits_are_what_two_jobs_show(folder: Path, tmp_
     full, expected = _run(folder, tmp_path / "full")
     skipped, rows = _run(folder, tmp_path / "skipped", decode={"skip": SKIP}, quality={"sample": 1.0})
 
-    assert full.rows_cut == sum(row["finish_reason"] == "length" for row in expected) == ROWS - 1
-    assert f"{ROWS - 1} cut off at their most tokens" in format_report(full)
+    assert full.generations_cut == sum(row["finish_reason"] == "length" for row in expected) == ROWS - 1
+    assert f"{ROWS - 1} cut off at max_tokens" in format_report(full)
     assert "skip_policy" not in expected[0]
     assert (full.skip, full.mean_layers, full.audits, full.agreement) == ("none", 6, 0, {})
     good = [row for row in rows if row["error_type"] is None]

@@ -147,8 +147,9 @@ def test_no_message_adds_a_special_token(name: str, texts: list[str]) -> None:
         roles = ["user", "assistant"] * len(texts)
         return [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
 
-    ids = chats(name).chat(conversation(texts))
-    assert specials_in(ids) == specials_in(chats(name).chat(conversation(["x"] * len(texts))))
+    ids = chats(name).chat(conversation(texts), continue_final=False)
+    harmless = conversation(["x"] * len(texts))
+    assert specials_in(ids) == specials_in(chats(name).chat(harmless, continue_final=False))
     rendered = tokenizer().apply_chat_template(
         conversation(texts), chat_template=CHATS[name], tokenize=False, add_generation_prompt=True
     )
@@ -166,7 +167,7 @@ def test_ordinary_conversations_are_encoded_as_the_tokenizer_itself_does(name: s
         expected = tokenizer().apply_chat_template(
             conversation, chat_template=CHATS[name], add_generation_prompt=True, return_dict=False
         )
-        assert chats(name).chat(conversation) == expected
+        assert chats(name).chat(conversation, continue_final=False) == expected
         assert specials_in(expected)
 
 

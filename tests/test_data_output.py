@@ -205,7 +205,9 @@ def test_openai_lines_have_tokens_as_text_and_the_jobs_time() -> None:
     rows = [good(10, logprobs=logprobs), good(11, logprobs=logprobs)]
     data = pa.table({"custom_id": ["a", "b"], "url": ["/v1/chat/completions", "/v1/completions"]})
     made = output_table(data, rows, replace(shard(10, 12), begun=1_700_000_000), config)
-    lines = [json.loads(line) for line in encode("openai", made, pieces.__getitem__).splitlines()]
+    written = encode("openai", made, pieces.__getitem__)
+    assert [row.text for row in read_rows(written, "openai", "")] == ["text", "text"]
+    lines = [json.loads(line) for line in written.splitlines()]
     chat, text = (line["response"]["body"] for line in lines)
     assert chat["created"] == text["created"] == 1_700_000_000
     assert (chat["object"], text["object"]) == ("chat.completion", "text_completion")

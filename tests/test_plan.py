@@ -74,7 +74,7 @@ def test_messages_that_are_continued_are_counted(job: Path) -> None:
     rows(job.parent / "in/a.jsonl", {"messages": chat}, {"messages": chat[:1]})
     text = said(job)
     assert "<|im_start|>assistant\nThe label is:\n" in text
-    assert "1 rows end with the assistant's message, which is continued" in text
+    assert "1 row with the assistant's message last, which is continued" in text
     assert "is continued" not in said(job, "input.continue_final_message=false")
 
 

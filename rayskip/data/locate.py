@@ -46,14 +46,14 @@ def filesystem(url: str) -> tuple[fs.FileSystem, str]:
     if "://" not in url:
         return fs.LocalFileSystem(), url
     scheme, path = url.split("://", 1)
-    return _bucket(scheme, path.split("/", 1)[0]), path
+    endpoint, region = os.environ.get("AWS_ENDPOINT_URL"), os.environ.get("AWS_REGION")
+    return _bucket(scheme, path.split("/", 1)[0], endpoint, region), path
 
 
 @cache
-def _bucket(scheme: str, bucket: str) -> fs.FileSystem:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL")
+def _bucket(scheme: str, bucket: str, endpoint: str | None, region: str | None) -> fs.FileSystem:
     if scheme == "s3" and endpoint:
-        return fs.S3FileSystem(endpoint_override=endpoint, region=os.environ.get("AWS_REGION"))
+        return fs.S3FileSystem(endpoint_override=endpoint, region=region)
     if scheme not in ("s3", "gs"):
         raise InputError(f"input.path: {scheme}:// cannot be read; use a local path, s3:// or gs://")
     try:

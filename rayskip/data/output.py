@@ -54,8 +54,9 @@ _MESSAGE = 300
 
 _IDENTITY = ("row_file", "row_index", "sample_index")
 
-_CUSTOM_ID = "custom_id"
-"""The input column that an openai line carries."""
+_CUSTOM_ID, _URL = "custom_id", "url"
+"""The input columns that an openai line needs: the one it carries, and the one that tells a text completion from a
+chat."""
 
 _MODEL = b"rayskip.model"
 """Schema metadata: the job's model.path. Parquet keeps it in its footer, openai lines carry it."""
@@ -115,7 +116,7 @@ def output_table(table: pa.Table, rows: Sequence[Generation], shard: Shard, job:
         raise ValueError(f"shard {shard.index}: generations do not cover rows {shard.start} to {shard.stop}")
     carried = set(table.column_names) - {BROKEN_ROW}
     if job.output.format == "openai":
-        carried &= {_CUSTOM_ID}
+        carried &= {_CUSTOM_ID, _URL}
     kept = table.select([name for name in table.column_names if name in carried])
     repeated = kept.take(pa.array([row.row_index - shard.start for row in rows], pa.int64()))
     columns = {field.name: repeated[field.name] for field in kept.schema}
@@ -215,7 +216,7 @@ def _openai(samples: list[dict[str, Any]], told: dict[str, Any], named: _Named) 
     if failed:
         error = {"code": failed["error_type"], "message": failed["error_message"]}
         return head | {"response": None, "error": error}
-    chat = first.get("url") != COMPLETIONS
+    chat = first.get(_URL) != COMPLETIONS
     kind = (
         {"id": f"chatcmpl-{request}", "object": "chat.completion"}
         if chat
@@ -363,8 +364,8 @@ def _openai_rows(line: dict[str, Any]) -> Iterator[OutputRow]:
             yield OutputRow(*identity, sample, "error", None, error["code"], error["message"], columns)
         return
     for choice in line["response"]["body"]["choices"]:
-        content, reason = choice["message"]["content"], choice["finish_reason"]
-        yield OutputRow(*identity, choice["index"], reason, content, None, None, columns)
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        yield OutputRow(*identity, choice["index"], choice["finish_reason"], text, None, None, columns)
 
 
 def read_identities(data: bytes, format: str, prefix: str) -> list[tuple[str, int, int]]:
