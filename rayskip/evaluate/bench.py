@@ -308,6 +308,8 @@ def _mode_timing(
         layer_tokens_ratio=stats.layer_tokens / stats.layer_tokens_ideal if stats.layer_tokens_ideal else 1.0,
         cohort_fill=stats.cohort_fill or 1.0,
         batch_fill=stats.batch_fill,
+        kv_mb_per_row=stats.kv_bytes_held / stats.step_rows / 1e6 if stats.step_rows else None,
+        kv_fill=stats.kv_fill,
         seconds={phase: (spent / len(runs), spent / every_phase) for phase, spent in total.items() if spent},
     )
 

@@ -18,13 +18,15 @@ class Timing:
     round. identical: share of the rows whose tokens are those of the first run of the same model and skip policy,
     at whatever batch size; of a peer's rows, those of the first mode's.
 
-    None for peers, which do not tell: skip; decode_tok_s: generated tokens per second of the steps without prompt
-    tokens (None too when no step was). allowed_speedup: what the layers skipped leave of the products' work, over
-    full depth (see `allowed_speedup` in bench.py). mean_accepted: tokens per row and verification, 1 without a
-    drafter. layer_tokens_ratio: layer executions over those the skip policy asks for.
+    None for peers, which do not tell: skip; kv_mb_per_row and kv_fill; decode_tok_s: generated tokens per second of
+    the steps without prompt tokens (None too when no step was). allowed_speedup: what the layers skipped leave of
+    the products' work, over full depth (see `allowed_speedup` in bench.py). mean_accepted: tokens per row and
+    verification, 1 without a drafter. layer_tokens_ratio: layer executions over those the skip policy asks for.
     limit_tok_s: what the machine allows full steps of batch_rows rows (see `Roofline`) at the mean length that a
     generated token finds before it; limit_share: decode_tok_s over it in the same round, so empty places count
     against it. Both None with a drafter: a verification gives several tokens.
+    kv_mb_per_row: KV cache, in 10^6 bytes, that a row in flight needs on average, what rows share counted once;
+    kv_fill: share of that with a token's keys and values.
     seconds: [seconds, share of all phases' seconds] by phase, mean of the rounds, summed over the engine's workers.
     load_s: of a peer, until it was ready; None for modes.
     """
@@ -48,6 +50,8 @@ class Timing:
     layer_tokens_ratio: float | None = None
     cohort_fill: float | None = None
     batch_fill: float | None = None
+    kv_mb_per_row: float | None = None
+    kv_fill: float | None = None
     seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
     load_s: float | None = None
 
@@ -56,7 +60,7 @@ def format_timings(timings: Sequence[Timing]) -> str:
     """A table for a terminal."""
     head = (
         f"{'mode':<24}{'batch':>6}{'rows':>6}{'tok/s':>8}{'range':>12}{'speed-up':>10}{'decode tok/s':>14}"
-        f"{'speed-up':>10}{'limit':>7}{'allowed':>9}{'layers':>8}{'accepted':>10}{'same':>6}{'fill':>6}"
+        f"{'speed-up':>10}{'limit':>7}{'allowed':>9}{'layers':>8}{'accepted':>10}{'same':>6}{'fill':>6}{'KV MB':>7}"
     )
     lines = [
         f"{t.mode:<24}{t.batch_rows:>6}{t.rows:>6}{t.tok_s:>8.0f}"
@@ -64,7 +68,7 @@ def format_timings(timings: Sequence[Timing]) -> str:
         f"{or_dash(t.decode_tok_s, '.0f'):>14}{or_dash(t.decode_speedup, '.2f'):>10}"
         f"{or_dash(t.limit_share, '.0%'):>7}{or_dash(t.allowed_speedup, '.2f'):>9}"
         f"{or_dash(t.mean_layers, '.1f'):>8}{or_dash(t.mean_accepted, '.2f'):>10}{t.identical:>6.0%}"
-        f"{or_dash(t.batch_fill, '.2f'):>6}"
+        f"{or_dash(t.batch_fill, '.2f'):>6}{or_dash(t.kv_mb_per_row, '.2f'):>7}"
         for t in timings
     ]
     return "\n".join([head, *lines])
