@@ -77,8 +77,7 @@ def _run(folder: Path, out: Path, **sections: Any) -> tuple[Report, list[dict[st
 def test_what_a_replica_says_when_it_is_ready_is_read_without_torch(folder: Path, tmp_path: Path) -> None:
     """A driver would import it for seconds, while replicas wait."""
     job = _job(folder, tmp_path)
-    (tmp_path / "job.json").touch()
-    ready = Replica(job, make_plan(job).source).ready()
+    ready = Replica(job, make_plan(job).source).load()
     code = "import pickle, sys; pickle.loads(bytes.fromhex(sys.argv[1])); print('torch' in sys.modules)"
     command = [sys.executable, "-c", code, pickle.dumps(ready).hex()]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
