@@ -373,10 +373,10 @@ def test_a_row_ends_inside_a_draft(way: str) -> None:
     ids, tokenizer = whole.token_ids, plain.tokenizer
     assert ids is not None
     assert tokenizer is not None
-    at = next(at for at in range(9, 12) if tokenizer.decode(ids[at]) not in tokenizer.decode(ids[:at]))
+    at = next(at for at in range(9, 12) if tokenizer.decode([ids[at]]) not in tokenizer.decode(ids[:at]))
     params = {
         "stop token": SamplingParams(max_tokens=20, stop_token_ids=(ids[at],)),
-        "stop string": SamplingParams(max_tokens=20, stop=(str(tokenizer.decode(ids[at])),)),
+        "stop string": SamplingParams(max_tokens=20, stop=(str(tokenizer.decode([ids[at]])),)),
         "max_tokens": SamplingParams(max_tokens=at + 1),
     }[way]
     drafting = Engine(plain.decoder, plain.tokenizer, sizes)
