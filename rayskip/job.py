@@ -33,16 +33,15 @@ def run(
     in the main thread Ctrl-C, SIGTERM or SIGHUP has what finishes within seconds committed, then raises. (In others
     Python hears no signals.)
     Raises what `rayskip.errors` has: UserError before anything runs, for what must be given otherwise; JobFailed;
-    Interrupted. What was committed stays in each case, and the same call goes on.
+    Interrupted; TakenOver by another run; StorageBusy where a store does not answer. What was committed stays in
+    each case, and the same call goes on. A job of which no row succeeded ends, and `failure` of its report says so.
     """
     from rayskip.cluster.paths import check_output
-    from rayskip.config.file import load_config
-
-    job = load_config(job, overrides)
-    check_output(job.output.path)
     from rayskip.cluster.ray_pool import RayPool
+    from rayskip.config.file import load_config
     from rayskip.driver.loop import run_job
 
+    job = load_config(job, overrides)
     check_output(job.output.path)
 
     def ray_pool(job: JobConfig, source: Source) -> Pool:

@@ -53,17 +53,18 @@ def is_own(path: Path) -> bool:
     return facts.st_uid == os.getuid() and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def recall(kind: str, of: Iterable[bytes | str], make: Callable[[], Any]) -> Any:
+def recall(kind: str, of: Callable[[], Iterable[bytes | str]], make: Callable[[], Any]) -> Any:
     """What `make` returns, a JSON value, from the cache if it has been made of the same before.
 
     kind: folder of the cache. of: all that decides the value, contents and versions. Where the cache cannot be
     read, written or trusted, the value is made each time. Raises what `make` raises, and keeps nothing then.
     """
-    file = fact_file(kind, of)
+    file = fact_file(kind, of())
     if (known := read_fact(file)) is not None:
         return known
     made = make()
-    keep_fact(file, made)
+    if fact_file(kind, of()) == file:  # else what it is made of has changed meanwhile
+        keep_fact(file, made)
     return made
 
 
@@ -73,7 +74,11 @@ def fact_file(kind: str, of: Iterable[bytes | str]) -> Path:
     for part in of:
         data = part.encode() if isinstance(part, str) else part
         key.update(len(data).to_bytes(8, "little") + data)
-    return cache_root() / kind / f"{key.hexdigest()}.json"
+    try:
+        root = cache_root()
+    except RuntimeError:  # a user without a home folder, as containers have them
+        root = Path(tempfile.gettempdir(), f"rayskip-{os.getuid()}")
+    return root / kind / f"{key.hexdigest()}.json"
 
 
 def read_fact(file: Path) -> Any:

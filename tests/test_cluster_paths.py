@@ -28,6 +28,8 @@ def test_local_paths_are_made_absolute_and_names_are_kept(
         input={"path": f"{tmp_path}/in.jsonl"},
         output={"path": f"{tmp_path}/out"},
     )
+    free = job(input={"path": "s3://in", "chat_template_kwargs": {"path": 1, "corpus": "corpus.txt"}})
+    assert absolute(free).input == free.input
     drafting = job(
         model={"path": "smollm2-135m-instruct", "adapter": "lora"},
         decode={"draft": {"kind": "draft_model", "model": {"path": "owner/name"}}},

@@ -305,3 +305,11 @@ def test_damage_is_refused_by_name(storage: LocalStorage) -> None:
     storage.put(".rayskip/commits/shard-00000.json", escape)
     with pytest.raises(OutputError, match=r".rayskip/commits/shard-00000\.json is damaged: file"):
         load_commits(storage, "f1", SHARDS, 0)
+
+
+def test_data_files_without_their_records_are_not_taken_for_a_dead_attempts(tmp_path: Path) -> None:
+    """As of a folder that was copied without what is hidden: the run would delete them in the end."""
+    storage = LocalStorage(str(tmp_path))
+    storage.put(f"data/shard-00000-{'ab' * 16}.parquet", b"precious")
+    with pytest.raises(OutputError, match=r"holds data/shard-00000-\w+\.parquet and no \.rayskip/job\.json"):
+        open_job(storage, job("f1"), fresh=False)

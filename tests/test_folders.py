@@ -325,7 +325,7 @@ def test_a_folder_of_an_earlier_version_keeps_its_reading(old: Path) -> None:
     there = json.loads((old / "unfinished/job.json").read_text())
     keys = {"text_columns": "all", "partitions": False, "continue_final_message": False}
     assert not keys.keys() & there["config"]["input"].keys()
-    config = load_config("job.yaml", ["output.path=unfinished"])
+    config = load_config(load_config("job.yaml", ["output.path=unfinished"]))  # the second time from Python
     begun = as_begun(config, JobRecord.model_validate(there))
     assert {key: getattr(begun.input, key) for key in keys} == keys
     with pytest.raises(OutputError, match=r"input\.partitions \(False there, True here\)"):

@@ -126,7 +126,8 @@ from rayskip.config import JobConfig
 from rayskip.data.sources import discover
 from rayskip.errors import UserError
 
-for name, text in (("job.json", ""), ("rows.jsonl", '{"prompt": "Hello"}')):
+os.mkdir(".rayskip")
+for name, text in ((".rayskip/job.json", ""), ("rows.jsonl", '{"prompt": "Hello"}')):
     with open(name, "w") as file:
         file.write(text)
 for replicas in (1, 2):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pwd
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,10 @@ def the_file(cache: Path) -> Path:
 
 def test_a_value_is_made_once_for_the_same_contents() -> None:
     make = Maker()
-    assert [recall("facts", of, make) for of in (["a", b"bc"], ["a", "bc"], ["ab", "c"], ["a", "bc"])] == [
+    assert [
+        recall("facts", lambda of=of: of, make)
+        for of in (["a", b"bc"], ["a", "bc"], ["ab", "c"], ["a", "bc"])
+    ] == [
         [1],
         [1],
         [2],
@@ -44,20 +49,20 @@ def test_a_value_is_made_once_for_the_same_contents() -> None:
 
 def test_a_damaged_value_is_made_anew(cache: Path) -> None:
     make = Maker()
-    recall("facts", ["a"], make)
+    recall("facts", lambda: ["a"], make)
     whole = the_file(cache).read_bytes()
     for spoilt in (whole[:-1], whole.replace(b"[1]", b"[7]"), b""):
         the_file(cache).write_bytes(spoilt)
         made = make.made
-        assert recall("facts", ["a"], make) == recall("facts", ["a"], make) == [made + 1]
+        assert recall("facts", lambda: ["a"], make) == recall("facts", lambda: ["a"], make) == [made + 1]
 
 
 @pytest.mark.parametrize("path", ["facts", "file"])
 def test_what_others_may_have_written_is_not_read(path: str, cache: Path) -> None:
     make = Maker()
-    recall("facts", ["a"], make)
+    recall("facts", lambda: ["a"], make)
     os.chmod(cache / "facts" if path == "facts" else the_file(cache), 0o777)
-    assert recall("facts", ["a"], make) == [2]
+    assert recall("facts", lambda: ["a"], make) == [2]
 
 
 def test_nothing_is_kept_of_a_failure_or_where_nothing_can_be_written(cache: Path) -> None:
@@ -65,8 +70,30 @@ def test_nothing_is_kept_of_a_failure_or_where_nothing_can_be_written(cache: Pat
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        recall("facts", ["a"], fail)
+        recall("facts", lambda: ["a"], fail)
     make = Maker()
-    assert recall("facts", ["a"], make) == [1]
+    assert recall("facts", lambda: ["a"], make) == [1]
     os.environ["RAYSKIP_CACHE"] = str(the_file(cache))  # no folder
-    assert [recall("facts", ["a"], make) for _ in range(2)] == [[2], [3]]
+    assert [recall("facts", lambda: ["a"], make) for _ in range(2)] == [[2], [3]]
+
+
+def test_what_changed_while_it_was_read_is_not_kept() -> None:
+    make, contents = Maker(), ["before"]
+
+    def changing() -> list[int]:
+        contents[0] = "after"
+        return make()
+
+    assert recall("facts", lambda: contents, changing) == [1]
+    contents[0] = "before"
+    assert recall("facts", lambda: contents, make) == [2]
+
+
+def test_a_user_without_a_home_folder_has_facts_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAYSKIP_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    make = Maker()
+    assert [recall("facts", lambda: ["a"], make) for _ in range(2)] == [[1], [1]]

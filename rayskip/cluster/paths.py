@@ -16,6 +16,9 @@ from rayskip.model import embedded
 _KEYS = ("path", "adapter", "corpus")
 """Of a config's sections: what may be a file or folder here, or the name of something elsewhere."""
 
+_FREE = ("chat_template_kwargs", "rename")
+"""Sections whose keys are the user's own."""
+
 _COPIED = "runtime_resources/working_dir_files"
 """Where Ray puts the files that a submitted job brings along; it deletes them after the job."""
 
@@ -45,7 +48,7 @@ def _absolute(section: dict[str, Any]) -> dict[str, Any]:
     changed = {}
     for key, value in section.items():
         if isinstance(value, dict):
-            value = _absolute(value)
+            value = value if key in _FREE else _absolute(value)
         elif key in _KEYS and value and value != embedded.NAME and os.path.exists(value):
             value = os.path.abspath(value)
         changed[key] = value

@@ -137,7 +137,7 @@ class RayPool:
             self.kill(call.replica)
             return Lost(call.replica, reason)
         except exceptions.RayTaskError as error:
-            cause = self._located(error.cause, call.replica)
+            cause = self._located(error.cause, call)
             if isinstance(cause, ReplicaLost) or (call.kind != "run" and isinstance(cause, Retryable)):
                 self.kill(call.replica)
                 return Lost(call.replica, str(cause))
@@ -149,12 +149,14 @@ class RayPool:
         self._ready[call.replica] = time.monotonic() + PROGRESS_EVERY_S
         return Ready(call.replica, value) if call.kind == "ready" else Alive(call.replica, value)
 
-    def _located(self, error: Exception, replica: int) -> Exception:
+    def _located(self, error: Exception, call: _Call) -> Exception:
         """What a replica raised, with its node. What the system refused it is no defect, and needs no traceback."""
         if isinstance(error, OSError | MemoryError):
             error = JobFailed(f"a replica failed: {type(error).__name__}: {error}")
-        if isinstance(error, RayskipError) and (node := self._node(replica)):
-            elsewhere = "; the driver found no fault" if isinstance(error, CHECKED) else ""
+        if isinstance(error, RayskipError) and (node := self._node(call.replica)):
+            elsewhere = (
+                "; the driver found no fault" if call.kind == "ready" and isinstance(error, CHECKED) else ""
+            )
             error.args = (f"{node}{error}{elsewhere}",)
         return error
 

@@ -77,7 +77,7 @@ def as_section(kind: type[Root], values: Mapping[str, Any] | Root, where: str = 
 def _plain(value: Any) -> Any:
     """Mappings and sections as dicts, copied, so that overrides change nothing of the caller's."""
     if isinstance(value, BaseModel):
-        return value.model_dump()
+        return value.model_dump(exclude_unset=True)  # what it leaves open stays so
     return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
 
 

@@ -190,7 +190,9 @@ class EngineConfig(Section):
 class ClusterConfig(Section):
     """Where replicas run and what each holds."""
 
-    address: str | None = Field(None, description="Ray address; null starts a local cluster")
+    address: str | None = Field(
+        None, description="Ray address; null: what RAY_ADDRESS says, else a local cluster"
+    )
     replicas: int | tuple[int, int] = Field(1, description="number of replicas, or [min, max]")
     cpus_per_replica: float | None = Field(
         None,

@@ -37,7 +37,7 @@ _EARLIER = {
 }
 """Names in folders that were begun before all of these were in one folder; such a folder keeps them."""
 
-_EARLIER_EPOCH = re.compile(r"_epochs/\d{6,}\.json")
+_EARLIER_RECORD = re.compile(r"_epochs/\d{6,}\.json|_commits/shard-\d{5,}\.json")
 
 
 def open_folder(url: str) -> Storage:
@@ -47,7 +47,8 @@ def open_folder(url: str) -> Storage:
     Raises as `open_storage` and `Storage.list` do.
     """
     storage = open_storage(url)
-    if not storage.list(EPOCHS) and any(map(_EARLIER_EPOCH.fullmatch, storage.list(_EARLIER[EPOCHS]))):
+    earlier = (key for kind in (EPOCHS, COMMITS) for key in storage.list(_EARLIER[kind]))
+    if not storage.list(EPOCHS) and any(map(_EARLIER_RECORD.fullmatch, earlier)):
         return EarlierFolder(storage)
     return storage
 

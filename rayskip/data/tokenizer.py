@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import cached_property
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from string import ascii_letters
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,8 @@ _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _READ = ("*.json", "*.model", "*.txt", "*.jinja", "*/*.jinja")
 """Of a folder, what may decide its tokenizer."""
 
-_LIBRARIES = ("transformers", "tokenizers", "sentencepiece")
+_LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "mistral-common", "tiktoken")
+"""transformers reads other files where one of the latter is installed."""
 
 _METHODS = ("encode", "_encode_plus", "decode", "_decode", "get_vocab")
 """Of a tokenizer of transformers', those that are to be its base class's, which leave all to the library."""
@@ -138,7 +139,7 @@ def load_tokenizer(folder: Path) -> Tokenizer | None:
         read.append(load_pretrained(folder))
         return {"facts": asdict(_facts(read[0])), "library": _serialised(read[0])}
 
-    kept = recall("tokenizers", _deciding(folder), make)
+    kept = recall("tokenizers", lambda: _deciding(folder), make)
     if kept["library"] is None:
         return Tokenizer.of(read[0] if read else load_pretrained(folder))
     return Tokenizer._of_library(_Facts(**kept["facts"]), kept["library"])
@@ -166,10 +167,17 @@ def load_pretrained(folder: Path) -> PreTrainedTokenizerBase:
 def _deciding(folder: Path) -> Iterator[bytes | str]:
     """All that decides what transformers makes of a folder's tokenizer."""
     yield Path(__file__).read_bytes()
-    yield from map(version, _LIBRARIES)
+    yield from map(_version, _LIBRARIES)
     for file in sorted({file for pattern in _READ for file in folder.glob(pattern) if file.is_file()}):
         yield str(file.relative_to(folder))
         yield file.read_bytes()
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return "none"
 
 
 def _facts(tokenizer: PreTrainedTokenizerBase) -> _Facts:

@@ -206,12 +206,19 @@ def refuse_strangers(storage: Storage, fingerprint: str | None = None) -> None:
                 f"{storage.place(key)} is not this job's, and a run would replace it; move it away, or choose "
                 f"another output.path"
             )
-    if known or fingerprint or epoch_keys(storage):
+    if known or epoch_keys(storage):
+        return
+    if fingerprint:  # a run ends with deleting what lies among its data files and is not its own
+        if found := min(data_files(storage), default=None):
+            raise OutputError(
+                f"{storage.url} holds {found} and no {JOB}: the output of a job that came without its records; "
+                f"choose another output.path"
+            )
         return
     if found := min(filter(_seen, storage.list("")), default=None):
         raise OutputError(
             f"{storage.url} is no job's output folder: it holds {found} and no {JOB}, so --fresh deletes nothing "
-            f"there; choose another output.path, or run without --fresh to add a job to what is there"
+            f"there; choose another output.path"
         )
 
 

@@ -76,6 +76,7 @@ def beating(
         last = last.model_copy(update={"seen": _now(), "ended": how, "reason": reason})
         write()
 
+    write()
     try:
         yield show
     except TakenOver:

@@ -92,8 +92,9 @@ class JobRecord(Signed):
     @model_validator(mode="before")
     @classmethod
     def _as_given(cls, values: dict[str, Any]) -> dict[str, Any]:
-        given = values.get("config", {}).get("output", {}).get("shard_rows")
-        return {"shard_rows": given} | values
+        config = values.get("config")
+        output = config.get("output") if isinstance(config, dict) else None
+        return {"shard_rows": output.get("shard_rows") if isinstance(output, dict) else None} | values
 
     @property
     def format(self) -> str:

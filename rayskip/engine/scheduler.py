@@ -195,20 +195,18 @@ class Scheduler:
         return True
 
     def _give_up_layers(self, plan: StepPlan, row: Sequence) -> None:
-        """Pages of layers that a row runs no more. It may still run what the earliest token does that is to run,
-        or that its drafter has missed; and a token more, which may be on its way and not be finite."""
-        first = min(row.computed, row.draft_cached) if self._drafter_layers else row.computed
-        layers = self._layers_at(row, first - 1)
+        """Pages of layers that a row runs no more, but for those of the token before, which may be on its way and
+        not be finite. (What a drafter has missed it runs through layers that every token runs.)"""
+        layers = self._layers_at(row, row.computed - 1)
         if layers >= min(row.layers, len(self._shape.layers)):
             return
         held = self.pool.held
         self.pool.need(row.blocks, row.layers, layers)
         plan.spared += held - self.pool.held
         row.layers = layers
-        plan.assignments += [
-            Assignment(row.table_row, at, self._shape.layers[:layers], block.pages[:layers])
-            for at, block in enumerate(row.blocks)
-        ]
+        for at, block in enumerate(row.blocks):
+            pages = block.pages[:layers]  # the newest may have fewer
+            plan.assignments.append(Assignment(row.table_row, at, self._shape.layers[: len(pages)], pages))
 
     def _reach_further(self, plan: StepPlan, row: Sequence, stop: int) -> None:
         """Pages for a draft, if there are some to spare."""

@@ -81,7 +81,7 @@ def _checked(folder: Path, adapter: Path | None) -> tuple[Config, Family, Spec]:
         _check_base(adapter, folder)
         settings, weights = adapter_files(adapter)
         looked_at += [headers_text(read_headers([weights])), settings.read_bytes()]
-    recall("checks", [*reader(), *looked_at], lambda: _check(folder, adapter, *read, headers))
+    recall("checks", lambda: [*reader(), *looked_at], lambda: _check(folder, adapter, *read, headers))
     return read
 
 

@@ -13,6 +13,9 @@ from rayskip.model.decoder import Decoder
 from rayskip.model.token_batch import TokenBatch
 from rayskip.user_cache import fact_file, keep_fact, read_fact
 
+_chance = random.Random()
+"""Not the user's, whose seed it would change."""
+
 REPEATS = 3
 AGAIN_S = 0.05
 """Seconds for which a forward whose time is known is measured again, on average: a long one once in a while."""
@@ -36,7 +39,7 @@ class Timings:
         known = self._seconds.get(str(size))
         if known is None:
             self._seconds[str(size)] = measure()
-        elif random.random() < AGAIN_S / known:
+        elif _chance.random() < AGAIN_S / known:
             self._seconds[str(size)] = min(known, measure())
         return self._seconds[str(size)]
 

@@ -51,7 +51,7 @@ def read_config(folder: Path, rotary: Callable[[str], RotaryModule | None]) -> C
     Raises ModelError where transformers cannot read it.
     """
     file = folder / "config.json"
-    made = recall("configs", [*reader(), file.read_bytes()], lambda: _by_transformers(file, rotary))
+    made = recall("configs", lambda: [*reader(), file.read_bytes()], lambda: _by_transformers(file, rotary))
     text = made["text"] and Config(made["text"], made["ropes"], None)
     return Config(made["whole"], made["ropes"], text)
 

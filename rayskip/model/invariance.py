@@ -33,8 +33,14 @@ def is_batch_invariant(decoder: Decoder) -> bool:
     if decoder.folder is None:
         return _is_batch_invariant(decoder)
     threads = torch.get_num_threads()
-    of = [*reader(), decoder.backend.machine, str(threads), tensors_fingerprint(decoder.folder)]
-    return bool(recall("invariance", of, lambda: _is_batch_invariant(decoder)))
+    of = [
+        *reader(),
+        decoder.backend.machine,
+        str(threads),
+        str(decoder.backend.row_rule),
+        tensors_fingerprint(decoder.folder),
+    ]
+    return bool(recall("invariance", lambda: of, lambda: _is_batch_invariant(decoder)))
 
 
 def _is_batch_invariant(decoder: Decoder) -> bool:

@@ -21,4 +21,5 @@ def cpu_name() -> str:
 def machine(device: torch.device) -> str:
     """Processor, cores and libraries, and the GPU where the device is one."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    return f"{cpu_name()}, {os.cpu_count()} cores, torch {torch.__version__}, GPU {gpu}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{cpu_name()}, {capability}, {os.cpu_count()} cores, torch {torch.__version__}, GPU {gpu}"
