@@ -173,10 +173,13 @@ def simulate(size: Size, folder: Path) -> Measured:
     job = job_config(size, folder)
     plan = make_plan(job)
     pool = ClockReplicas(
-        {shard.index: write_attempt(folder / "out", shard) for shard in plan.shards}, size.seconds
+        {shard.index: write_attempt(folder / "attempts", shard) for shard in plan.shards}, size.seconds
     )
 
     def pool_factory(job: JobConfig, source: Source) -> ClockReplicas:
+        (folder / "attempts/data").rename(
+            folder / "out/data"
+        )  # not before: a job does not begin beside others' data
         return pool
 
     peak, cpu, began = peak_mb(), time.process_time(), time.monotonic()

@@ -231,7 +231,7 @@ def test_a_stopped_and_a_killed_driver_resume(data: Path, undisturbed: list[str]
     with driver(config) as process:
         wait_for_commits(process, out, stopped.shards + 1)
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
+        time.sleep(1)
         process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 75, output
