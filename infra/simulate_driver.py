@@ -177,9 +177,8 @@ def simulate(size: Size, folder: Path) -> Measured:
     )
 
     def pool_factory(job: JobConfig, source: Source) -> ClockReplicas:
-        (folder / "attempts/data").rename(
-            folder / "out/data"
-        )  # not before: a job does not begin beside others' data
+        # not before: a job does not begin beside others' data
+        (folder / "attempts/data").rename(folder / "out/data")
         return pool
 
     peak, cpu, began = peak_mb(), time.process_time(), time.monotonic()

@@ -99,10 +99,11 @@ def plain(text: str, keep: str = "") -> str:
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
 
 
-def counted(number: int, noun: str) -> str:
-    """A number of things: "1 row", "2,000 rows", "2 retries"."""
+def counted(number: float, noun: str) -> str:
+    """A number of things: "1 row", "2,000 rows", "2 retries", "0.5 CPUs"."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else plural}"
+    amount = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{amount} {noun if number == 1 else plural}"
 
 
 def first_line(error: BaseException) -> str:

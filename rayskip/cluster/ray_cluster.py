@@ -25,7 +25,7 @@ import psutil
 
 from rayskip.cluster.address import Address, find_cluster, named_address
 from rayskip.config import ClusterConfig
-from rayskip.errors import ConfigError, Interrupted
+from rayskip.errors import ConfigError, Interrupted, counted
 
 _log = logging.getLogger(__name__)
 
@@ -136,17 +136,13 @@ def _misfit(cluster: ClusterConfig, where: str) -> str | None:
     wait = ", or give nodes longer to join (cluster.join_s)" if where == "the cluster" else ""
     return (
         f"cluster.replicas: {least} must fit, each with {_amounts(wanted)}, and {where} has room for {room:g}: "
-        f"{_count(len(nodes), 'node')} with at most {_amounts(has)} each; lower cluster.replicas, cpus_per_replica "
-        f"or gpus_per_replica (0: on CPU){wait}"
+        f"{counted(len(nodes), 'node')} with at most {_amounts(has)} each; lower cluster.replicas, "
+        f"cpus_per_replica or gpus_per_replica (0: on CPU){wait}"
     )
 
 
 def _amounts(resources: dict[str, float]) -> str:
-    return " and ".join(_count(amount, kind) for kind, amount in resources.items())
-
-
-def _count(number: float, what: str) -> str:
-    return f"{number:g} {what}{'' if number == 1 else 's'}"
+    return " and ".join(counted(amount, kind) for kind, amount in resources.items())
 
 
 def _replicas_on(node: dict[str, float], wanted: dict[str, float]) -> float:

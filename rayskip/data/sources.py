@@ -20,6 +20,7 @@ from pydantic import BaseModel, Field, ValidationError
 from rayskip.config import InputConfig
 from rayskip.data.fingerprint import fingerprint
 from rayskip.data.formats import COMPRESSED, FORMATS, SUFFIXES, UNREADABLE, Reading, Scan
+from rayskip.data.formats.text import inner_suffix
 from rayskip.data.locate import Located, locate, locate_file, read_if_there, stamp
 from rayskip.data.partitions import schema_of, with_columns
 from rayskip.data.records import BROKEN_ROW, Shard
@@ -269,9 +270,9 @@ def _format_of(located: Sequence[Located]) -> str:
 
 def _suffix(name: str) -> str:
     """The end of a file's name that tells its format, without that of a compression of text."""
-    path = PurePosixPath(name.lower())
-    inner = path.with_suffix("").suffix if path.suffix in COMPRESSED else ""
-    return inner if inner in SUFFIXES and FORMATS[SUFFIXES[inner]].text else path.suffix
+    inner = inner_suffix(name)
+    is_text = inner in SUFFIXES and FORMATS[SUFFIXES[inner]].text
+    return inner if is_text else PurePosixPath(name.lower()).suffix
 
 
 class _DataFile(BaseModel):

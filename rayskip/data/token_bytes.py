@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,11 +21,15 @@ _SPACE = "\u2581"
 
 
 def token_bytes(tokenizer: Tokenizer) -> TokenBytes:
-    """The bytes of each token of a tokenizer."""
-    texts = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
-    of_byte = _of_bytes() if "ByteLevel" in tokenizer.decoders else {}
+    """The bytes of each token of a tokenizer. Its tables are made for the first: few jobs ask for any."""
+
+    @cache
+    def tables() -> tuple[dict[int, str], dict[str, int]]:
+        texts = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
+        return texts, _of_bytes() if "ByteLevel" in tokenizer.decoders else {}
 
     def bytes_of(token_id: int) -> bytes:
+        texts, of_byte = tables()
         token = texts.get(token_id)
         if token is None:  # of a model that has more of them than its tokenizer
             return b""

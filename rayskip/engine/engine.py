@@ -10,16 +10,15 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import nullcontext
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.config.file import as_section
@@ -270,18 +269,14 @@ class Engine:
                 except RowError as error:
                     results[index] = failed_row(index, own.n, error)
             _warn_of_failed(results.values(), len(listed))
-            shown = (
-                tqdm(total=len(listed), initial=len(results), unit="prompt") if progress else nullcontext()
-            )
-            with shown as bar:
+            with _bar(len(listed), len(results), progress) as count:
                 while len(results) < len(listed):
                     for done in self.step():
                         if (place := places.get(done.request_id)) is None:
                             others.append(done)
                         else:
                             results[place] = done.generations
-                            if bar is not None:
-                                bar.update()
+                            count()
         finally:  # nobody waits for the rest of a call that was interrupted
             self.abort(places)
             self._kept += others
@@ -333,6 +328,18 @@ class Engine:
         completions = self._requests.complete(ended)
         self._stats.seconds["sample"] += time.perf_counter() - began
         return completions
+
+
+@contextmanager
+def _bar(prompts: int, done: int, shown: bool) -> Iterator[Callable[[], object]]:
+    """What to call for each prompt that ends; shown as a bar."""
+    if not shown:
+        yield lambda: None
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(total=prompts, initial=done, unit="prompt") as bar:
+        yield bar.update
 
 
 def _warn_of_failed(failed: Collection[Seq[Generation]], prompts: int) -> None:

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
-from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -21,11 +20,11 @@ import pyarrow.csv as pa_csv
 from rayskip.data.formats.base import Format, Reading, Scan, column_of, with_broken
 from rayskip.data.formats.jsonl import unify_loosely
 from rayskip.data.formats.text import (
-    COMPRESSED,
     MARK_ROWS,
     MAX_LINE,
     LongLine,
     encoding_of,
+    inner_suffix,
     read_lines,
     without_bom,
 )
@@ -132,11 +131,6 @@ def read(
     fields = {name: _values(rows, place) for place, name in enumerate(header)}
     columns = [_column(field, fields.get(field.name), reasons, reading) for field in schema]
     return with_broken(columns, schema, reasons)
-
-
-def unify(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """The job's schema; a column of which the files differ is text, as it is written in each."""
-    return unify_loosely(schemas)
 
 
 class _Column:
@@ -246,8 +240,7 @@ def _encoding(reading: Reading) -> str | None:
 def _delimiter(url: str, reading: Reading) -> str:
     if reading.delimiter is not None or reading.text_columns is None:
         return reading.delimiter or ","
-    name = PurePosixPath(url.lower())
-    if (name.with_suffix("") if name.suffix in COMPRESSED else name).suffix == ".tsv":
+    if inner_suffix(url) == ".tsv":
         return "\t"
     return max(_DELIMITERS, key=lambda delimiter: _agreement(url, reading, delimiter))
 
@@ -270,4 +263,4 @@ def _notes(url: str, reading: Reading, delimiter: str) -> tuple[str, ...]:
     return (*([f"fields between {fields}"] if fields else []), *([f"text in {encoding}"] if encoding else []))
 
 
-FORMAT = Format(scan, read, unify, text=True)
+FORMAT = Format(scan, read, unify_loosely, text=True)  # text where files differ, as it is written in each

@@ -10,6 +10,7 @@ import codecs
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -69,6 +70,12 @@ def open_text(url: str, encoding: str | None, offset: int = 0) -> io.BufferedRea
     while offset > 0 and (dropped := text.read(min(offset, BUFFER))):
         offset -= len(dropped)
     return text
+
+
+def inner_suffix(name: str) -> str:
+    """The end of a file's name, in lower case, without that of a compression."""
+    path = PurePosixPath(name.lower())
+    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
 
 
 def encoding_of(url: str, encoding: str | None) -> str | None:
