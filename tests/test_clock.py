@@ -24,7 +24,7 @@ def test_the_least_of_a_forward_counts_whenever_it_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAYSKIP_CACHE", str(tmp_path))
-    monkeypatch.setattr(clock.random, "random", lambda: 0.0)  # each is measured again
+    monkeypatch.setattr(clock._chance, "random", lambda: 0.0)  # each is measured again
     for measured, least in ((0.5, 0.5), (0.2, 0.2), (0.9, 0.2)):
         kept = timings()
         assert kept.seconds(32, lambda measured=measured: measured) == least
@@ -32,7 +32,7 @@ def test_the_least_of_a_forward_counts_whenever_it_was_measured(
     assert timings("another").seconds(32, lambda: 0.7) == 0.7
     assert timings(threads=1).seconds(32, lambda: 0.6) == 0.6
 
-    monkeypatch.setattr(clock.random, "random", lambda: 0.3)
+    monkeypatch.setattr(clock._chance, "random", lambda: 0.3)
     known = timings()
     assert known.seconds(32, lambda: 0.1) == 0.2  # not measured: 0.05 / 0.2 < 0.3
     assert known.seconds(64, lambda: 0.1) == 0.1
