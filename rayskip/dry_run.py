@@ -19,6 +19,7 @@ from rayskip.data.sources import read_shard
 from rayskip.data.storage import probe_unmade
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.data.values import python_rows
+from rayskip.decode.constraints import Grammars
 from rayskip.driver.commit import load_commits, lost_files, read, sizes
 from rayskip.driver.identity import as_begun
 from rayskip.driver.plan import Plan, adopted, make_plan, settled
@@ -76,18 +77,22 @@ def dry_run(job: JobConfig) -> DryRun:
     job = settled(job, plan.record)
     folder = resolve(job.model.path, job.model.revision)
     tokenizer = load_tokenizer(folder)
-    longest = read_spec(folder).max_positions
+    spec = read_spec(folder)
+    longest = spec.max_positions
     sampling = job.sampling.model_dump()
     suggested = {name: value for name, value in suggested_sampling(folder).items() if value != sampling[name]}
     max_model_len = min(job.engine.max_model_len or longest, longest)
     seen = DryRun(job, plan, committed, refused, max_model_len, suggested=suggested)
     builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len, templates)
     columns = prompt_columns(job.input, templates)
+    grammars = Grammars(tokenizer, spec.vocab, spec.eos_token_ids)
     for shard in sample(plan.shards, SAMPLE_ROWS):
         for index, row in enumerate(python_rows(read_shard(shard, plan.source), columns), shard.start):
             seen.rows += 1
             try:
                 prompt = builder.build(row, index, shard.name)
+                if prompt.params.constraint is not None:
+                    grammars.matcher(prompt.params.constraint)
             except RowError as error:
                 count_error(seen.errors, error.kind, shard.name, index, str(error))
                 continue

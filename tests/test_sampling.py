@@ -12,7 +12,7 @@ from scipy.stats import chisquare
 
 from rayskip.config import SamplingParams
 from rayskip.decode.randomness import uniform
-from rayskip.decode.sampling import Choice, Draw, needs_logits, sample
+from rayskip.decode.sampling import Choice, Draw, sample
 from rayskip.model.backends.base import HeadOutput
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, -3.0])
@@ -92,7 +92,7 @@ def test_a_row_is_chosen_alone() -> None:
     together = _choose(logits, draws)
     assert together == [_choose(logits[row : row + 1], [draw])[0] for row, draw in enumerate(draws)]
     # and of the others the highest logit is enough
-    full = [row for row, draw in enumerate(draws) if needs_logits(draw.params)]
+    full = [row for row, draw in enumerate(draws) if draw.needs_logits]
     assert len(full) == 32
     assert sample(replace(_output(logits), logits=logits[full], full=full), draws).choices() == together
 

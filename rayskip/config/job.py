@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from rayskip.config.constraint import read_schema
 from rayskip.config.decode import DecodeConfig
 from rayskip.config.sampling import SamplingParams
 from rayskip.config.section import ModelConfig, Section, UserPath
@@ -303,3 +304,22 @@ class JobConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     retry: RetryConfig = RetryConfig()
     output: OutputConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_schema(cls, values: object) -> object:
+        """A schema that the config names by its file or its pydantic model is read here, once. A row's data can
+        name neither."""
+        try:
+            named = values["sampling"]["constraint"]["json_schema"]  # type: ignore[index]
+        except (TypeError, KeyError):
+            return values
+        if not isinstance(named, str) or named.lstrip().startswith("{"):
+            return values
+        sampling = values["sampling"]  # type: ignore[index]
+        try:
+            schema = read_schema(named)
+        except ValueError as error:
+            raise ValueError(f"sampling.constraint.json_schema: {error}") from error
+        constraint = {**sampling["constraint"], "json_schema": schema}
+        return {**values, "sampling": {**sampling, "constraint": constraint}}  # type: ignore[dict-item]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 
+from rayskip.config.constraint import Constraint
 from rayskip.config.section import Section
 
 
@@ -53,11 +54,20 @@ class SamplingParams(Section):
         None, ge=0, le=20, description="log-probabilities of the token and this many others"
     )
     ignore_eos: bool = Field(False, strict=True)
+    constraint: Constraint | None = Field(None, description="which texts a generation may be")
 
     @field_validator("stop", mode="before")
     @classmethod
     def _as_tuple(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_constraint(self) -> SamplingParams:
+        if self.constraint is not None and self.ignore_eos:
+            raise ValueError(
+                "ignore_eos: true and a constraint, which ends with the end token, exclude each other"
+            )
+        return self
 
     @field_validator("stop")
     @classmethod

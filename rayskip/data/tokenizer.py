@@ -68,7 +68,8 @@ class Tokenizer:
     named_tokens: special tokens by name, as bos_token. special_ids: ids of the added tokens that are special.
     special_tokens: the texts of all. added_tokens: the texts of all added ones. decoders: kinds of the steps by
     which the library makes text of tokens, empty where there is none. chat_template: one, several by name, or None.
-    longest: characters of the longest token.
+    longest: characters of the longest token. serialised: as the tokenizers library writes it; None where that
+    does not do all that it does.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Tokenizer:
         encode: Callable[[str, bool, bool], list[int]],
         decode: Callable[[list[int], bool], str],
         vocab: Callable[[], dict[str, int]],
+        serialised: str | None = None,
     ) -> None:
         """encode(text, add_special_tokens, split_special_tokens), decode(token_ids, skip_special_tokens)."""
         self.named_tokens, self.special_ids = facts.named, facts.special_ids
@@ -85,6 +87,7 @@ class Tokenizer:
         self.chat_template, self.longest = facts.chat_template, facts.longest
         self._lock = threading.Lock()  # how special tokens are read is a setting of the library's object
         self._encode, self._decode, self.get_vocab = encode, decode, vocab
+        self.serialised = serialised
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
@@ -95,6 +98,7 @@ class Tokenizer:
             lambda text, add, split: own.encode(text, add_special_tokens=add, split_special_tokens=split),
             lambda ids, skip: str(own.decode(ids, skip_special_tokens=skip)),
             own.get_vocab,
+            _serialised(own),
         )
 
     @classmethod
@@ -112,6 +116,7 @@ class Tokenizer:
             encode,
             lambda ids, skip: str(own.decode(ids, skip_special_tokens=skip)),
             lambda: dict(own.get_vocab(with_added_tokens=True)),
+            serialised,
         )
 
     def encode(

@@ -1,8 +1,8 @@
 """Choosing the next token of each row from its logits. Pure functions; every row is on its own.
 
-Order of operations, as in transformers: repetition penalty, temperature, top-k, top-p, min-p. The choice is the
-inverse of the cumulative distribution at the row's own uniform, so a token is a function of (logits,
-parameters, uniform) and a drafter can be checked by equality.
+Order of operations, as in transformers: repetition penalty, constraint, temperature, top-k, top-p, min-p. The
+choice is the inverse of the cumulative distribution at the row's own uniform, so a token is a function of (logits,
+parameters, constraint, uniform) and a drafter can be checked by equality.
 
 Shapes: R rows, V vocabulary, K candidates kept.
 """
@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rayskip.config import SamplingParams
 from rayskip.data.records import TokenLogprob
+from rayskip.decode.constraints import Mask
 from rayskip.model.backends.base import HeadOutput
 from rayskip.model.backends.transfer import ToHost, to_device
 
@@ -39,12 +41,30 @@ class Draw:
     """What one row's next token depends on, besides its logits.
 
     uniform: the row's random number for this position, in [0, 1).
-    seen: token ids of prompt and completion; read only under a repetition penalty.
+    seen: token ids of prompt and completion; read only under a repetition penalty. mask: tokens that its constraint
+    allows, if it has one.
     """
 
     params: SamplingParams
     uniform: float
     seen: Sequence[int]
+    mask: Mask | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether more than the highest logit decides what is chosen or output."""
+        params = self.params
+        return params.logprobs is not None or (self.forced is None and not self.is_argmax)
+
+    @property
+    def forced(self) -> int | None:
+        """The token, where no other may follow."""
+        return None if self.mask is None else self.mask.only
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the token of the highest logit is chosen."""
+        return self.params.temperature == 0 and self.params.repetition_penalty == 1 and self.mask is None
 
 
 @dataclass(frozen=True)
@@ -86,33 +106,36 @@ class _Logprobs:
     values: ToHost
 
 
-def needs_logits(params: SamplingParams) -> bool:
-    """Whether more than the highest logit decides what is chosen or output."""
-    return params.temperature != 0 or params.repetition_penalty != 1 or params.logprobs is not None
-
-
 def sample(output: HeadOutput, draws: Sequence[Draw]) -> Chosen:
-    """The next token of each of R rows; draws R long, `output` of all rows that `needs_logits` holds for.
+    """The next token of each of R rows; draws R long, `output` of all rows that `Draw.needs_logits` holds for.
 
     Waits for the device only where a nucleus (top_p) may be wider than NUCLEUS.
     """
     tokens = output.argmax
+    if forced := {row: draw.forced for row, draw in enumerate(draws) if draw.forced is not None}:
+        tokens = _replaced(
+            tokens, list(forced), to_device(list(forced.values()), tokens.dtype, tokens.device)
+        )
     for width, rows in _by_width(draws, output.logits.shape[-1]).items():
         scores = _scores(output.of(rows), [draws[row] for row in rows])
         picked = _pick(scores, [draws[row] for row in rows], width)
-        tokens = tokens.index_copy(0, to_device(rows, torch.long, tokens.device), picked)
+        tokens = _replaced(tokens, rows, picked)
     return Chosen(tokens, output.best, _logprobs(output, draws, tokens))
 
 
+def _replaced(tokens: Tensor, rows: Sequence[int], others: Tensor) -> Tensor:
+    return tokens.index_copy(0, to_device(rows, torch.long, tokens.device), others)
+
+
 def _by_width(draws: Sequence[Draw], vocab: int) -> dict[int, list[int]]:
-    """Rows that are not plain arg-max, by how many candidates must be ordered (0: none).
+    """Rows with a choice that is not plain arg-max, by how many candidates must be ordered (0: none).
 
     The width comes from a row's own parameters alone: two widths may order ties differently.
     """
     rows = defaultdict(list)
     for row, draw in enumerate(draws):
         params = draw.params
-        if params.temperature == 0 and params.repetition_penalty == 1:
+        if draw.is_argmax or draw.forced is not None:
             continue
         if params.temperature == 0:
             width = 1
@@ -139,7 +162,17 @@ def _scores(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         scores.device,
     )
     scores.clamp_(-MOST, MOST)
+    _forbid(scores, {row: draw.mask for row, draw in enumerate(draws) if draw.mask is not None})
     return scores.sub_(scores.amax(dim=-1, keepdim=True)).div_(temperature.unsqueeze(1))
+
+
+def _forbid(scores: Tensor, masks: Mapping[int, Mask]) -> None:
+    """Rows' scores of tokens that their masks do not allow become -inf."""
+    if masks:
+        bits = np.stack([mask.bits for mask in masks.values()])
+        allowed = np.unpackbits(bits, axis=1, count=scores.shape[1], bitorder="little")
+        rows = to_device(list(masks), torch.long, scores.device)
+        scores[rows] = scores[rows].masked_fill_(torch.from_numpy(allowed == 0).to(scores.device), -torch.inf)
 
 
 def _pick(scores: Tensor, draws: Sequence[Draw], width: int) -> Tensor:

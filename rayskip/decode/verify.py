@@ -64,4 +64,5 @@ def draw(row: Sequence, node: int) -> Draw:
         seen = [*row.tokens(0, row.length), *(row.draft.tokens[at] for at in path)]
     position = len(row.generated) + len(path)
     chance = uniform(row.prompt.key, row.sample, position) if params.temperature else 0.0
-    return Draw(params, chance, seen)
+    mask = None if row.matcher is None else row.matcher.masks.get(node)
+    return Draw(params, chance, seen, mask)

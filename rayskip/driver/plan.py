@@ -20,6 +20,7 @@ from rayskip.data.records import Shard
 from rayskip.data.sources import Source, discover, every_row, plan_shards
 from rayskip.data.storage import Storage
 from rayskip.data.tokenizer import special_tokens, tells_date
+from rayskip.decode.constraints import check_constraint
 from rayskip.decode.draft_files import check_files
 from rayskip.driver.commit import adopt
 from rayskip.driver.identity import contents, deciding, digest, said, stamps
@@ -68,6 +69,8 @@ def make_plan(job: JobConfig) -> Plan:
     prefix = choose_prefix(job, source.columns)
     shard_rows = job.output.shard_rows or choose_shard_rows(job, source)
     shards = list(plan_shards(source, shard_rows, job.input.max_rows))
+    if job.sampling.constraint is not None:
+        check_constraint(job.sampling.constraint)
     folder = resolve(job.model.path, job.model.revision)
     check(folder, Path(job.model.adapter) if job.model.adapter else None)
     if job.decode != DecodeConfig():

@@ -24,6 +24,7 @@ from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingPara
 from rayskip.config.file import as_section
 from rayskip.data.records import Generation, Prompt, failed_row
 from rayskip.data.tokenizer import Encoder, Tokenizer, load_tokenizer
+from rayskip.decode.constraints import Grammars
 from rayskip.decode.drafters import load_drafters
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
@@ -85,6 +86,7 @@ class Engine:
         ]
         self._steps: dict[Future[StepResult], tuple[Worker, Step]] = {}
         """In flight, each worker's in the order in which they run."""
+        self._grammars = Grammars(tokenizer, decoder.spec.vocab, decoder.spec.eos_token_ids)
         stopper = Stopper(tokenizer, decoder.spec.eos_token_ids)
         self._requests = Requests(stopper, self.policy, decoder.depth, self.max_model_len)
         self._kept: list[Completion] = []
@@ -161,7 +163,8 @@ class Engine:
     def add(
         self, prompt: Prompt | PromptLike, params: ParamsLike | None = None, full_depth: bool = False
     ) -> int:
-        """Queue a row; returns its request id. Raises RowError when it has no token or no room to generate.
+        """Queue a row; returns its request id. Raises RowError when it has no token, no room to generate or a
+        constraint that cannot be compiled.
 
         prompt: text, token ids or chat messages, sampled by `params`; or a job's `Prompt`, which has its own.
         full_depth: run every layer for it, whatever the engine's skip policy.
@@ -170,11 +173,15 @@ class Engine:
             own = as_section(SamplingParams, params or {}, "params")
             prompt = self._prompts.make(self._requests.next_id, prompt, own)
         self._prompts.check(prompt)
+        constraint = prompt.params.constraint
+        matchers = [
+            None if constraint is None else self._grammars.matcher(constraint) for _ in range(prompt.params.n)
+        ]
         request_id = self._requests.add(prompt)
         limit = min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len)
-        for sample in range(prompt.params.n):
+        for sample, matcher in enumerate(matchers):
             self._waiting.append(
-                Sequence(request_id, prompt, sample, limit, full_depth or self.policy.is_full)
+                Sequence(request_id, prompt, sample, limit, full_depth or self.policy.is_full, matcher)
             )
         return request_id
 

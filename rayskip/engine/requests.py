@@ -63,6 +63,9 @@ class Requests:
         if row.request_id not in self:
             row.ended = True
             return 0
+        if row.matcher is not None and (error := row.matcher.error):
+            self._finish(row, "error", ("constraint_failed", error))
+            return 0
         for count, choice in enumerate(choices):
             if choice.token_id is None:
                 self._finish(row, "error", ("non_finite_logits", "the model's logits are not finite"))

@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from rayskip.decode.batch import Chunk
+from rayskip.decode.constraints import MOST_FORCED
 from rayskip.decode.sequence import Sequence
 from rayskip.model.cache.blocks import SHARED, Block, BlockPool, Match
 from rayskip.model.cache.kv_cache import Assignment
@@ -176,8 +177,9 @@ class Scheduler:
         self._give_up_layers(plan, row)
         if not self._reach(plan, row, stop):
             return 0
-        if stop == row.length and self._drafts and row.generated:
-            self._reach_further(plan, row, min(stop + self._drafts, row.limit + self._drafts))
+        drafts = self._drafts + (MOST_FORCED if row.matcher is not None else 0)
+        if stop == row.length and drafts and row.generated:
+            self._reach_further(plan, row, min(stop + drafts, row.limit + drafts))
         plan.chunks.append(Chunk(row, row.computed, stop))
         return stop - row.computed
 

@@ -11,6 +11,7 @@ Does not know requests, text or how rows are handed out.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
@@ -24,7 +25,7 @@ import torch
 from rayskip.decode.batch import Chunk, HostBatch, host_batch, span_key, with_drafts
 from rayskip.decode.draft import Draft
 from rayskip.decode.drafters.drafter import Drafter, States
-from rayskip.decode.sampling import Choice, Chosen, Draw, needs_logits, sample
+from rayskip.decode.sampling import Choice, Chosen, Draw, sample
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict, draw, verify
 from rayskip.engine.scheduler import CacheShape, Scheduler, StepPlan, layer_order
@@ -77,12 +78,14 @@ class Step:
 @dataclass(frozen=True)
 class StepResult:
     """choices: what follows every row whose newest token ran, once the device is done. active: tokens that each
-    layer ran. seconds: of drafts and forward, and of choosing, once the device is done."""
+    layer ran. seconds: of drafts and forward, and of choosing, once the device is done; masking: of the former, of
+    finding what constraints allow."""
 
     choices: Callable[[], dict[Sequence, list[Choice]]]
     decoded: list[Decoded]
     active: list[int]
     seconds: Callable[[], list[float]]
+    masking: float
 
 
 class Worker:
@@ -109,6 +112,8 @@ class Worker:
         self._chosen: torch.Tensor | None = None
         """What the newest step that ran chose, on the device."""
         self._failed = False
+        self._masking = 0.0
+        """Seconds, of the step that is made."""
         self._thread = ThreadPoolExecutor(
             1, "worker", initializer=decoder.backend.use_threads, initargs=(sizes.threads_per_worker,)
         )
@@ -131,11 +136,12 @@ class Worker:
             return None
         packed, follows = None, False
         if self._ahead:
+            self._constrain(plan)
             packed = self._pack(plan.chunks)
             self._outputs = {row: index for index, (row, _) in enumerate(packed.places)}
             for row in self._outputs:
                 row.expect()
-            follows = all(row.params.repetition_penalty == 1 for row in self._outputs)
+            follows = all(row.params.repetition_penalty == 1 and not row.matcher for row in self._outputs)
         for chunk in plan.chunks:
             chunk.sequence.computed = chunk.stop
         plan.held, plan.unfilled = self.scheduler.pool.held, self.scheduler.unfilled
@@ -173,7 +179,7 @@ class Worker:
             known = self._decoder.backend.tensor([[*packed.unknown], [*packed.unknown.values()]])
             batch.token_ids[known[0]] = self._chosen[known[1]]
         hidden = self._hidden(packed.chunks, batch, states)
-        output = self._head_output(hidden, places)
+        output = self._head_output(hidden, packed.draws)
         watch.lap()
         chosen = sample(output, packed.draws)
         self._chosen = chosen.tokens
@@ -190,15 +196,33 @@ class Worker:
             choices = partial(dict, {row: verdict.choices for row, verdict in verdicts.items()})
         watch.lap()
         active = batch.active or [len(batch.token_ids)] * self._decoder.depth
-        return StepResult(choices, decoded, active, watch.seconds)
+        masking, self._masking = self._masking, 0.0
+        return StepResult(choices, decoded, active, watch.seconds, masking)
 
     def _draft(self, plan: StepPlan) -> States | None:
         """Give the plan's rows their drafts; what verification need not compute again."""
         decoding = _decoding(plan)
         room = self.scheduler.max_tokens - sum(chunk.stop - chunk.start for chunk in plan.chunks)
+        self._constrain(plan)
         states = self._drafter.draft(plan.chunks, decoding if room else [], self._cache)
+        began = time.perf_counter()
+        for row in decoding:
+            if row.matcher is not None:
+                row.matcher.prune(row.draft)
+        self._masking += time.perf_counter() - began
         self._fit(decoding, room)
         return states
+
+    def _constrain(self, plan: StepPlan) -> None:
+        """Find what may follow in rows with a grammar; what must, where they decode, is their draft's beginning."""
+        began = time.perf_counter()
+        for chunk in plan.chunks:
+            row = chunk.sequence
+            if row.matcher is not None and chunk.last:
+                drafts = chunk.generated and not self._ahead
+                depth, tokens = (row.draft_room, row.draft_places) if drafts else (0, 0)
+                row.matcher.follow(row.generated, row.draft, depth, tokens)
+        self._masking += time.perf_counter() - began
 
     def _pack(self, chunks: Seq[Chunk]) -> Packed:
         ordered = sorted(chunks, key=span_key)
@@ -252,15 +276,15 @@ class Worker:
             self._cache.clear_row(row.table_row, row.length - 1, row.places)
         packed = self._pack([Chunk(row, row.length - 1, row.length) for row in rows])
         again = self._hidden(packed.chunks, packed.batch.to(self._decoder.backend), None)
-        chosen = sample(self._head_output(again, packed.places), packed.draws)
+        chosen = sample(self._head_output(again, packed.draws), packed.draws)
         found = verify(chosen.choices(), packed.places)
         for row, verdict in found.items():
             verdicts[row] = replace(verdict, place=len(hidden) + verdict.place)
         return torch.cat([hidden, again])
 
-    def _head_output(self, hidden: torch.Tensor, places: Seq[tuple[Sequence, int]]) -> HeadOutput:
-        """What the model says of states [R, d], those of `places`."""
-        full = [index for index, (row, _) in enumerate(places) if needs_logits(row.params)]
+    def _head_output(self, hidden: torch.Tensor, draws: Seq[Draw]) -> HeadOutput:
+        """What the model says of states [R, d], for the draws of their tokens."""
+        full = [index for index, own in enumerate(draws) if own.needs_logits]
         return self._decoder.head_output(hidden, full)
 
     def _hidden(self, chunks: Seq[Chunk], batch: TokenBatch, states: States | None) -> torch.Tensor:
@@ -309,6 +333,9 @@ class Worker:
             accepted_by.update(ran.draft.drafters[node] for node in held)
         tokens = sum(got.values())
         steady, seconds = not plan.prefills, result.seconds()
+        phases = {"decode" if steady else "prefill": seconds[0] - result.masking, "sample": seconds[1]}
+        if result.masking:
+            phases["constrain"] = result.masking
         return Stats(
             steps=1,
             step_rows=len(plan.chunks),
@@ -330,7 +357,7 @@ class Worker:
             kv_bytes_saved=plan.spared * self._page_bytes,
             kv_bytes_held=plan.held * self._page_bytes,
             kv_bytes_filled=plan.held * self._page_bytes - plan.unfilled * self._position_bytes,
-            seconds={"decode" if steady else "prefill": seconds[0], "sample": seconds[1]},
+            seconds=phases,
         )
 
 

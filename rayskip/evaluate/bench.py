@@ -21,7 +21,7 @@ from rayskip.config.evaluate import BenchConfig, BenchMode
 from rayskip.data.prompts import PromptBuilder, check_input, prompt_columns
 from rayskip.data.records import Prompt
 from rayskip.data.sources import discover, every_row
-from rayskip.decode.sampling import needs_logits
+from rayskip.decode.sampling import Draw
 from rayskip.engine import Completion, Engine
 from rayskip.engine.sizes import Sizes
 from rayskip.errors import ConfigError
@@ -232,7 +232,9 @@ def _mode_run(run: EngineRun, prompts: Sequence[Prompt]) -> _ModeRun:
     mean_layers = stats.mean_layers or float(engine.decoder.depth)
     roofline, limit = None, None
     if engine.decode.draft.kind == "none":
-        greedy = not any(needs_logits(prompt.params) for prompt in prompts)
+        greedy = not any(
+            Draw(prompt.params, 0.0, ()).needs_logits or prompt.params.constraint for prompt in prompts
+        )
         roofline = measure_roofline(engine.decoder, engine.sizes.batch_rows * engine.sizes.workers, greedy)
         limit = roofline.tok_s(engine.decoder, _mean_length(prompts, done), mean_layers)
     return _ModeRun(

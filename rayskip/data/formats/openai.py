@@ -21,6 +21,7 @@ from rayskip.data.formats import jsonl
 from rayskip.data.formats.base import Format, Reading, Scan, table_of
 from rayskip.data.formats.text import MARK_ROWS, Line
 from rayskip.data.records import TEMPLATE_KWARGS
+from rayskip.errors import shown
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -32,7 +33,15 @@ SCHEMA = pa.schema(
 
 # Requests of one batch may differ in these only; the job decides the model.
 _SAMPLING = frozenset(SamplingParams.model_fields) - {"logprobs"}
-_ELSEWHERE = {"messages", "prompt", "max_completion_tokens", "logprobs", "top_logprobs", TEMPLATE_KWARGS}
+_ELSEWHERE = {
+    "messages",
+    "prompt",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    "response_format",
+    TEMPLATE_KWARGS,
+}
 _NO_EFFECT = {
     "model",
     "user",
@@ -50,7 +59,6 @@ _NO_EFFECT = {
 """Who asks, what it costs, and how models are to behave that have such a switch."""
 
 _NO_OP: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none", "auto"),
@@ -125,11 +133,14 @@ def _fault(url: Any, body: Any) -> str | None:
     given = body[_PROMPT[url]]
     if url == CHAT and not (isinstance(given, list) and all(isinstance(message, dict) for message in given)):
         return "messages must be a list of objects"
-    given = _prompt(given)
-    if url == COMPLETIONS and not (isinstance(given, str) or _are_ids(given)):
+    prompt = _prompt(given)
+    if url == COMPLETIONS and not (isinstance(prompt, str) or _are_ids(prompt)):
         return "prompt must be a text or a list of token ids, one prompt a line"
     unknown = body.keys() - _SAMPLING - _ELSEWHERE - _NO_EFFECT
     asked = sorted(name for name in unknown if body[name] and body[name] not in _NO_OP.get(name, ()))
+    if not asked and _constraint(body.get("response_format")) is None:
+        given = shown(body["response_format"])
+        return f"response_format must have the type text, json_object or json_schema, got {given}"
     return f"body asks for {', '.join(asked)}, which rayskip does not do" if asked else None
 
 
@@ -149,12 +160,27 @@ def _params(body: dict[str, Any]) -> dict[str, Any]:
     params = {name: value for name, value in body.items() if name in kept and value is not None}
     if body.get("max_completion_tokens") is not None:
         params["max_tokens"] = body["max_completion_tokens"]
+    if constraint := _constraint(body.get("response_format")):
+        params["constraint"] = constraint
     asked = body.get("logprobs")
     if asked is True:
         params["logprobs"] = body.get("top_logprobs") or 0
     elif asked is not None and asked is not False:  # of a completion: how many
         params["logprobs"] = asked
     return params
+
+
+def _constraint(given: Any) -> dict[str, Any] | None:
+    """The constraint that a response_format asks for, empty for any text; None where it is not understood."""
+    match given:
+        case None | {"type": "text"}:
+            return {}
+        case {"type": "json_object"}:
+            return {"json_schema": {"type": "object"}}
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return {"json_schema": schema}
+        case _:
+            return None
 
 
 FORMAT = Format(scan, read, text=True)
