@@ -94,7 +94,7 @@ class EngineThread:
                 self._request(prompt, batch, batch.full_depth, batch.generated.rows)
             except RowError as error:
                 self.rows += 1
-                batch.generated.rows += failed_row(prompt.row_index, prompt.params.n, error)
+                batch.generated.rows += failed_row(prompt.row_index, prompt.samples, error)
         for prompt in _longest_first(batch.again):
             with suppress(RowError):  # it failed the first time too
                 self._request(prompt, batch, True, batch.generated.again)

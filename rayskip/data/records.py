@@ -13,7 +13,7 @@ from rayskip.config import SamplingParams
 from rayskip.errors import RowError
 from rayskip.stats import Stats
 
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "score", "error"]
 
 BROKEN_ROW = "__broken_row__"
 """String column that `read_shard` adds to the input's: why the row could not be read, null for a good row."""
@@ -26,13 +26,20 @@ TEMPLATE_KWARGS = "chat_template_kwargs"
 class Prompt:
     """One row, ready for the engine.
 
-    key: 64-bit hash of (job seed, row identity); sample s draws from the stream hash(key, s).
+    key: 64-bit hash of (job seed, row identity); sample s draws from the stream hash(key, s). candidates: texts, as
+    token ids, of which each is scored as what follows, in place of generating; all different, none empty.
     """
 
     row_index: int
     token_ids: list[int]
     params: SamplingParams
     key: int
+    candidates: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """Output rows: candidates are scored once."""
+        return 1 if self.candidates else self.params.n
 
     @cached_property
     def token_array(self) -> NDArray[np.int64]:
@@ -55,10 +62,12 @@ class Generation:
     """One output row: sample `sample_index` of input row `row_index`, or why there is none.
 
     finish_reason: "stop" at an end token, a stop token or a stop string; "length" at max_tokens or the context's
-    end; "error" where error_type and error_message say why there is no text.
+    end; "score" where candidates were scored and nothing was generated; "error" where error_type and error_message
+    say why there is no text.
     text: without special tokens, up to a stop string; None on error, or where the model has no tokenizer.
     token_ids: all that were generated, the one that ended it too. prompt_tokens, completion_tokens: how many.
-    logprobs: one for each of token_ids, where asked for.
+    logprobs: one for each of token_ids, where asked for. scores: of each of the prompt's candidates the
+    log-probability (natural log, of the model's own distribution), summed over its tokens.
     skip_policy: which layers its tokens ran, "none" where none was skipped. mean_layers: layers run per generated
     token; None where no generated token ran (the last one never does).
     """
@@ -75,6 +84,7 @@ class Generation:
     error_message: str | None = None
     skip_policy: str | None = None
     mean_layers: float | None = None
+    scores: list[float] | None = None
 
 
 def failed_row(row_index: int, samples: int, error: RowError) -> list[Generation]:

@@ -310,6 +310,10 @@ class Encoder:
         self._check_length(text)
         return self._encode(text, plain=True, start=True)
 
+    def continuation(self, text: str) -> list[int]:
+        """Token ids of a text that goes on from another: no special token."""
+        return self._encode(text, plain=True, start=False)
+
     def with_special_tokens(self, text: str) -> list[int]:
         """Token ids of a text whose special tokens are such, as of a chat that was rendered before; with the
         model's start token, if it has one, once."""

@@ -131,12 +131,12 @@ def span_key(chunk: Chunk) -> tuple[int, int, int]:
 
 
 def with_drafts(chunks: Seq[Chunk]) -> list[Chunk]:
-    """Chunks, and behind each that decodes its row's draft, token by token: each has its own depth, and attends as
-    it would without a drafter. A row's tokens stand side by side: its keys can be read once for all."""
+    """Chunks, and behind each with a row's newest token its draft, token by token: each has its own depth, and
+    attends as it would without a drafter. A row's tokens stand side by side: its keys can be read once for all."""
     found = []
     for chunk in chunks:
         found.append(chunk)
-        if chunk.generated:
+        if chunk.last:
             row = chunk.sequence
             found += [Chunk(row, at, at + 1) for at in range(row.length, row.length + len(row.draft))]
     return found

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -42,19 +42,20 @@ class Draw:
 
     uniform: the row's random number for this position, in [0, 1).
     seen: token ids of prompt and completion; read only under a repetition penalty. mask: tokens that its constraint
-    allows, if it has one.
+    allows, if it has one. asked: tokens whose log-probabilities are asked for; then nothing is chosen.
     """
 
     params: SamplingParams
     uniform: float
     seen: Sequence[int]
     mask: Mask | None = None
+    asked: Sequence[int] = ()
 
     @property
     def needs_logits(self) -> bool:
         """Whether more than the highest logit decides what is chosen or output."""
         params = self.params
-        return params.logprobs is not None or (self.forced is None and not self.is_argmax)
+        return bool(self.asked) or params.logprobs is not None or (self.forced is None and not self.is_argmax)
 
     @property
     def forced(self) -> int | None:
@@ -69,18 +70,23 @@ class Draw:
 
 @dataclass(frozen=True)
 class Choice:
-    """A row's next token; None where the logits were not finite."""
+    """A row's next token; None where the logits were not finite. asked: log-probabilities of the tokens that its
+    draw asked for. scores: of a row with candidates, see `Generation`."""
 
     token_id: int | None
     logprob: TokenLogprob | None = None
+    asked: Mapping[int, float] = field(default_factory=dict)
+    scores: list[float] | None = None
 
 
 class Chosen:
     """The next tokens of R rows, which the device may still be computing. tokens [R]: on the device."""
 
-    def __init__(self, tokens: Tensor, best: Tensor, logprobs: Sequence[_Logprobs]) -> None:
+    def __init__(
+        self, tokens: Tensor, best: Tensor, logprobs: Sequence[_Logprobs], asked: _Asked | None
+    ) -> None:
         self.tokens = tokens
-        self._tokens, self._best, self._logprobs = ToHost(tokens), ToHost(best), logprobs
+        self._tokens, self._best, self._logprobs, self._asked = ToHost(tokens), ToHost(best), logprobs, asked
 
     def choices(self) -> list[Choice]:
         """One for each row, once the device is done."""
@@ -90,8 +96,9 @@ class Chosen:
             said = zip(own.rows, own.chosen.tolist(), own.ids.tolist(), own.values.tolist(), strict=True)
             for row, chosen, ids, values in said:
                 logprobs[row] = TokenLogprob(tokens[row], chosen, list(zip(ids, values, strict=True)))
+        asked = self._asked.by_row() if self._asked else {}
         return [
-            Choice(token, logprobs.get(row)) if math.isfinite(best) else Choice(None)
+            Choice(token, logprobs.get(row), asked.get(row, {})) if math.isfinite(best) else Choice(None)
             for row, (token, best) in enumerate(zip(tokens, self._best.tolist(), strict=True))
         ]
 
@@ -104,6 +111,18 @@ class _Logprobs:
     chosen: ToHost
     ids: ToHost
     values: ToHost
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Log-probabilities of the tokens that rows ask for, [rows, K]: the first ones of each are its own."""
+
+    tokens: Mapping[int, Sequence[int]]
+    values: ToHost
+
+    def by_row(self) -> dict[int, dict[int, float]]:
+        said = zip(self.tokens.items(), self.values.tolist(), strict=True)
+        return {row: dict(zip(tokens, values, strict=False)) for (row, tokens), values in said}
 
 
 def sample(output: HeadOutput, draws: Sequence[Draw]) -> Chosen:
@@ -120,7 +139,7 @@ def sample(output: HeadOutput, draws: Sequence[Draw]) -> Chosen:
         scores = _scores(output.of(rows), [draws[row] for row in rows])
         picked = _pick(scores, [draws[row] for row in rows], width)
         tokens = _replaced(tokens, rows, picked)
-    return Chosen(tokens, output.best, _logprobs(output, draws, tokens))
+    return Chosen(tokens, output.best, _logprobs(output, draws, tokens), _asked(output, draws))
 
 
 def _replaced(tokens: Tensor, rows: Sequence[int], others: Tensor) -> Tensor:
@@ -265,3 +284,16 @@ def _logprobs(output: HeadOutput, draws: Sequence[Draw], tokens: Tensor) -> list
         own = ToHost(logprobs.gather(1, chosen).squeeze(1))
         found.append(_Logprobs(rows, own, ToHost(best.indices), ToHost(best.values)))
     return found
+
+
+def _asked(output: HeadOutput, draws: Sequence[Draw]) -> _Asked | None:
+    """What the draws ask for, of the model's own distribution."""
+    asked = {row: draw.asked for row, draw in enumerate(draws) if draw.asked}
+    if not asked:
+        return None
+    most = max(map(len, asked.values()))
+    ids = to_device(
+        [[*own, *[0] * (most - len(own))] for own in asked.values()], torch.long, output.best.device
+    )
+    logprobs = torch.log_softmax(output.of(list(asked)).float(), dim=-1)
+    return _Asked(asked, ToHost(logprobs.gather(1, ids)))

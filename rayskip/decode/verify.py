@@ -7,13 +7,18 @@ rejection sampling is needed, and no random number is drawn twice. Knows no draf
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from rayskip.config import SamplingParams
+from rayskip.decode.candidates import asked, scores
 from rayskip.decode.draft import NEWEST
 from rayskip.decode.randomness import uniform
 from rayskip.decode.sampling import Choice, Draw
 from rayskip.decode.sequence import Sequence
+
+GREEDY = SamplingParams()
 
 
 @dataclass(frozen=True)
@@ -39,11 +44,12 @@ class Verdict:
 def verify(choices: Seq[Choice], places: Seq[tuple[Sequence, int]]) -> dict[Sequence, Verdict]:
     """The verdict on every row among `places`.
 
-    choices: of `places`, (row, node of its draft, or NEWEST), in any order; NEWEST and all nodes of each row.
+    choices: of `places`, (row, node of its draft, or NEWEST), in any order; NEWEST and all nodes of each row. Rows
+    with candidates choose nothing.
     """
-    at = {place: index for index, place in enumerate(places)}
+    at = {place: index for index, place in enumerate(places) if not place[0].prompt.candidates}
     verdicts = {}
-    for row in dict.fromkeys(row for row, _ in places):
+    for row in dict.fromkeys(row for row, _ in at):
         own = {node: choices[at[row, node]] for node in range(NEWEST, len(row.draft))}
         node, path, chosen = NEWEST, [], [own[NEWEST]]
         while (token := chosen[-1].token_id) is not None and (
@@ -56,8 +62,27 @@ def verify(choices: Seq[Choice], places: Seq[tuple[Sequence, int]]) -> dict[Sequ
     return verdicts
 
 
+def scored(choices: Seq[Choice], places: Seq[tuple[Sequence, int]]) -> dict[Sequence, Choice]:
+    """Of every row with candidates among `places` what they score. choices: as in `verify`."""
+    own: dict[Sequence, dict[int, Choice]] = {}
+    for choice, (row, node) in zip(choices, places, strict=True):
+        if row.prompt.candidates:
+            own.setdefault(row, {})[node] = choice
+    return {row: _score(row, by_node) for row, by_node in own.items()}
+
+
+def _score(row: Sequence, choices: Mapping[int, Choice]) -> Choice:
+    if any(choice.token_id is None for choice in choices.values()):
+        return Choice(None)
+    logprobs = {node: choice.asked for node, choice in choices.items()}
+    return replace(choices[NEWEST], scores=scores(row.prompt.candidates, row.draft, logprobs))
+
+
 def draw(row: Sequence, node: int) -> Draw:
-    """What the model's token after a node of the row's draft (or NEWEST) depends on, besides its logits."""
+    """What the model's token after a node of the row's draft (or NEWEST) depends on, besides its logits; of a row
+    with candidates, what is asked for there."""
+    if row.prompt.candidates:
+        return Draw(GREEDY, 0.0, (), asked=asked(row.prompt.candidates, row.draft)[node])
     params, path = row.params, row.draft.path(node)
     seen: list[int] = []
     if params.repetition_penalty != 1:

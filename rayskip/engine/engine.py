@@ -24,7 +24,7 @@ from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingPara
 from rayskip.config.file import as_section
 from rayskip.data.records import Generation, Prompt, failed_row
 from rayskip.data.tokenizer import Encoder, Tokenizer, load_tokenizer
-from rayskip.decode.constraints import Grammars
+from rayskip.decode.constraints import Grammars, Matcher
 from rayskip.decode.drafters import load_drafters
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
@@ -173,10 +173,7 @@ class Engine:
             own = as_section(SamplingParams, params or {}, "params")
             prompt = self._prompts.make(self._requests.next_id, prompt, own)
         self._prompts.check(prompt)
-        constraint = prompt.params.constraint
-        matchers = [
-            None if constraint is None else self._grammars.matcher(constraint) for _ in range(prompt.params.n)
-        ]
+        matchers = [self._matcher(prompt) for _ in range(prompt.samples)]
         request_id = self._requests.add(prompt)
         limit = min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len)
         for sample, matcher in enumerate(matchers):
@@ -184,6 +181,10 @@ class Engine:
                 Sequence(request_id, prompt, sample, limit, full_depth or self.policy.is_full, matcher)
             )
         return request_id
+
+    def _matcher(self, prompt: Prompt) -> Matcher | None:
+        constraint = prompt.params.constraint
+        return None if constraint is None or prompt.candidates else self._grammars.matcher(constraint)
 
     def abort(self, request_ids: Collection[int]) -> None:
         """Give requests up: they yield no completion. Rows that run leave the batch at their next token."""
@@ -261,23 +262,52 @@ class Engine:
 
         Requests that were added before run beside these; what ends of those, the next `step` returns.
         """
-        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
-            raise TypeError(f"a list of prompts is wanted, not {kind_of(prompts)}")
-        listed = list(prompts)
+        listed = _listed(prompts)
         every = read_params(params, len(listed))
+
+        def make(index: int) -> Prompt:
+            return self._prompts.make(index, listed[index], every[index], row_file, f"prompt {index}")
+
+        return self._answer(make, [own.n for own in every], progress)
+
+    def score(
+        self, prompts: Iterable[PromptLike], candidates: Seq[PromptLike], progress: bool = False
+    ) -> list[Generation]:
+        """How likely each of some candidates is to follow each of many prompts; nothing is generated.
+
+        prompts: as in `generate`. candidates: texts or token ids, all different; a text stands as it is, so one
+        that goes on a line begins with a space. All run in one forward, as a token tree behind the prompt's end.
+
+        Returns a Generation for each prompt, in their order, whose `scores` has the log-probability of each
+        candidate, summed over its tokens (in the model's own distribution). A prompt that cannot run has
+        finish_reason "error", as in `generate`; what is wrong with the call is raised.
+        """
+        listed, params = _listed(prompts), SamplingParams()
+        tokens = self._prompts.candidates(candidates)
+
+        def make(index: int) -> Prompt:
+            prompt = self._prompts.make(index, listed[index], params, what=f"prompt {index}")
+            return dataclasses.replace(prompt, candidates=tokens)
+
+        return [samples[0] for samples in self._answer(make, [1] * len(listed), progress)]
+
+    def _answer(
+        self, make: Callable[[int], Prompt], samples: Seq[int], progress: bool
+    ) -> list[list[Generation]]:
+        """Of as many prompts as there are `samples`, each with so many, what becomes of them, in their order."""
+        prompts = len(samples)
         results: dict[int, list[Generation]] = {}
         places: dict[int, int] = {}
         others = []
         try:
-            for index, (prompt, own) in enumerate(zip(listed, every, strict=True)):
+            for index in range(prompts):
                 try:
-                    made = self._prompts.make(index, prompt, own, row_file, f"prompt {index}")
-                    places[self.add(made)] = index
+                    places[self.add(make(index))] = index
                 except RowError as error:
-                    results[index] = failed_row(index, own.n, error)
-            _warn_of_failed(results.values(), len(listed))
-            with _bar(len(listed), len(results), progress) as count:
-                while len(results) < len(listed):
+                    results[index] = failed_row(index, samples[index], error)
+            _warn_of_failed(results.values(), prompts)
+            with _bar(prompts, len(results), progress) as count:
+                while len(results) < prompts:
                     for done in self.step():
                         if (place := places.get(done.request_id)) is None:
                             others.append(done)
@@ -287,7 +317,7 @@ class Engine:
         finally:  # nobody waits for the rest of a call that was interrupted
             self.abort(places)
             self._kept += others
-        return [results[index] for index in range(len(listed))]
+        return [results[index] for index in range(prompts)]
 
     def _start_steps(self) -> None:
         """Give every idle worker its next step, and those that run one another, where it need not wait for tokens.
@@ -335,6 +365,12 @@ class Engine:
         completions = self._requests.complete(ended)
         self._stats.seconds["sample"] += time.perf_counter() - began
         return completions
+
+
+def _listed(prompts: Iterable[PromptLike]) -> list[PromptLike]:
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        raise TypeError(f"a list of prompts is wanted, not {kind_of(prompts)}")
+    return list(prompts)
 
 
 @contextmanager

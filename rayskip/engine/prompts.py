@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol, SupportsIndex
 
 from rayskip.config import SamplingParams
@@ -57,6 +58,24 @@ class Prompts:
         """
         return Prompt(index, self._token_ids(prompt, what), params, row_key(params.seed, row_file, index))
 
+    def candidates(self, candidates: Seq[PromptLike]) -> tuple[tuple[int, ...], ...]:
+        """Texts or token ids as what may follow a prompt.
+
+        Raises ValueError where one is empty or two are the same tokens; TypeError for what is neither.
+        """
+        if isinstance(candidates, str | bytes) or not isinstance(candidates, Seq):
+            raise TypeError(f"a list of candidates is wanted, not {kind_of(candidates)}")
+        tokens = [tuple(self._candidate(one, f"candidate {at}")) for at, one in enumerate(candidates)]
+        if not tokens or not all(tokens) or len(set(tokens)) < len(tokens):
+            raise ValueError("candidates must be different texts, each with a token at least")
+        return tuple(tokens)
+
+    def _candidate(self, candidate: PromptLike, what: str) -> list[int]:
+        """Text as it stands, without the model's start token."""
+        if isinstance(candidate, str):
+            return self._with_tokenizer.continuation(candidate)
+        return self._token_ids(candidate, what)
+
     def check(self, prompt: Prompt) -> None:
         """Raises RowError when the row has no token, no room to generate or cannot be sampled as it asks."""
         token_ids = prompt.token_ids
@@ -69,6 +88,14 @@ class Prompts:
                 "prompt_too_long",
                 f"the prompt has {len(token_ids)} tokens; the context holds {self.max_model_len}, one of them new",
             )
+        longest = max(map(len, prompt.candidates), default=0)
+        if len(token_ids) + longest > self.max_model_len:
+            raise RowError(
+                "prompt_too_long",
+                f"the prompt has {len(token_ids)} tokens and a candidate {longest}; the context holds "
+                f"{self.max_model_len}",
+            )
+        token_ids = [*token_ids, *chain(*prompt.candidates)]
         if not 0 <= min(token_ids) <= max(token_ids) < self.vocab:
             wrong = next(token for token in token_ids if not 0 <= token < self.vocab)
             raise RowError("bad_token_id", f"token ids must be in [0, {self.vocab}), got {wrong}")

@@ -66,6 +66,9 @@ class Requests:
         if row.matcher is not None and (error := row.matcher.error):
             self._finish(row, "error", ("constraint_failed", error))
             return 0
+        if row.prompt.candidates and choices[0].token_id is not None:
+            self._finish(row, "score", scores=choices[0].scores)
+            return 0
         for count, choice in enumerate(choices):
             if choice.token_id is None:
                 self._finish(row, "error", ("non_finite_logits", "the model's logits are not finite"))
@@ -86,14 +89,18 @@ class Requests:
         found = []
         for request_id in dict.fromkeys(row.request_id for row in ended):
             request = self._left.get(request_id)
-            if request is not None and len(request.samples) == request.prompt.params.n:
+            if request is not None and len(request.samples) == request.prompt.samples:
                 del self._left[request_id]
                 samples = [request.samples[sample] for sample in sorted(request.samples)]
                 found.append(Completion(request_id, samples))
         return found
 
     def _finish(
-        self, row: Sequence, reason: FinishReason, error: tuple[str | None, str | None] = (None, None)
+        self,
+        row: Sequence,
+        reason: FinishReason,
+        error: tuple[str | None, str | None] = (None, None),
+        scores: list[float] | None = None,
     ) -> None:
         row.ended = True
         policy = self._full_depth if row.full_depth else self._policy
@@ -101,7 +108,7 @@ class Requests:
             row_index=row.prompt.row_index,
             sample_index=row.sample,
             finish_reason=reason,
-            text=None if reason == "error" else self._stopper.text(row.generated, row.params),
+            text=None if reason in ("error", "score") else self._stopper.text(row.generated, row.params),
             token_ids=row.generated,
             prompt_tokens=len(row.prompt.token_ids),
             completion_tokens=len(row.generated),
@@ -110,4 +117,5 @@ class Requests:
             mean_layers=policy.mean_depth(len(row.generated)),
             error_type=error[0],
             error_message=error[1],
+            scores=scores,
         )

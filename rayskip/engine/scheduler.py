@@ -13,6 +13,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from rayskip.decode.batch import Chunk
+from rayskip.decode.candidates import tree, tree_size
 from rayskip.decode.constraints import MOST_FORCED
 from rayskip.decode.sequence import Sequence
 from rayskip.model.cache.blocks import SHARED, Block, BlockPool, Match
@@ -172,16 +173,21 @@ class Scheduler:
         if row.length >= row.limit or row not in self.running:
             return 0  # its last token is on its way, or it has just given its pages up
         stop = min(row.length, row.computed + budget)
+        asked = tree_size(row.prompt.candidates)
+        if asked and stop == row.length and stop - row.computed + asked > budget and plan.chunks:
+            stop -= 1  # what is asked goes with the last token into a step with more room
         if stop <= row.computed:
             return 0
         self._give_up_layers(plan, row)
-        if not self._reach(plan, row, stop):
+        if stop == row.length:
+            row.draft = tree(row.prompt.candidates)
+        if not self._reach(plan, row, stop + len(row.draft)):
             return 0
         drafts = self._drafts + (MOST_FORCED if row.matcher is not None else 0)
         if stop == row.length and drafts and row.generated:
             self._reach_further(plan, row, min(stop + drafts, row.limit + drafts))
         plan.chunks.append(Chunk(row, row.computed, stop))
-        return stop - row.computed
+        return stop - row.computed + len(row.draft)
 
     def _reach(self, plan: StepPlan, row: Sequence, stop: int) -> bool:
         """See that a row has pages for its tokens before `stop`; False: it had to give up those that it had."""

@@ -27,7 +27,7 @@ from rayskip.decode.draft import Draft
 from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.sampling import Choice, Chosen, Draw, sample
 from rayskip.decode.sequence import Sequence
-from rayskip.decode.verify import Verdict, draw, verify
+from rayskip.decode.verify import Verdict, draw, scored, verify
 from rayskip.engine.scheduler import CacheShape, Scheduler, StepPlan, layer_order
 from rayskip.engine.sizes import Sizes
 from rayskip.model.backends.base import HeadOutput
@@ -137,8 +137,10 @@ class Worker:
         packed, follows = None, False
         if self._ahead:
             self._constrain(plan)
-            packed = self._pack(plan.chunks)
-            self._outputs = {row: index for index, (row, _) in enumerate(packed.places)}
+            packed = self._pack(with_drafts(plan.chunks))
+            self._outputs = {
+                row: index for index, (row, _) in enumerate(packed.places) if not row.prompt.candidates
+            }
             for row in self._outputs:
                 row.expect()
             follows = all(row.params.repetition_penalty == 1 and not row.matcher for row in self._outputs)
@@ -187,13 +189,15 @@ class Worker:
             decoded = [
                 Decoded(chunk.sequence, chunk.start, Draft(), []) for chunk in plan.chunks if chunk.generated
             ]
-            choices = partial(_one_each, places, chosen)
+            choices = partial(_each, places, chosen)
         else:
-            verdicts = self._verified(places, chosen, hidden)
+            said = chosen.choices()
+            verdicts = self._verified(places, said, hidden)
             decoded = [Decoded(row, row.length - 1, row.draft, verdicts[row].path) for row in _decoding(plan)]
             for row in _decoding(plan):
                 row.draft = Draft()
-            choices = partial(dict, {row: verdict.choices for row, verdict in verdicts.items()})
+            found = {row: verdict.choices for row, verdict in verdicts.items()}
+            choices = partial(dict, found | _scored(said, places))
         watch.lap()
         active = batch.active or [len(batch.token_ids)] * self._decoder.depth
         masking, self._masking = self._masking, 0.0
@@ -237,10 +241,10 @@ class Worker:
         return Packed(ordered, host_batch(ordered, self._policy), places, draws, pending)
 
     def _verified(
-        self, places: Seq[tuple[Sequence, int]], chosen: Chosen, hidden: torch.Tensor
+        self, places: Seq[tuple[Sequence, int]], choices: Seq[Choice], hidden: torch.Tensor
     ) -> dict[Sequence, Verdict]:
         """What became of the drafts; the cache keeps those that hold."""
-        verdicts = verify(chosen.choices(), places)
+        verdicts = verify(choices, places)
         if poisoned := [
             row for row, verdict in verdicts.items() if row.draft and verdict.choices[-1].token_id is None
         ]:
@@ -365,5 +369,11 @@ def _decoding(plan: StepPlan) -> list[Sequence]:
     return [chunk.sequence for chunk in plan.chunks if chunk.generated]
 
 
-def _one_each(places: Seq[tuple[Sequence, int]], chosen: Chosen) -> dict[Sequence, list[Choice]]:
-    return {row: [choice] for (row, _), choice in zip(places, chosen.choices(), strict=True)}
+def _each(places: Seq[tuple[Sequence, int]], chosen: Chosen) -> dict[Sequence, list[Choice]]:
+    choices = chosen.choices()
+    found = {row: [choice] for (row, _), choice in zip(places, choices, strict=True)}
+    return found | _scored(choices, places)
+
+
+def _scored(choices: Seq[Choice], places: Seq[tuple[Sequence, int]]) -> dict[Sequence, list[Choice]]:
+    return {row: [choice] for row, choice in scored(choices, places).items()}
