@@ -83,7 +83,7 @@ def dry_run(job: JobConfig) -> DryRun:
     suggested = {name: value for name, value in suggested_sampling(folder).items() if value != sampling[name]}
     max_model_len = min(job.engine.max_model_len or longest, longest)
     seen = DryRun(job, plan, committed, refused, max_model_len, suggested=suggested)
-    builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len, templates)
+    builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len, templates, job.task)
     columns = prompt_columns(job.input, templates)
     grammars = Grammars(tokenizer, spec.vocab, spec.eos_token_ids)
     for shard in sample(plan.shards, SAMPLE_ROWS):

@@ -40,6 +40,8 @@ class Stats:
     similarities from 0 to 1 (see data/agreement.py).
     kv_bytes_saved: of pages that rows did without, because no token in them runs the layer. kv_bytes_held: of pages
     that rows held, summed over steps; kv_bytes_filled of them had a token's keys and values.
+    labels: rows by "right label TAB label that was found", the latter empty where there is none; label_bins: of how
+    sure their labels were, see data/labels.py.
     """
 
     rows: int = 0
@@ -71,6 +73,8 @@ class Stats:
     drafted_by: dict[str, int] = field(default_factory=dict)
     accepted_by: dict[str, int] = field(default_factory=dict)
     accepted_lengths: dict[str, int] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    label_bins: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=_no_seconds)
 
     def __add__(self, other: Stats) -> Stats:

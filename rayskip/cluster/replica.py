@@ -10,15 +10,18 @@ import math
 import os
 import platform
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from rayskip.cluster.engine_thread import EngineThread
 from rayskip.config import JobConfig
+from rayskip.config.label import LabelTask
 from rayskip.data.agreement import agreement
 from rayskip.data.attempt import write_attempt
 from rayskip.data.folder import JOB, open_folder
+from rayskip.data.labels import Labeller, rightness
 from rayskip.data.locate import stamp
 from rayskip.data.output import count_rows, encode, errors_by_type, output_table
 from rayskip.data.records import Generation, Prompt, Shard, ShardResult, failed_row
@@ -67,15 +70,34 @@ class Replica:
         device = device_for(job.cluster.gpus_per_replica)
         engine = Engine.load(job.model, job.engine, job.decode, device)
         self._prompts = PromptBuilder(
-            job.input, job.sampling, engine.tokenizer, engine.max_model_len, templates
+            job.input, job.sampling, engine.tokenizer, engine.max_model_len, templates, job.task
         )
         self._token_bytes = token_bytes(engine.tokenizer) if engine.tokenizer is not None else None
         self._columns = prompt_columns(job.input, templates)
         facts = hardware(device), engine.info  # the latter tries out batch invariance, a part of loading
         self._engine = EngineThread(engine)
+        self._labeller = self._fitted_labeller(job.task) if job.task is not None else None
         return ReplicaInfo(
             time.monotonic() - began, *facts, batch_rows=engine.sizes.workers * engine.sizes.batch_rows
         )
+
+    def _fitted_labeller(self, task: LabelTask) -> Labeller:
+        """What reads the task's scores. Every replica fits it anew: to the same rows, so all have the same."""
+        labeller = Labeller(task, [len(tokens) for tokens in self._prompts.candidates])
+        if task.calibrate is None:
+            return labeller
+        from rayskip.data.labelled_file import labelled_rows, open_labelled
+
+        source = open_labelled(self._job, task.calibrate)
+        prompts, right = [], {}
+        for index, row, label in labelled_rows(self._job, task, task.calibrate, source):
+            with suppress(RowError):  # of a row that cannot run nothing is learnt
+                prompts.append(self._prompts.build(row, index, ""))
+                right[index] = label
+        rows = [row for row in self._engine.generate(prompts, [], False).rows if row.scores is not None]
+        if not rows:
+            raise InputError(f"task.calibrate.path: {task.calibrate.path} has no row that can run")
+        return labeller.fit([row.scores or [] for row in rows], [right[row.row_index] for row in rows])
 
     def _check_paths(self) -> None:
         """Look, before anything loads, whether this node sees the folders that the driver saw."""
@@ -109,18 +131,35 @@ class Replica:
         if shard.probe:
             return _result(shard, b"", rows + generated.rows, generated.stats + own)
         with own.timed("write"):
-            rows = _in_order(rows + generated.rows)
+            rows = self._finished(rows + generated.rows)
             data = encode(
                 self._job.output.format, output_table(table, rows, shard, self._job), self._token_bytes
             )
             there = write_attempt(self._storage, shard.output, data)
-        result = _result(shard, data, rows, generated.stats + own + agreement(rows, generated.again))
+        own += agreement(rows, generated.again) + self._rightness(table, rows, shard)
+        result = _result(shard, data, rows, generated.stats + own)
         return result if there == data else self._other(result, shard, there)
 
     def generate(self, shard: Shard) -> list[Generation]:
         """The output rows of a shard, which is neither written nor audited. Raises as `run` does."""
         prompts, rows = self._prompts_of(read_shard(shard, self._source), shard)
-        return _in_order(rows + self._engine.generate(prompts, [], shard.full_depth).rows)
+        return self._finished(rows + self._engine.generate(prompts, [], shard.full_depth).rows)
+
+    def _finished(self, rows: list[Generation]) -> list[Generation]:
+        """Output rows in their order, with their labels."""
+        rows = sorted(rows, key=lambda row: (row.row_index, row.sample_index))
+        return rows if self._labeller is None else [self._labeller.label(row) for row in rows]
+
+    def _rightness(self, table: pa.Table, rows: list[Generation], shard: Shard) -> Stats:
+        """How a shard's labels compare with the right ones, where the input has those."""
+        stats, task = Stats(), self._job.task
+        if task is None or task.gold is None:
+            return stats
+        right = table[task.gold].to_pylist()
+        for row in rows:
+            if row.labelled is not None and (gold := right[row.row_index - shard.start]) is not None:
+                stats += rightness(str(gold), row.labelled)
+        return stats
 
     def _prompts_of(self, table: pa.Table, shard: Shard) -> tuple[list[Prompt], list[Generation]]:
         """The rows that can run, and the output rows of those that cannot."""
@@ -159,10 +198,6 @@ class Replica:
             rows=rows,
             rows_failed=rows_failed,
         )
-
-
-def _in_order(rows: list[Generation]) -> list[Generation]:
-    return sorted(rows, key=lambda row: (row.row_index, row.sample_index))
 
 
 def _result(shard: Shard, data: bytes, rows: list[Generation], stats: Stats) -> ShardResult:

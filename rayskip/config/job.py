@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rayskip.config.constraint import read_schema
 from rayskip.config.decode import DecodeConfig
+from rayskip.config.label import LabelTask
 from rayskip.config.sampling import SamplingParams
 from rayskip.config.section import ModelConfig, Section, UserPath
 
@@ -297,6 +298,7 @@ class JobConfig(Section):
     name: str = Field(min_length=1)
     model: ModelConfig
     input: InputConfig
+    task: LabelTask | None = Field(None, description="what to do with each prompt; null: generate")
     sampling: SamplingParams = SamplingParams()
     engine: EngineConfig = EngineConfig()
     decode: DecodeConfig = DecodeConfig()
@@ -304,6 +306,16 @@ class JobConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     retry: RetryConfig = RetryConfig()
     output: OutputConfig
+
+    @model_validator(mode="after")
+    def _check_task(self) -> JobConfig:
+        if self.task is None:
+            return self
+        if self.sampling.constraint is not None:
+            raise ValueError("task: label has its labels for a constraint; leave sampling.constraint out")
+        if self.output.format == "openai":
+            raise ValueError("task: label gives columns, which output.format: openai has no place for")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -38,6 +38,11 @@ _COLUMNS: dict[str, pa.DataType] = {
     "row_index": pa.int64(),
     "sample_index": pa.int32(),
     "text": pa.string(),
+    "label": pa.string(),
+    "probability": pa.float64(),
+    "margin": pa.float64(),
+    "calibrated": pa.float64(),
+    "probabilities": pa.null(),  # a struct of the job's labels
     "token_ids": pa.list_(pa.int32()),
     "finish_reason": pa.string(),
     "prompt_tokens": pa.int32(),
@@ -48,6 +53,8 @@ _COLUMNS: dict[str, pa.DataType] = {
     "skip_policy": pa.string(),
     "mean_layers": pa.float32(),
 }
+
+_LABELLED = ("label", "probability", "margin", "calibrated", "probabilities")
 
 _MESSAGE = 300
 """Most characters of an error's message where it stands for others of its type."""
@@ -75,6 +82,12 @@ def output_columns(job: JobConfig) -> list[str]:
         wanted.discard("logprobs")
     if job.decode.skip.kind == "none":
         wanted -= {"skip_policy", "mean_layers"}
+    if job.task is None:
+        wanted -= set(_LABELLED)
+    elif job.task.method == "generate":
+        wanted -= set(_LABELLED[1:])
+    elif job.task.calibrate is None:
+        wanted.discard("calibrated")
     return [name for name in _COLUMNS if name in wanted]
 
 
@@ -122,9 +135,11 @@ def output_table(table: pa.Table, rows: Sequence[Generation], shard: Shard, job:
     columns = {field.name: repeated[field.name] for field in kept.schema}
     fields = [field.with_nullable(True) for field in kept.schema]
     for name in output_columns(job):
-        full_name = (job.output.prefix or "") + name
-        columns[full_name] = pa.array([_value(row, name, shard) for row in rows], _COLUMNS[name])
-        fields.append(pa.field(full_name, _COLUMNS[name]))
+        full_name, kind = (job.output.prefix or "") + name, _COLUMNS[name]
+        if name == "probabilities":
+            kind = pa.struct([(label, pa.float64()) for label in (job.task.labels if job.task else ())])
+        columns[full_name] = pa.array([_value(row, name, shard) for row in rows], kind)
+        fields.append(pa.field(full_name, kind))
     begun = {_BEGUN: str(shard.begun).encode()} if job.output.format == "openai" else {}
     schema = pa.schema(fields, {_MODEL: job.model.path.encode()} | begun)
     return pa.table(list(columns.values()), schema=schema)
@@ -133,6 +148,8 @@ def output_table(table: pa.Table, rows: Sequence[Generation], shard: Shard, job:
 def _value(row: Generation, column: str, shard: Shard) -> Any:
     if column == "logprobs":
         return None if row.logprobs is None else [_logprob(token) for token in row.logprobs]
+    if column in _LABELLED:
+        return None if row.labelled is None else getattr(row.labelled, column)
     value = shard.name if column == "row_file" else getattr(row, column)
     return _utf8(value) if isinstance(value, str) else value
 

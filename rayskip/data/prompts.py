@@ -11,13 +11,17 @@ import hashlib
 import json
 from collections.abc import Iterable
 from difflib import get_close_matches
+from functools import cached_property
 from reprlib import repr as short_repr
 from typing import Any
 
 from pydantic import ValidationError
 
 from rayskip.config import InputConfig, SamplingParams
+from rayskip.config.constraint import Constraint
 from rayskip.config.job import check_template_kwargs
+from rayskip.config.label import LabelTask
+from rayskip.data.labels import asked
 from rayskip.data.records import BROKEN_ROW, TEMPLATE_KWARGS, Prompt
 from rayskip.data.templates import Templates
 from rayskip.data.tokenizer import Encoder, Tokenizer, ends_with_assistant
@@ -105,7 +109,8 @@ class PromptBuilder:
 
     tokenizer: None when the model has none; then only prompt_token_ids work. max_model_len: positions of the
     context. templates: what renders them. continued: conversations so far that end with the assistant's message,
-    which is continued. Raises InputError for a template with a fault.
+    which is continued. task: what is asked about each text; messages and token ids are taken as they are.
+    candidates: the task's labels as tokens. Raises InputError for a template with a fault.
     """
 
     def __init__(
@@ -115,8 +120,10 @@ class PromptBuilder:
         tokenizer: Tokenizer | None,
         max_model_len: int,
         templates: Templates | None = None,
+        task: LabelTask | None = None,
     ) -> None:
         templates = templates or Templates()
+        self._task = task
         self._config = config
         self._params = sampling
         self._params_column = config.sampling_params or (OPENAI_PARAMS if config.format == "openai" else None)
@@ -125,6 +132,10 @@ class PromptBuilder:
         self._encoder = (
             Encoder(tokenizer, max_model_len, templates, config.date) if tokenizer is not None else None
         )
+        self._chats = config.chat or (
+            task is not None and tokenizer is not None and tokenizer.chat_template is not None
+        )
+        self.candidates = self._candidates() if task is not None else ()
         self._columns = templates.variables(config.template) if config.template is not None else []
         self._template = self._marked(config.template) if config.template is not None else None
 
@@ -153,7 +164,34 @@ class PromptBuilder:
                 f"the prompt has {len(token_ids)} tokens; with one to generate "
                 f"the context holds {self._max_model_len - 1}",
             )
-        return Prompt(row_index, token_ids, params, row_key(params.seed, name, row_index))
+        candidates = self.candidates if self._task is not None and self._task.method == "score" else ()
+        return Prompt(row_index, token_ids, params, row_key(params.seed, name, row_index), candidates)
+
+    @property
+    def _names(self) -> list[str]:
+        return [] if self._task is None else self._task.names
+
+    @property
+    def _space(self) -> str:
+        """What a label begins with: a space after a plain prompt's "Label:"."""
+        return "" if self._chats or self._config.messages or self._config.special_tokens else " "
+
+    def _candidates(self) -> tuple[tuple[int, ...], ...]:
+        """The labels' tokens as they follow a prompt."""
+        found = tuple(tuple(self._text_encoder.continuation(self._space + name)) for name in self._names)
+        if not all(found) or len(set(found)) < len(found):
+            raise ModelError(
+                "task.labels: the model's tokenizer makes the same tokens of two labels, or none of one"
+            )
+        return found
+
+    @cached_property
+    def _asked_params(self) -> dict[str, Any]:
+        """What a label that is generated has of its own: no text but a label's, one, greedily."""
+        longest = max(map(len, self.candidates))
+        choice = Constraint(choice=tuple(self._space + name for name in self._names))
+        own = {"constraint": choice, "n": 1, "temperature": 0.0, "max_tokens": 2 * longest + 8}
+        return own | {"ignore_eos": False, "stop": ()}
 
     def samples(self, row: Row) -> int:
         """How many output rows `row` has, also when it cannot run: the job's n where its own cannot be read."""
@@ -171,6 +209,8 @@ class PromptBuilder:
         except ValueError as error:
             raise RowError("invalid_sampling_params", str(error)) from error
         own = merge_params(self._params, given)
+        if self._task is not None:
+            own = own.model_copy(update=self._asked_params)
         if own.stop and self._encoder is None:
             reason = "stop strings need a tokenizer, and the model has none; use stop_token_ids"
             raise ModelError(reason) if self._params.stop else RowError("invalid_sampling_params", reason)
@@ -195,12 +235,15 @@ class PromptBuilder:
             messages = read_messages(_from_json(value, "bad_messages", source), f"column {source!r}")
             return self._chat(messages, kwargs)
         text = read_text(value, f"column {source!r}")
-        return self._chat(_user(text), kwargs) if self._config.chat else self._plain(text)
+        return self._ask(text, kwargs) if self._chats else self._plain(text)
+
+    def _ask(self, text: str, kwargs: Row) -> list[int]:
+        return self._chat(_user(text if self._task is None else asked(self._task, text)), kwargs)
 
     def _plain(self, text: str) -> list[int]:
         if self._config.special_tokens:
             return self._text_encoder.with_special_tokens(text)
-        return self._text_encoder.data(text)
+        return self._text_encoder.data(text if self._task is None else f"{asked(self._task, text)}\n\nLabel:")
 
     def _from_template(self, row: Row, template: str, kwargs: Row) -> list[int]:
         """With `chat` the result is the user's message, without it the template is the job's own text."""
@@ -210,11 +253,13 @@ class PromptBuilder:
             raise RowError("empty_prompt", "what input.template renders is empty")
         if self._config.special_tokens:
             return self._text_encoder.with_special_tokens(text)
-        return self._chat(_user(text), kwargs) if self._config.chat else self._text_encoder.written(text)
+        if self._chats:
+            return self._ask(text, kwargs)
+        return self._text_encoder.written(text) if self._task is None else self._plain(text)
 
     def _marked(self, template: str) -> str:
         """Only without `chat` may a template write special tokens; with `special_tokens` the data may too."""
-        own_text = self._config.chat or self._config.special_tokens
+        own_text = self._chats or self._config.special_tokens or self._task is not None
         return template if own_text else self._text_encoder.mark(template)
 
     def _chat(self, messages: list[Row], kwargs: Row) -> list[int]:

@@ -58,6 +58,23 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True)
+class Labelled:
+    """What was found of a row in a labelling task.
+
+    label: None where the model abstains. best: the most probable one. probability: of it, by a softmax over the
+    labels; margin: to the second. calibrated: its probability under the temperature that was fitted. A label that
+    was generated has no probability.
+    """
+
+    label: str | None
+    best: str | None = None
+    probability: float | None = None
+    margin: float | None = None
+    probabilities: dict[str, float] | None = None
+    calibrated: float | None = None
+
+
+@dataclass(frozen=True)
 class Generation:
     """One output row: sample `sample_index` of input row `row_index`, or why there is none.
 
@@ -67,7 +84,8 @@ class Generation:
     text: without special tokens, up to a stop string; None on error, or where the model has no tokenizer.
     token_ids: all that were generated, the one that ended it too. prompt_tokens, completion_tokens: how many.
     logprobs: one for each of token_ids, where asked for. scores: of each of the prompt's candidates the
-    log-probability (natural log, of the model's own distribution), summed over its tokens.
+    log-probability (natural log, of the model's own distribution), summed over its tokens. labelled: in a task
+    of labelling.
     skip_policy: which layers its tokens ran, "none" where none was skipped. mean_layers: layers run per generated
     token; None where no generated token ran (the last one never does).
     """
@@ -85,6 +103,7 @@ class Generation:
     skip_policy: str | None = None
     mean_layers: float | None = None
     scores: list[float] | None = None
+    labelled: Labelled | None = None
 
 
 def failed_row(row_index: int, samples: int, error: RowError) -> list[Generation]:

@@ -15,21 +15,30 @@ from typing import Any
 from pydantic import ValidationError
 
 from rayskip.config import JobConfig
+from rayskip.data.labelled_file import task_fingerprints
 from rayskip.data.sources import Source
 from rayskip.driver.records import JobRecord
 from rayskip.errors import shown
 from rayskip.model.checkpoint import adapter_fingerprint, weights_fingerprint
 
-_DECIDING = ("input", "sampling", "decode.skip", "engine.max_model_len", "output")
+_DECIDING = ("input", "task", "sampling", "decode.skip", "engine.max_model_len", "output")
 """Parts of a config that decide the output's bytes; what only decides speed is not among them."""
 
 _NAMING = {
     "input files": ("input.path", "input.split"),
     "model": ("model.path", "model.revision", "model.adapter", "model.dtype"),
+    "task files": ("task.calibrate.path",),
 }
 """Keys that only say what the contents are; told where those differ."""
 
-_ELSEWHERE = (*_NAMING["input files"], "output.path", "input.date", "output.prefix", "output.shard_rows")
+_ELSEWHERE = (
+    *_NAMING["input files"],
+    *_NAMING["task files"],
+    "output.path",
+    "input.date",
+    "output.prefix",
+    "output.shard_rows",
+)
 """Not compared with their part: contents are hashed, the folder is the same, and the last are chosen where the
 config has none (`chosen`)."""
 
@@ -45,7 +54,9 @@ Values = dict[str, Any]
 def contents(job: JobConfig, source: Source, model: Path) -> dict[str, str]:
     """A hash for each content that decides the output. model: the folder of its checkpoint."""
     adapter = job.model.adapter and adapter_fingerprint(Path(job.model.adapter))
-    return {
+    labelled = task_fingerprints(job)
+    task = {"task files": digest(labelled)} if labelled else {}
+    return task | {
         "input files": digest([(file.name, file.rows, file.fingerprint) for file in source.files]),
         "model": digest([weights_fingerprint(model), adapter, job.model.dtype]),
     }

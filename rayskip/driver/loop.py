@@ -35,7 +35,7 @@ from rayskip.driver.identity import as_begun
 from rayskip.driver.plan import Plan, adopted, make_plan, settled
 from rayskip.driver.progress import Meter, Progress
 from rayskip.driver.records import CommitRecord, JobRecord, Manifest, commit_key, fold, signature
-from rayskip.driver.report import Report, error_lines, merged, total, total_errors
+from rayskip.driver.report import LabelReport, Report, error_lines, merged, total, total_errors
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
 from rayskip.errors import Interrupted, JobFailed, Retryable, counted
@@ -412,6 +412,7 @@ class JobRun:
             audits=whole.audits,
             agreement=whole.agreement,
             fell_back_to_full_depth=self.below_floor,
+            labels=LabelReport.of(whole),
             seconds=ours.seconds,
             **signature(),
         )

@@ -14,6 +14,7 @@ from datetime import date
 from pathlib import Path
 
 from rayskip.config import DecodeConfig, JobConfig
+from rayskip.data.labelled_file import check_task
 from rayskip.data.output import choose_prefix
 from rayskip.data.prompts import check_input, prompt_source
 from rayskip.data.records import Shard
@@ -66,6 +67,7 @@ def make_plan(job: JobConfig) -> Plan:
     began = time.monotonic()
     source = discover(job.input)
     check_input(job.input, source.columns)
+    check_task(job, source)
     prefix = choose_prefix(job, source.columns)
     shard_rows = job.output.shard_rows or choose_shard_rows(job, source)
     shards = list(plan_shards(source, shard_rows, job.input.max_rows))

@@ -2,16 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pydantic import AliasChoices, Field, model_validator
+from pydantic import AliasChoices, BaseModel, Field, model_validator
 
+from rayskip.data.labels import accuracy, by_label, expected_error, label_pairs
 from rayskip.data.records import RowErrors
 from rayskip.driver.records import CommitRecord, Signed
 from rayskip.errors import counted, plain
 from rayskip.stats import Stats
+
+
+class LabelReport(BaseModel):
+    """How labels compare with the right ones. rows: that have both. accuracy: share of rows with the right one; one
+    without a label counts as wrong. calibration_error: expected calibration error of the probabilities (arXiv
+    1706.04599, section 2), calibrated_error of the calibrated ones; None where there are none. by_label: rows,
+    precision and recall of each. pairs: rows by right label and label found, "" where there is none.
+    """
+
+    rows: int
+    accuracy: float
+    calibration_error: float | None
+    calibrated_error: float | None
+    by_label: dict[str, dict[str, float | None]]
+    pairs: dict[str, dict[str, int]]
+
+    @classmethod
+    def of(cls, stats: Stats) -> LabelReport | None:
+        """None where no row has a right label."""
+        if not (pairs := label_pairs(stats.labels)):
+            return None
+        return cls(
+            rows=sum(stats.labels.values()),
+            accuracy=accuracy(pairs),
+            calibration_error=expected_error(stats.label_bins, "probability"),
+            calibrated_error=expected_error(stats.label_bins, "calibrated"),
+            by_label=by_label(pairs),
+            pairs=pairs,
+        )
 
 
 class Report(Signed):
@@ -83,6 +113,7 @@ class Report(Signed):
     prefix: str = ""
     errors: dict[str, RowErrors] = Field(default_factory=dict)
     kv_fill: float | None = None
+    labels: LabelReport | None = None
 
     @property
     def failure(self) -> str | None:
@@ -139,6 +170,19 @@ def failure(generations: int, failed: int, errors: dict[str, RowErrors]) -> str 
 def told_generations(generations: int, failed: int, cut: int) -> str:
     """How many there are, and what became of them."""
     return f"{generations:,}, {failed:,} failed, {cut:,} cut off at max_tokens or the context's end"
+
+
+def _label_lines(labels: LabelReport) -> Iterator[str]:
+    errors = {"calibration error": labels.calibration_error, "calibrated": labels.calibrated_error}
+    told = "".join(f", {name} {error:.3f}" for name, error in errors.items() if error is not None)
+    yield f"{labels.accuracy:.1%} of {counted(labels.rows, 'row')} with a known label right{told}"
+    for name, own in labels.by_label.items():
+        shares = (f"{kind} {_share(own[kind])}" for kind in ("precision", "recall"))
+        yield f"{name}: {own['rows']:,} rows, {', '.join(shares)}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
 
 
 def _layers(report: Report) -> str:
@@ -199,6 +243,8 @@ def format_report(report: Report) -> str:
         facts["columns"] = f"added ones begin with {report.prefix}, as {report.prefix}text"
     if report.skip != "none":
         facts["layers"] = _layers(report)
+    if (labels := report.labels) is not None:
+        facts["labels"] = "\n".join(_label_lines(labels))
     if report.drafted:
         kinds = ", ".join(
             f"{kind} {report.accepted_by.get(kind, 0):,} of {n:,}" for kind, n in report.drafted_by.items()
