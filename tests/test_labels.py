@@ -145,9 +145,9 @@ def test_labels_that_are_not_the_tasks_are_refused_before_anything_loads(tmp_pat
         InputError, match=r"known.csv: row 0: gold is .*none of task.labels; did you mean goood"
     ):
         dry_run(load_config(job))
-    with pytest.raises(InputError, match="task.gold names 'golden'"):
+    with pytest.raises(InputError, match=r"task\.gold names 'golden'"):
         dry_run(load_config(_job(tmp_path, gold="golden")))
-    with pytest.raises(InputError, match="task.calibrate.column names 'label'"):
+    with pytest.raises(InputError, match=r"task\.calibrate\.column names 'label'"):
         dry_run(load_config(_job(tmp_path, calibrate={"path": str(tmp_path / "known.csv")})))
 
 
