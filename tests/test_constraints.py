@@ -13,6 +13,7 @@ from typing import Any
 
 import jsonschema
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -25,6 +26,7 @@ from rayskip.config import JobConfig, SamplingParams
 from rayskip.config.constraint import Constraint
 from rayskip.config.file import load_config
 from rayskip.data.formats import openai
+from rayskip.data.json_columns import columns_of, values_of
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.decode.constraints import Grammars, check_constraint
 from rayskip.decode.draft import NEWEST, Draft
@@ -319,6 +321,52 @@ def test_a_row_whose_constraint_cannot_be_compiled_is_an_error_row(folder: Path)
     assert good[0].text == "1"
     with pytest.raises(RowError, match="constraints need a tokenizer"):
         Grammars(None, 10, (1,)).matcher(Constraint(regex="a"))
+
+
+def test_a_schema_gives_typed_columns() -> None:
+    schema = {
+        "$defs": {
+            "node": {
+                "type": "object",
+                "properties": {"next": {"$ref": "#/$defs/node"}, "id": {"type": "integer"}},
+            }
+        },
+        "type": "object",
+        "properties": TICKET["properties"]
+        | {
+            "note": {"type": ["string", "null"]},
+            "either": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+            "maybe": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+            "level": {"enum": [1, 2, None]},
+            "tree": {"$ref": "#/$defs/node"},
+        },
+    }
+    columns = columns_of(schema)
+    node = pa.struct([("next", pa.string()), ("id", pa.int64())])
+    assert columns == {
+        "kind": pa.string(),
+        "tags": pa.list_(pa.string()),
+        "score": pa.float64(),
+        "where": pa.struct([("city", pa.string()), ("zip", pa.int64())]),
+        "note": pa.string(),
+        "either": pa.string(),
+        "maybe": pa.int64(),
+        "level": pa.int64(),
+        "tree": node,
+    }
+    said = {"kind": "bug", "tags": ["a"], "score": 3, "where": {"city": "x", "zip": 10**30}, "either": 7, "level": None,
+            "tree": {"id": 1, "next": {"id": 2}}}  # fmt: skip
+    rows = [values_of(text, columns) for text in (json.dumps(said), '{"kind": "bu', "[1]", None)]
+    table = pa.Table.from_pylist(rows, pa.schema(list(columns.items())))
+    first, *others = table.to_pylist()
+    assert first == said | {
+        "where": {"city": "x", "zip": None},  # too large for the column; the text has it
+        "either": "7",
+        "tree": {"id": 1, "next": '{"id": 2}'},
+        "note": None,
+        "maybe": None,
+    }
+    assert all(value is None for row in others for value in row.values())
 
 
 def test_openai_lines_may_ask_for_json(tmp_path: Path) -> None:

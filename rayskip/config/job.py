@@ -271,6 +271,10 @@ class OutputConfig(Section):
     path: UserPath = Field(description="folder, local or s3:// or gs://")
     format: Literal["parquet", "jsonl", "openai"] = "parquet"
     token_ids: bool = Field(False, description="write the token_ids column")
+    columns: Literal["from_schema"] | None = Field(
+        None,
+        description="from_schema: a column for each property of sampling.constraint.json_schema, beside the text",
+    )
     prefix: str | None = Field(
         None,
         description="what the added columns' names begin with; null: nothing, or generated_ where the input has "
@@ -306,6 +310,17 @@ class JobConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     retry: RetryConfig = RetryConfig()
     output: OutputConfig
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> JobConfig:
+        constraint = self.sampling.constraint
+        if self.output.columns is None:
+            return self
+        if constraint is None or constraint.json_schema is None:
+            raise ValueError("output.columns: from_schema needs sampling.constraint.json_schema")
+        if self.output.format == "openai":
+            raise ValueError("output.columns has no meaning with format: openai, whose keys are fixed")
+        return self
 
     @model_validator(mode="after")
     def _check_task(self) -> JobConfig:

@@ -24,10 +24,11 @@ import pyarrow.parquet as pq
 
 from rayskip.config import InputConfig, JobConfig
 from rayskip.data.formats.openai import COMPLETIONS
+from rayskip.data.json_columns import columns_of, values_of
 from rayskip.data.records import BROKEN_ROW, Generation, RowErrors, Shard, TokenLogprob
 from rayskip.data.token_bytes import TokenBytes
 from rayskip.data.values import whole_rows
-from rayskip.errors import InputError
+from rayskip.errors import ConfigError, InputError
 
 _TOP = pa.struct([("token_id", pa.int32()), ("logprob", pa.float32())])
 _LOGPROB = pa.struct([("token_id", pa.int32()), ("logprob", pa.float32()), ("top", pa.list_(_TOP))])
@@ -42,7 +43,7 @@ _COLUMNS: dict[str, pa.DataType] = {
     "probability": pa.float64(),
     "margin": pa.float64(),
     "calibrated": pa.float64(),
-    "probabilities": pa.null(),  # a struct of the job's labels
+    "probabilities": pa.null(),  # of the job's labels, see `output_columns`
     "token_ids": pa.list_(pa.int32()),
     "finish_reason": pa.string(),
     "prompt_tokens": pa.int32(),
@@ -72,9 +73,9 @@ _BEGUN = b"rayskip.begun"
 """Schema metadata of what becomes openai lines: when the job began, in seconds since 1970."""
 
 
-def output_columns(job: JobConfig) -> list[str]:
-    """Names of the columns after the input's: token_ids only if asked, logprobs only if any row may ask,
-    skip_policy and mean_layers only if layers may be skipped."""
+def output_columns(job: JobConfig) -> dict[str, pa.DataType]:
+    """The columns after the input's: token_ids only if asked, logprobs only if any row may ask, skip_policy and
+    mean_layers only if layers may be skipped, those of labels in a task of labelling; last what a schema gives."""
     wanted = set(_COLUMNS)
     if not job.output.token_ids:
         wanted.discard("token_ids")
@@ -88,7 +89,17 @@ def output_columns(job: JobConfig) -> list[str]:
         wanted -= set(_LABELLED[1:])
     elif job.task.calibrate is None:
         wanted.discard("calibrated")
-    return [name for name in _COLUMNS if name in wanted]
+    labels = pa.struct([(label, pa.float64()) for label in (job.task.labels if job.task else ())])
+    ours = {name: kind for name, kind in (_COLUMNS | {"probabilities": labels}).items() if name in wanted}
+    return ours | schema_columns(job)
+
+
+def schema_columns(job: JobConfig) -> dict[str, pa.DataType]:
+    """Those of the JSON Schema, where the job asks for them."""
+    constraint = job.sampling.constraint
+    if job.output.columns is None or constraint is None or constraint.json_schema is None:
+        return {}
+    return columns_of(constraint.json_schema)
 
 
 def _has_row_params(config: InputConfig) -> bool:
@@ -104,6 +115,11 @@ def choose_prefix(job: JobConfig, columns: Iterable[str]) -> str:
     if job.output.format == "openai":
         return ""  # its lines hold none of the input's columns by their names
     present, ours = set(columns), output_columns(job)
+    if taken := [name for name in schema_columns(job) if name in _COLUMNS]:
+        raise ConfigError(
+            f"output.columns: the schema's {taken[0]!r} is the name of a column that every output has; give the "
+            "property another"
+        )
 
     def clash(prefix: str) -> list[str]:
         return [prefix + name for name in ours if prefix + name in present]
@@ -134,11 +150,12 @@ def output_table(table: pa.Table, rows: Sequence[Generation], shard: Shard, job:
     repeated = kept.take(pa.array([row.row_index - shard.start for row in rows], pa.int64()))
     columns = {field.name: repeated[field.name] for field in kept.schema}
     fields = [field.with_nullable(True) for field in kept.schema]
-    for name in output_columns(job):
-        full_name, kind = (job.output.prefix or "") + name, _COLUMNS[name]
-        if name == "probabilities":
-            kind = pa.struct([(label, pa.float64()) for label in (job.task.labels if job.task else ())])
-        columns[full_name] = pa.array([_value(row, name, shard) for row in rows], kind)
+    parsed = schema_columns(job)
+    said = [values_of(row.text, parsed) for row in rows]
+    for name, kind in output_columns(job).items():
+        full_name = (job.output.prefix or "") + name
+        values = [own[name] for own in said] if name in parsed else [_value(row, name, shard) for row in rows]
+        columns[full_name] = pa.array(values, kind)
         fields.append(pa.field(full_name, kind))
     begun = {_BEGUN: str(shard.begun).encode()} if job.output.format == "openai" else {}
     schema = pa.schema(fields, {_MODEL: job.model.path.encode()} | begun)
