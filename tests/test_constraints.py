@@ -354,8 +354,15 @@ def test_a_schema_gives_typed_columns() -> None:
         "level": pa.int64(),
         "tree": node,
     }
-    said = {"kind": "bug", "tags": ["a"], "score": 3, "where": {"city": "x", "zip": 10**30}, "either": 7, "level": None,
-            "tree": {"id": 1, "next": {"id": 2}}}  # fmt: skip
+    said = {
+        "kind": "bug",
+        "tags": ["a"],
+        "score": 3,
+        "where": {"city": "x", "zip": 10**30},
+        "either": 7,
+        "level": None,
+        "tree": {"id": 1, "next": {"id": 2}},
+    }
     rows = [values_of(text, columns) for text in (json.dumps(said), '{"kind": "bu', "[1]", None)]
     table = pa.Table.from_pylist(rows, pa.schema(list(columns.items())))
     first, *others = table.to_pylist()

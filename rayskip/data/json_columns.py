@@ -27,10 +27,8 @@ def values_of(text: str | None, columns: dict[str, pa.DataType]) -> dict[str, An
         parsed = json.loads(text or "")
     except ValueError:
         parsed = None
-    return {
-        name: _fit(parsed.get(name), kind) if isinstance(parsed, dict) else None
-        for name, kind in columns.items()
-    }
+    said = parsed if isinstance(parsed, dict) else {}
+    return {name: _fit(said.get(name), kind) for name, kind in columns.items()}
 
 
 def _type(schema: Any, root: Schema, within: tuple[str, ...]) -> pa.DataType:
@@ -46,9 +44,8 @@ def _type(schema: Any, root: Schema, within: tuple[str, ...]) -> pa.DataType:
         return kinds.pop() if len(kinds) == 1 else pa.string()
     if "enum" in schema or "const" in schema:
         return _of_values(schema.get("enum", [schema.get("const")]))
-    kinds = schema.get("type")
-    kinds = [kind for kind in (kinds if isinstance(kinds, list) else [kinds]) if kind != "null"]
-    match kinds:
+    named = schema.get("type")
+    match [kind for kind in (named if isinstance(named, list) else [named]) if kind != "null"]:
         case [("string" | "integer" | "number" | "boolean") as kind]:
             return _SIMPLE[kind]
         case ["array"] if isinstance(schema.get("items"), dict) and "prefixItems" not in schema:
