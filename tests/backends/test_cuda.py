@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,39 @@ def _generate(decoder: Decoder, decode: dict[str, Any]) -> list[list[int]]:
     return [samples[0].token_ids or [] for samples in engine.generate(prompts, params)]
 
 
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose attention sees so many tokens back, and heads for trees of drafts."""
+    from transformers import AutoModelForCausalLM, MistralConfig
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=199,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=request.param,
+        initializer_range=0.3,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    label = MedusaLabel("tiny", tensors_fingerprint(folder), 199, 0, 0.0, heads=3)
+    heads = {"weights": torch.zeros(3, 64, 64), "biases": torch.zeros(3, 64), "token_ids": torch.arange(199)}
+    save_trained(folder / "heads", label, heads)
+    return folder
+
+
+@cache
+def _tokens_of_torchs_attention(folder: Path, decode: str) -> list[list[int]]:
+    spec, weights = load(folder, torch.float32, CPU)
+    plain = Decoder(spec, weights, TorchBackend(spec, torch.float32, CPU), folder)
+    return _generate(plain, json.loads(decode))
+
+
 @pytest.mark.parametrize(
-    ("window", "decode", "graphs", "paged"),
+    ("folder", "decode", "graphs", "paged"),
     [
         *(
             (window, decode, graphs, True)
@@ -69,46 +101,28 @@ def _generate(decoder: Decoder, decode: dict[str, Any]) -> list[list[int]]:
         (13, DECODE[0], True, False),
         (None, DECODE[4], False, False),
     ],
+    indirect=["folder"],
 )
 def test_tokens_are_those_of_torchs_attention(
-    window: int | None,
+    folder: Path,
     decode: dict[str, Any],
     graphs: bool,
     paged: bool,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     flash: None,
 ) -> None:
-    from transformers import AutoModelForCausalLM, MistralConfig
-
     monkeypatch.setattr(cuda, "PAGED", paged)
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=199,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=window,
-        initializer_range=0.3,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path)
-    label = MedusaLabel("tiny", tensors_fingerprint(tmp_path), 199, 0, 0.0, heads=3)
-    heads = {"weights": torch.zeros(3, 64, 64), "biases": torch.zeros(3, 64), "token_ids": torch.arange(199)}
-    save_trained(tmp_path / "heads", label, heads)
     if decode.get("draft", {}).get("kind") == "medusa":
-        decode = {"draft": {**decode["draft"], "path": str(tmp_path / "heads")}}
-    spec, weights = load(tmp_path, torch.float32, CPU)
-    plain = Decoder(spec, weights, TorchBackend(spec, torch.float32, CPU), tmp_path)
+        decode = {"draft": {**decode["draft"], "path": str(folder / "heads")}}
+    spec, weights = load(folder, torch.float32, CPU)
     recorded = []
 
     def record(work: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         recorded.append(work)
         return recorded_again(work)
 
-    fast = Decoder(spec, weights, CudaOnCpu(spec, torch.float32, record if graphs else None), tmp_path)
-    assert _generate(fast, decode) == _generate(plain, decode)
+    fast = Decoder(spec, weights, CudaOnCpu(spec, torch.float32, record if graphs else None), folder)
+    assert _generate(fast, decode) == _tokens_of_torchs_attention(folder, json.dumps(decode))
     branches = "branches" in decode.get("draft", {})
     assert bool(recorded) is (graphs and not branches)
 
@@ -153,7 +167,7 @@ def test_the_job_chooses_between_cpu_and_gpu() -> None:
             device_for(0.5)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def fused(tiny_llama: Callable[..., Path]) -> tuple[Decoder, Decoder]:
     """A model with compiled pieces, and the same without."""
     spec, weights = load(tiny_llama("compiled", 0, initializer_range=0.3), torch.bfloat16, CPU)
@@ -196,19 +210,19 @@ def test_compiled_pieces_are_torchs_for_any_number_of_tokens(fused: tuple[Decode
             assert torch.equal(found, together[tokens])
 
 
-@pytest.mark.parametrize("decode", [DECODE[0], DECODE[3]])
-def test_compiled_pieces_keep_rows_apart(fused: tuple[Decoder, Decoder], decode: dict[str, Any]) -> None:
+def test_compiled_pieces_keep_rows_apart(fused: tuple[Decoder, Decoder]) -> None:
     decoder, _ = fused
     assert is_batch_invariant(decoder)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 190, (length,), generator=generator).tolist() for length in (5, 21, 1, 40, 9)]
     params = SamplingParams(max_tokens=14, logprobs=1, ignore_eos=True)
-    found = []
-    for rows in (1, 5):
-        sizes = EngineConfig(max_batch_rows=rows)
-        engine = Engine(decoder, None, sizes, DecodeConfig.model_validate(decode))
-        found.append([(row[0].token_ids, row[0].logprobs) for row in engine.generate(prompts, params)])
-    assert found[0] == found[1]
+    for decode in (DECODE[0], DECODE[3]):
+        found = []
+        for rows in (1, 5):
+            sizes = EngineConfig(max_batch_rows=rows)
+            engine = Engine(decoder, None, sizes, DecodeConfig.model_validate(decode))
+            found.append([(row[0].token_ids, row[0].logprobs) for row in engine.generate(prompts, params)])
+        assert found[0] == found[1]
 
 
 def test_without_a_compiler_nothing_changes(
