@@ -23,6 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich takes as long to import as everything else together
     help="Batch generation over a dataset, on Ray replicas, committed exactly once.",
     epilog="Exit codes: 0 done; 1 the job failed, or no row succeeded; 2 something given is wrong (a line says "
     "what); 3 another run has taken the output folder over; 75 a run was interrupted, the same command resumes.",
@@ -120,7 +121,7 @@ def _ask_to_delete(out: str) -> None:
 
 @app.command()
 def plan(config: Config, overrides: Overrides = None, json: Json = False) -> None:
-    """Check everything and show what a run would do; loads no weights, needs no GPU."""
+    """Check everything and show what a run would do; loads no weights."""
     from rayskip.config.file import load_config
 
     job = load_config(config, overrides or ())
@@ -135,7 +136,7 @@ def plan(config: Config, overrides: Overrides = None, json: Json = False) -> Non
 
 @app.command("preview")
 def preview_rows(config: Config, overrides: Overrides = None, count: Count = 5) -> None:
-    """Answer a job's first rows here and now, without Ray; writes nothing."""
+    """Answer a job's first rows here and now; writes nothing."""
     from rayskip.config.file import load_config
 
     job = load_config(config, overrides or ())
@@ -207,7 +208,7 @@ def model(
     name: Annotated[str, typer.Argument(metavar="NAME", help="smollm2-135m-instruct, a folder or a hub id.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
 ) -> None:
-    """Print the local safetensors folder of a model, preparing it first."""
+    """Print the safetensors folder of a model, preparing it first."""
     from rayskip.model.checkpoint import resolve
 
     _show(resolve(name, revision))

@@ -32,10 +32,12 @@ class ReplicaInfo:
 
 @dataclass(frozen=True)
 class ReplicaProgress:
-    """What a replica did since it started: input rows finished and tokens generated, committed or not."""
+    """What a replica did since it started: input rows finished and tokens generated, committed or not; while it
+    loads, what it is at."""
 
     rows: int
     completion_tokens: int
+    loading: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Replica(Protocol):
         """
 
     def progress(self) -> ReplicaProgress:
-        """Counters since the start; answers while `run` is under way."""
+        """Counters since the start; answers while `ready` or `run` is under way."""
 
 
 class Pool(Protocol):

@@ -20,6 +20,7 @@ from rayskip.data.records import Generation, Shard
 from rayskip.data.storage import LocalStorage
 from rayskip.driver.plan import make_plan
 from rayskip.errors import InputError, ModelError, OutputError, TakenOver
+from rayskip.pool import ReplicaProgress
 
 NONCE = "ab" * 16
 
@@ -67,7 +68,9 @@ def test_a_replica_tells_of_the_file_that_is_there_not_of_its_own(
     plan = make_plan(job)
     shard = Shard(**{**vars(plan.shards[0]), "output": data_key(0, NONCE, "jsonl")})
     replica = Replica(job, plan.source)
+    assert replica.progress() == ReplicaProgress(0, 0, "starting")
     replica.ready()
+    assert replica.progress() == ReplicaProgress(0, 0)
     first = replica.run(shard)
     assert (first.rows, first.rows_failed) == (4, 2)
 

@@ -32,8 +32,8 @@ def test_the_least_of_a_forward_counts_whenever_it_was_measured(
     assert timings("another").seconds(32, lambda: 0.7) == 0.7
     assert timings(threads=1).seconds(32, lambda: 0.6) == 0.6
 
-    monkeypatch.setattr(clock._chance, "random", lambda: 0.3)
+    monkeypatch.setattr(clock._chance, "random", lambda: 0.07)
     known = timings()
-    assert known.seconds(32, lambda: 0.1) == 0.2  # not measured: 0.05 / 0.2 < 0.3
+    assert known.seconds(32, lambda: 0.1) == 0.2  # not measured: 0.01 / 0.2 < 0.07
     assert known.seconds(64, lambda: 0.1) == 0.1
     assert known.seconds(64, lambda: 0.05) == 0.05  # a short one is

@@ -40,7 +40,7 @@ from rayskip.errors import (
     StorageBusy,
     TakenOver,
 )
-from rayskip.pool import ReplicaInfo, ReplicaProgress
+from rayskip.pool import Alive, Event, ReplicaInfo, ReplicaProgress
 from rayskip.stats import Stats
 from rayskip.view import format_status
 
@@ -161,6 +161,33 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {".rayskip", "data"}
     records = {"commits", "epochs", "job.json", "manifest.json", "report.json"}
     assert {path.name for path in (tmp_path / ".rayskip").iterdir()} == records
+
+
+def test_a_run_says_what_a_loading_replica_is_at(tmp_path: Path) -> None:
+    seen: list[str] = []
+    told = threading.Event()
+
+    class SlowReplica(TinyReplica):
+        def ready(self) -> ReplicaInfo:
+            told.wait(20)
+            return super().ready()
+
+    class TellingPool(LocalPool):
+        def wait(self, timeout_s: float) -> list[Event]:
+            now = "" if told.is_set() else "model"
+            return [Alive(0, ReplicaProgress(0, 0, now)), *super().wait(0 if now else timeout_s)]
+
+    def look(progress: Progress) -> None:
+        seen.append(progress.phase)
+        if progress.phase == "loading: model":
+            told.set()
+
+    job = config(tmp_path)
+    run_plan(
+        job, plan(6), lambda job, source: TellingPool(lambda: SlowReplica(str(tmp_path))), on_progress=look
+    )
+    assert told.is_set()
+    assert seen[-1] == "finished"
 
 
 def test_what_replicas_warn_of_is_said_once_and_stays_in_the_report(

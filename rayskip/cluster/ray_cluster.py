@@ -82,10 +82,11 @@ class RayCluster:
             return
         import ray
 
-        # They do not heed SIGTERM, for which Ray's own end would wait a second each.
         started = [process for parent in self._processes for process in [parent, *_children(parent)]]
-        threading.Thread(target=_end_when_disconnected, args=(ray, started), daemon=True).start()
-        ray.shutdown()
+        ray.shutdown()  # first: their end would take this process along
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(started, timeout=3)
         self._processes = []
         _set_environment(self._environment)
@@ -103,20 +104,17 @@ class RayCluster:
         before = set(_children(psutil.Process()))
         most = self.config.replica_range[1] * (self.config.cpus_per_replica or 0)
         try:
-            _init(
-                address="local",
-                num_cpus=max(usable_cores(), math.ceil(most)),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="error",
-            )
+            with _starting_ray():
+                address = _start_node(max(usable_cores(), math.ceil(most)))
+                _connect(address, logging.ERROR)
         finally:
             self._processes = [child for child in _children(psutil.Process()) if child not in before]
 
     def _attach(self, address: Address, host_port: str, auth_mode: str) -> None:
         self._environment = _set_environment({"RAY_AUTH_MODE": auth_mode})
         try:
-            _init(address=host_port, log_to_driver=False, logging_level="warning")
+            with _starting_ray():
+                _connect(host_port, logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ConfigError(f"{address.cluster}: {' '.join(str(error).split())}") from error
 
@@ -159,14 +157,15 @@ def usable_cores() -> int:
     return cores
 
 
-def _init(**options: Any) -> None:
-    """ray.init without its signal handling: it turns SIGTERM into an exit that would lose our own code.
+@contextmanager
+def _starting_ray() -> Iterator[None]:
+    """Within it Ray is started and joined, as the environment now says, without Ray's signal handling: it turns
+    SIGTERM into an exit that would lose our own code.
 
-    What it starts does not heed SIGTERM and SIGHUP, as Ray itself does it for Ctrl-C: a scheduler sends them to all
-    processes of a job, and replicas that died of them could finish nothing.
+    What is started does not heed SIGTERM and SIGHUP, as Ray itself does it for Ctrl-C: a scheduler sends them to
+    all processes of a job, and replicas that died of them could finish nothing.
     """
     with _blocked(_ASKED_TO_STOP):  # which children inherit
-        import ray
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
         Config.initialize("")  # it may have read the variables of this before, for another Ray
@@ -174,12 +173,40 @@ def _init(**options: Any) -> None:
         in_main = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(**options)
+            yield
         except SystemExit as error:
             raise Interrupted("stopped by a signal while Ray started; the same command resumes") from error
         finally:
             if in_main:
                 signal.signal(signal.SIGTERM, before)
+
+
+def _connect(address: str, level: int) -> None:
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level=level)
+
+
+def _start_node(cpus: int) -> str:
+    """Start the processes of a Ray of one machine, as ray.init does; returns its address.
+
+    Without those that serve no job, which ray.init starts whatever it is told, and waits for: autoscaler, log
+    monitor and the dashboard's server.
+    """
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    class Lean(Node):
+        def start_api_server(self, **options: Any) -> None:
+            """Start none."""
+
+    asked = RayParams(
+        num_cpus=cpus,
+        include_dashboard=False,
+        include_log_monitor=False,  # type: ignore[arg-type]
+        no_monitor=True,
+    )
+    return str(Lean(asked, head=True, shutdown_at_exit=False, ray_init_cluster=True).gcs_address)
 
 
 @contextmanager
@@ -215,15 +242,6 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return process.children(recursive=process.pid != os.getpid())
     except psutil.NoSuchProcess:
         return []
-
-
-def _end_when_disconnected(ray: Any, processes: list[psutil.Process]) -> None:
-    """Kill processes of a local Ray as soon as this one has left it; before, their end would take it along."""
-    while ray.is_initialized():
-        time.sleep(0.01)
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
 
 
 def _set_environment(environment: dict[str, str | None]) -> dict[str, str | None]:

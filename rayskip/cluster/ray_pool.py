@@ -60,7 +60,7 @@ class RayPool:
         self._job = absolute(job).model_copy(update={"cluster": self._cluster})
         self._source = ray.put(source)
         self._actors: dict[int, Any] = {}
-        self._ready: dict[int, float] = {}  # replica -> when to ask for its progress next
+        self._ask_at: dict[int, float] = {}  # replica -> when to ask for its progress next
         self._calls: dict[Any, _Call] = {}
         self._started = 0
 
@@ -81,6 +81,7 @@ class RayPool:
         )
         self._actors[replica] = actor
         self._calls[actor.ready.remote()] = _Call("ready", replica)
+        self._ask_at[replica] = time.monotonic()
         return replica
 
     def submit(self, replica: int, shard: Shard) -> None:
@@ -104,7 +105,7 @@ class RayPool:
 
     def kill(self, replica: int) -> None:
         self._ray.kill(self._actors.pop(replica))
-        self._ready.pop(replica, None)
+        self._ask_at.pop(replica, None)
         self._calls = {ref: call for ref, call in self._calls.items() if call.replica != replica}
 
     def close(self) -> None:
@@ -114,10 +115,10 @@ class RayPool:
 
     def _ask_progress(self) -> None:
         now = time.monotonic()
-        for replica, due in self._ready.items():
+        for replica, due in self._ask_at.items():
             if now >= due:
                 self._calls[self._actors[replica].progress.remote()] = _Call("progress", replica)
-                self._ready[replica] = math.inf
+                self._ask_at[replica] = math.inf
 
     def _event(self, ref: Any) -> Event | None:
         """The event of a finished call. Raises what a replica's loading raised."""
@@ -146,7 +147,7 @@ class RayPool:
             return Failed(call.replica, call.shard, cause)
         if call.kind == "run":
             return Done(call.replica, value)
-        self._ready[call.replica] = time.monotonic() + PROGRESS_EVERY_S
+        self._ask_at[call.replica] = time.monotonic() + PROGRESS_EVERY_S
         return Ready(call.replica, value) if call.kind == "ready" else Alive(call.replica, value)
 
     def _located(self, error: Exception, call: _Call) -> Exception:

@@ -46,6 +46,7 @@ class Replica:
         """Costs nothing; `ready` loads."""
         self._job = job
         self._source = source
+        self._loading = "starting"
 
     @cached_property
     def _storage(self) -> Storage:
@@ -64,19 +65,24 @@ class Replica:
         from rayskip.data.prompts import PromptBuilder, prepare_templates, prompt_columns
 
         templates = prepare_templates(job.input)  # while torch is imported and the engine loads
+        self._loading = "torch"
         use_threads(job.cluster.cpus_per_replica or 1)
         from rayskip.engine import Engine
 
         device = device_for(job.cluster.gpus_per_replica)
+        self._loading = "model"
         engine = Engine.load(job.model, job.engine, job.decode, device)
         self._prompts = PromptBuilder(
             job.input, job.sampling, engine.tokenizer, engine.max_model_len, templates, job.task
         )
         self._token_bytes = token_bytes(engine.tokenizer) if engine.tokenizer is not None else None
         self._columns = prompt_columns(job.input, templates)
-        facts = hardware(device), engine.info  # the latter tries out batch invariance, a part of loading
+        self._loading = "batch invariance"  # which info tries out, a part of loading
+        facts = hardware(device), engine.info
         self._engine = EngineThread(engine)
+        self._loading = "labels"
         self._labeller = self._fitted_labeller(job.task) if job.task is not None else None
+        self._loading = ""
         return ReplicaInfo(
             time.monotonic() - began, *facts, batch_rows=engine.sizes.workers * engine.sizes.batch_rows
         )
@@ -112,7 +118,9 @@ class Replica:
             )
 
     def progress(self) -> ReplicaProgress:
-        """Rows finished and tokens generated since the start."""
+        """Rows finished and tokens generated since the start; or what it is at, while it loads."""
+        if self._loading:
+            return ReplicaProgress(0, 0, self._loading)
         return ReplicaProgress(self._engine.rows, self._engine.tokens)
 
     def run(self, shard: Shard) -> ShardResult:

@@ -140,6 +140,7 @@ class JobRun:
         self.began = time.monotonic() - plan.seconds
         self.cpu_began = time.process_time()
         self.first_token: float | None = None
+        self.loading = ""
         self.commits = still_there(
             storage, load_commits(storage, plan.record.fingerprint, plan.shards, lease.since)
         )
@@ -206,7 +207,8 @@ class JobRun:
             self._hear(event)
         if self.first_token is None and self.meter.tokens:
             self.first_token = time.monotonic()
-        self._show("generating" if self.dispatch.ready else "loading")
+        loading = f"loading: {self.loading}" if self.loading else "loading"
+        self._show("generating" if self.dispatch.ready else loading)
 
     def _drain(self, pool: Pool) -> None:
         """After a signal: commit what finishes within the grace, then raise Interrupted."""
@@ -241,6 +243,7 @@ class JobRun:
             case Ready(replica, info):
                 self._ready(replica, info, now)
             case Alive(replica, progress):
+                self.loading = progress.loading
                 if self.meter.said(replica, progress):
                     self.dispatch.progressed(replica, now)
             case Done():

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -34,7 +34,7 @@ from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sizes import choose_sizes
 from rayskip.engine.worker import Step, StepResult, Worker
 from rayskip.errors import RowError, kind_of
-from rayskip.model.backends.choose import open_device
+from rayskip.model.backends.choose import open_device, prepare_backend
 from rayskip.model.checkpoint import load, resolve, trained_policy
 from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
@@ -117,8 +117,14 @@ class Engine:
         folder = resolve(model.path, model.revision)
         place = open_device(device)
         adapter = Path(model.adapter) if model.adapter else None
-        decoder = Decoder(*load(folder, getattr(torch, model.dtype), place, adapter), folder=folder)
-        loaded = cls(decoder, load_tokenizer(folder), engine, decode)
+        dtype = getattr(torch, model.dtype)
+        with ThreadPoolExecutor() as aside:
+            prepared = aside.submit(prepare_backend, dtype, place)
+            weights = load(folder, dtype, place, adapter)
+            tokenizer = aside.submit(load_tokenizer, folder)  # not before: both may import transformers
+            prepared.result()
+            decoder = Decoder(*weights, folder=folder)
+            loaded = cls(decoder, tokenizer.result(), engine, decode)
         if (trained := trained_policy(adapter or folder)) not in (None, loaded.policy.name):
             loaded._warnings.append(
                 f"{model.adapter or model.path} was trained under the skip policy {trained} "

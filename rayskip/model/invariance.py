@@ -22,6 +22,8 @@ POSITIONS = (0, 5, 31, 32, 77, 130)
 """Positions whose logits are compared."""
 VARIANTS = ((1, 33, 0), (3, 1, 1), (3, LENGTH, LENGTH), (8, 7, 7), (4, 1, 60))
 """(rows, tokens of the row in one forward, tokens of each other row), each against one row, token by token."""
+MATES_EVERY = 8
+"""Forwards, of those whose logits are not compared, of which one has the other rows beside."""
 ASKING = 36
 """Times that states ask for their likeliest token where others run beside: of more rows than `bounded_rows` the
 kernels find it another way."""
@@ -59,8 +61,8 @@ def _is_batch_invariant(decoder: Decoder) -> bool:
 
 def _head_outputs(decoder: Decoder, tokens: Tensor, width: int, others: int) -> tuple[Tensor, Tensor, Tensor]:
     """Logits of row 0 at POSITIONS, the highest of them and their places, when it runs in chunks of `width` tokens,
-    beside the first `others` tokens of each other row, again and again; tokens [R, T]. A row has pages for
-    `others` positions more."""
+    beside the first `others` tokens of each other row, now and then; tokens [R, T]. A row has pages for `others`
+    positions more."""
     rows, length = tokens.shape
     device = tokens.device
     cache = decoder.new_cache()
@@ -70,16 +72,17 @@ def _head_outputs(decoder: Decoder, tokens: Tensor, width: int, others: int) -> 
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     for start in range(0, length, width):
         positions = torch.arange(start, min(start + width, length), device=device)
-        size, mates = len(positions), rows - 1
+        size = len(positions)
+        wanted = [position - start for position in POSITIONS if start <= position < start + size]
+        mates = rows - 1 if wanted or start // width % MATES_EVERY == 0 else 0
         spans = [Span(0, size, table_rows[:1], key_blocks(start + size))]
         if mates:
             spans.append(Span(size, len(beside), table_rows[1:], key_blocks(len(beside))))
-        wanted = [position - start for position in POSITIONS if start <= position < start + size]
         batch = TokenBatch(
-            token_ids=torch.cat([tokens[0, positions], tokens[1:, : len(beside)].flatten()]),
+            token_ids=torch.cat([tokens[0, positions], tokens[1 : 1 + mates, : len(beside)].flatten()]),
             positions=torch.cat([positions, beside.repeat(mates)]),
             table_rows=torch.cat(
-                [table_rows[:1].repeat(size), table_rows[1:].repeat_interleave(len(beside))]
+                [table_rows[:1].repeat(size), table_rows[1 : 1 + mates].repeat_interleave(len(beside))]
             ),
             spans=spans,
             outputs=torch.tensor(wanted, dtype=torch.long, device=device),

@@ -47,7 +47,7 @@ class Traits:
     rerun_tokens: int
 
 
-HOST = Traits(plans_ahead=False, worker_threads=True, step_tokens=1024, timed_tokens=256, rerun_tokens=16)
+HOST = Traits(plans_ahead=False, worker_threads=True, step_tokens=1024, timed_tokens=128, rerun_tokens=16)
 DEVICE = Traits(plans_ahead=True, worker_threads=False, step_tokens=8192, timed_tokens=4096, rerun_tokens=0)
 
 

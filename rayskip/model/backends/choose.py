@@ -10,6 +10,7 @@ from rayskip.errors import ConfigError, first_line
 from rayskip.model.backends.base import Backend
 from rayskip.model.backends.cpu.allocator import keep_freed_memory
 from rayskip.model.backends.cpu.backend import cpu_backend
+from rayskip.model.backends.cpu.library import DEFINES, loaded
 from rayskip.model.spec import Spec
 
 
@@ -28,6 +29,12 @@ BACKENDS: dict[str, Callable[[Spec, torch.dtype, torch.device], Backend]] = {
 def choose_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> Backend:
     """The fastest that serves the model on the device."""
     return BACKENDS[device.type](spec, dtype, device)
+
+
+def prepare_backend(dtype: torch.dtype, device: torch.device) -> None:
+    """What `choose_backend` needs of the device and not of the model, and takes its time at first: a compiler."""
+    if device.type == "cpu" and dtype in DEFINES:
+        loaded(dtype)
 
 
 def open_device(name: str | None) -> torch.device:
