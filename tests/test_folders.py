@@ -229,8 +229,12 @@ def test_a_finished_folder_reads_as_a_dataset(old: Path, tmp_path: Path) -> None
     files = discover(InputConfig(path=out)).files
     assert [file.rows for file in files] == [4, 4, 4]
     (old / "here/.rayskip/manifest.json").unlink()
-    with pytest.raises(InputError, match=r"here is the output of a job that is not finished"):
-        discover(InputConfig(path=out))
+    for path in (out, f"{out}/data", f"{out}/data/*.parquet", f"{out}/**/*.parquet", str(files[0].url), str(old)):
+        with pytest.raises(InputError, match=r"here is the output of a job that is not finished"):
+            discover(InputConfig(path=path))
+    with pytest.raises(InputError, match=r"unfinished is the output of a job that is not finished"):
+        discover(InputConfig(path="unfinished/data"))
+    assert discover(InputConfig(path="finished/data")).rows == 12
 
 
 def test_a_finished_folder_of_json_lines_reads_as_a_dataset(old: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import difflib
 import fnmatch
 import io
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import PurePosixPath
@@ -18,7 +19,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from rayskip.data.credentials import why_refused
-from rayskip.data.folder import JOB, MANIFEST
+from rayskip.data.folder import DATA, is_unfinished
 from rayskip.errors import InputError, StorageBusy, first_line
 
 if TYPE_CHECKING:
@@ -81,11 +82,12 @@ def locate(path: str) -> list[Located]:
     else:
         info = _info(store, inner, path)
         if info.type == fs.FileType.File:
+            _refuse_unfinished(store, [info], prefix)
             return [_located(info, prefix, str(PurePosixPath(inner).parent))]
         if info.type != fs.FileType.Directory:
             raise InputError(f"input.path: {path} is no file and no folder")
-        _refuse_unfinished(store, inner, path)
         found = _list(store, root, path, ["**"])
+    _refuse_unfinished(store, found, prefix)
     if lost := [info.path for info in found if info.type == fs.FileType.NotFound]:
         raise InputError(f"input.path: {lost[0]} is a link that leads nowhere")
     files = sorted((_located(info, prefix, root) for info in found), key=lambda file: file.name)
@@ -225,12 +227,18 @@ def _any_info(store: fs.FileSystem, inner: str, path: str) -> fs.FileInfo:
         ) from error
 
 
-def _refuse_unfinished(store: fs.FileSystem, inner: str, path: str) -> None:
-    """Raises InputError for a job's output folder as long as the job is not finished."""
-    if _is_there(store, f"{inner}/{JOB}", path) and not _is_there(store, f"{inner}/{MANIFEST}", path):
-        raise InputError(
-            f"input.path: {path} is the output of a job that is not finished; run that job to its end"
-        )
+def _refuse_unfinished(store: fs.FileSystem, infos: Iterable[fs.FileInfo], prefix: str) -> None:
+    """Raises InputError for data files of a job that is not finished: more may come, and not all may count.
+
+    prefix: what a url has before the paths of its store.
+    """
+    folders = {PurePosixPath(info.path).parent for info in infos}
+    for out in sorted(folder.parent for folder in folders if folder.name == DATA):
+        url = f"{prefix}{out}"
+        if is_unfinished(lambda name, out=out, url=url: _is_there(store, str(out / name), url)):
+            raise InputError(
+                f"input.path: {url} is the output of a job that is not finished; run that job to its end"
+            )
 
 
 def _list(store: fs.FileSystem, root: str, path: str, pattern: list[str]) -> list[fs.FileInfo]:
