@@ -54,7 +54,7 @@ def open_folder(url: str) -> Storage:
 
 
 def is_unfinished(there: Callable[[str], bool]) -> bool:
-    """Whether a job began in a folder and has not ended. there: whether the folder has a file or folder by a name."""
+    """Whether a job began in a folder and has not ended. there: whether it has a file or folder of that name."""
     return any(
         there(epochs) and not there(manifest)
         for epochs, manifest in ((EPOCHS, MANIFEST), (_EARLIER[EPOCHS], _EARLIER[MANIFEST]))

@@ -11,7 +11,7 @@ import io
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -96,6 +96,18 @@ def locate(path: str) -> list[Located]:
     return files
 
 
+def covers(path: str, file: str) -> bool:
+    """Whether a visible file by that name would be among those that `path` means, were it there."""
+    path, file = (url if "://" in url else os.path.abspath(url) for url in (path.rstrip("/") or "/", file))
+    store, inner = filesystem(path)
+    prefix = path[: len(path) - len(inner)]
+    root, pattern = _split_glob(store, inner, path)
+    place = PurePosixPath(file.removeprefix(prefix))
+    if not file.startswith(prefix) or not place.is_relative_to(root):
+        return False
+    return _wanted(_parts(str(place), root), pattern or ["**"])
+
+
 def locate_file(url: str) -> Located:
     """One file by its name, which holds no wildcards. Raises InputError when it is not there or no file."""
     path = url if "://" in url else os.path.abspath(url)
@@ -119,14 +131,6 @@ def stamp(url: str) -> str | None:
     return _stamp(info) if info.type == fs.FileType.File else None
 
 
-def etag(url: str) -> str | None:
-    """What S3 makes of an object's bytes; None for a file of another store. Raises as `open_input` does."""
-    if not url.startswith("s3://"):
-        return None
-    with open_input(url) as source:
-        return source.etag
-
-
 def open_input(url: str) -> _Input:
     """A file to read. Raises FileNotFoundError or NotADirectoryError, and StorageBusy for every other fault of the
     store, now or at a later read: an OSError that a decoder raises over it is about what the file holds.
@@ -145,11 +149,6 @@ class _Input(io.RawIOBase):
         super().__init__()
         self._url = url
         self._source = source
-
-    @property
-    def etag(self) -> str | None:
-        tag = self._source.metadata().get("ETag")
-        return tag.decode() if tag else None
 
     def readable(self) -> bool:
         return True
@@ -235,10 +234,14 @@ def _refuse_unfinished(store: fs.FileSystem, infos: Iterable[fs.FileInfo], prefi
     folders = {PurePosixPath(info.path).parent for info in infos}
     for out in sorted(folder.parent for folder in folders if folder.name == DATA):
         url = f"{prefix}{out}"
-        if is_unfinished(lambda name, out=out, url=url: _is_there(store, str(out / name), url)):
+        if is_unfinished(partial(_has, store, out, url)):
             raise InputError(
                 f"input.path: {url} is the output of a job that is not finished; run that job to its end"
             )
+
+
+def _has(store: fs.FileSystem, folder: PurePosixPath, url: str, name: str) -> bool:
+    return _is_there(store, str(folder / name), url)
 
 
 def _list(store: fs.FileSystem, root: str, path: str, pattern: list[str]) -> list[fs.FileInfo]:

@@ -32,7 +32,18 @@ SCHEMA = pa.schema(
 
 # Requests of one batch may differ in these only; the job decides the model.
 _SAMPLING = frozenset(SamplingParams.model_fields) - {"logprobs"}
-_ELSEWHERE = {"messages", "prompt", "max_completion_tokens", "logprobs", "top_logprobs", TEMPLATE_KWARGS}
+_EFFORT = "reasoning_effort"
+"""For the chat template, which may read it."""
+
+_ELSEWHERE = {
+    "messages",
+    "prompt",
+    "max_completion_tokens",
+    "logprobs",
+    "top_logprobs",
+    TEMPLATE_KWARGS,
+    _EFFORT,
+}
 _NO_EFFECT = {
     "model",
     "user",
@@ -43,7 +54,6 @@ _NO_EFFECT = {
     "prompt_cache_key",
     "prompt_cache_retention",
     "parallel_tool_calls",
-    "reasoning_effort",
     "verbosity",
     "stream_options",
 }
@@ -147,6 +157,9 @@ def _params(body: dict[str, Any]) -> dict[str, Any]:
     """The body's sampling fields under rayskip's names."""
     kept = _SAMPLING | {TEMPLATE_KWARGS}
     params = {name: value for name, value in body.items() if name in kept and value is not None}
+    given = params.get(TEMPLATE_KWARGS, {})
+    if body.get(_EFFORT) is not None and isinstance(given, dict):
+        params[TEMPLATE_KWARGS] = {_EFFORT: body[_EFFORT]} | given
     if body.get("max_completion_tokens") is not None:
         params["max_tokens"] = body["max_completion_tokens"]
     asked = body.get("logprobs")
