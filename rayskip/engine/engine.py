@@ -15,7 +15,6 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +26,12 @@ from rayskip.data.tokenizer import Encoder, Tokenizer, load_tokenizer
 from rayskip.decode.drafters import load_drafters
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
-from rayskip.engine.prompts import ParamsLike, PromptLike, Prompts, read_params
+from rayskip.engine.prompts import ParamsLike, PromptLike, Prompts, list_prompts, read_params
 from rayskip.engine.requests import Completion, Requests
 from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sizes import choose_sizes
 from rayskip.engine.worker import Step, StepResult, Worker
-from rayskip.errors import RowError, kind_of
+from rayskip.errors import RowError
 from rayskip.model.backends.choose import open_device
 from rayskip.model.checkpoint import load, resolve, trained_policy
 from rayskip.model.decoder import Decoder
@@ -114,10 +113,11 @@ class Engine:
         decode = as_section(DecodeConfig, decode or {}, "decode")
         folder = resolve(model.path, model.revision)
         place = open_device(device)
-        adapter = Path(model.adapter) if model.adapter else None
-        decoder = Decoder(*load(folder, getattr(torch, model.dtype), place, adapter), folder=folder)
+        decoder = Decoder(
+            *load(folder, getattr(torch, model.dtype), place, model.adapter_folder), folder=folder
+        )
         loaded = cls(decoder, load_tokenizer(folder), engine, decode)
-        if (trained := trained_policy(adapter or folder)) not in (None, loaded.policy.name):
+        if (trained := trained_policy(model.adapter_folder or folder)) not in (None, loaded.policy.name):
             loaded._warnings.append(
                 f"{model.adapter or model.path} was trained under the skip policy {trained} "
                 f"and runs under {loaded.policy.name}; expect worse output"
@@ -254,9 +254,7 @@ class Engine:
 
         Requests that were added before run beside these; what ends of those, the next `step` returns.
         """
-        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
-            raise TypeError(f"a list of prompts is wanted, not {kind_of(prompts)}")
-        listed = list(prompts)
+        listed = list_prompts(prompts)
         every = read_params(params, len(listed))
         results: dict[int, list[Generation]] = {}
         places: dict[int, int] = {}
