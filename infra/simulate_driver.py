@@ -229,7 +229,7 @@ def write_input(size: Size, path: Path) -> None:
 
 def write_attempt(out: Path, shard: Shard) -> ShardResult:
     """A data file with nothing but the rows' identities, and what a replica would tell of it."""
-    identity = {"row_file": shard.name, "sample_index": 0}
+    identity = {"row_file": shard.name, "sample_index": 0, "error_type": None}
     rows = range(shard.start, shard.stop)
     data = "".join(json.dumps(identity | {"row_index": row}) + "\n" for row in rows).encode()
     path = f"data/shard-{shard.index:05d}-{shard.index:032x}.jsonl"

@@ -1,34 +1,29 @@
 """What a run would do, without a model's weights: the plan, rendered prompts, their lengths, an estimate.
 
-Does not know replicas or Ray. Looks at up to SAMPLE_ROWS rows, taken from shards spread over the input.
+Does not know replicas or Ray.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rayskip.cluster.paths import check_output
 from rayskip.config import JobConfig, SamplingParams
-from rayskip.data.folder import JOB, open_folder
+from rayskip.data.folder import open_folder
 from rayskip.data.output import count_error
-from rayskip.data.prompts import PromptBuilder, prepare_templates, prompt_columns
-from rayskip.data.records import Prompt, RowErrors, Shard
-from rayskip.data.sources import read_shard
+from rayskip.data.prompts import prepare_templates
+from rayskip.data.records import Prompt, RowErrors
 from rayskip.data.storage import probe_unmade
-from rayskip.data.tokenizer import load_tokenizer
-from rayskip.data.values import python_rows
-from rayskip.decode.constraints import Grammars
-from rayskip.driver.commit import load_commits, lost_files, read, sizes
-from rayskip.driver.identity import as_begun
-from rayskip.driver.plan import Plan, adopted, make_plan, settled
-from rayskip.driver.records import JobRecord
+from rayskip.driver.commit import load_commits
+from rayskip.driver.look import Look, none_can_run
+from rayskip.driver.plan import Plan, plan_in_folder
+from rayskip.driver.record_store import lost_files, sizes
 from rayskip.driver.report import commonest_first, error_lines
-from rayskip.errors import JobFailed, OutputError, RayskipError, RowError, counted, shown
-from rayskip.model.checkpoint import read_spec, resolve, suggested_sampling
+from rayskip.errors import OutputError, RayskipError, RowError, StorageBusy, counted, shown
+from rayskip.model.checkpoint import suggested_sampling
 
-SAMPLE_ROWS = 10_000
 PROMPTS_SHOWN = 3
 FILES_SHOWN = 3
 BAR = 40
@@ -69,66 +64,43 @@ def dry_run(job: JobConfig) -> DryRun:
     Raises UserError for what a run would be refused for; what the output folder is refused for is in `refused`, so
     that what is wrong with the rows shows first.
     """
-    with suppress(OutputError):  # told last
-        job = as_begun(job, read(open_folder(job.output.path), JOB, JobRecord))
     templates = prepare_templates(job.input)  # while the plan is made
-    plan = make_plan(job)
-    plan, committed, refused = _committed(job, plan)
-    job = settled(job, plan.record)
-    folder = resolve(job.model.path, job.model.revision)
-    tokenizer = load_tokenizer(folder)
-    spec = read_spec(folder)
-    longest = spec.max_positions
+    plan, job, refused = plan_in_folder(job)
+    committed = 0
+    if not refused:
+        committed, refused = _committed(job, plan)
+    look = Look(job, plan.source, templates)
     sampling = job.sampling.model_dump()
-    suggested = {name: value for name, value in suggested_sampling(folder).items() if value != sampling[name]}
-    max_model_len = min(job.engine.max_model_len or longest, longest)
-    seen = DryRun(job, plan, committed, refused, max_model_len, suggested=suggested)
-    builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len, templates, job.task)
-    columns = prompt_columns(job.input, templates)
-    grammars = Grammars(tokenizer, spec.vocab, spec.eos_token_ids)
-    for shard in sample(plan.shards, SAMPLE_ROWS):
-        for index, row in enumerate(python_rows(read_shard(shard, plan.source), columns), shard.start):
-            seen.rows += 1
-            try:
-                prompt = builder.build(row, index, shard.name)
-                if prompt.params.constraint is not None:
-                    grammars.matcher(prompt.params.constraint)
-            except RowError as error:
-                count_error(seen.errors, error.kind, shard.name, index, str(error))
-                continue
-            if len(seen.prompts) < PROMPTS_SHOWN:
-                seen.prompts.append(
-                    tokenizer.decode(prompt.token_ids) if tokenizer else str(prompt.token_ids)
-                )
-            seen.lengths.append(len(prompt.token_ids))
-            seen.completion_tokens += _most_tokens(prompt, seen.max_model_len)
-    seen.continued = builder.continued
+    theirs = suggested_sampling(look.folder).items()
+    suggested = {name: value for name, value in theirs if value != sampling[name]}
+    seen = DryRun(job, plan, committed, refused, look.max_model_len, suggested=suggested)
+    for shard, index, made in look.rows(plan.shards):
+        seen.rows += 1
+        if isinstance(made, RowError):
+            count_error(seen.errors, made.kind, shard.name, index, str(made))
+            continue
+        if len(seen.prompts) < PROMPTS_SHOWN:
+            ids = made.token_ids
+            seen.prompts.append(look.tokenizer.decode(ids) if look.tokenizer else str(ids))
+        seen.lengths.append(len(made.token_ids))
+        seen.completion_tokens += _most_tokens(made, seen.max_model_len)
+    seen.continued = look.continued
     seen.errors = commonest_first(seen.errors)
     if seen.errors and not seen.lengths and not seen.refused:
-        seen.refused = JobFailed(
-            f"none of the {counted(seen.rows, 'row')} looked at can run; the commonest error is "
-            + error_lines(seen.errors)[0]
-        )
+        seen.refused = none_can_run(seen.errors)
     return seen
 
 
-def _committed(job: JobConfig, plan: Plan) -> tuple[Plan, int, OutputError | None]:
-    """The plan as the output folder has it, and shards that are committed there or why it is refused."""
+def _committed(job: JobConfig, plan: Plan) -> tuple[int, RayskipError | None]:
+    """Shards that are committed in the output folder, or why nothing can be written there."""
     try:
+        check_output(job.output.path)
         storage = open_folder(job.output.path)
-        plan = adopted(job, plan, storage)
         probe_unmade(storage)
         commits = load_commits(storage, plan.record.fingerprint, plan.shards, plan.record.since)
-        return plan, len(commits) - len(lost_files(storage, sizes(commits.values()))), None
-    except OutputError as error:
-        return plan, 0, error
-
-
-def sample(shards: list[Shard], rows: int) -> list[Shard]:
-    """Shards evenly spread over all, of about `rows` rows together; at least one if there is one."""
-    total = sum(shard.rows for shard in shards)
-    step = max(1, round(total / rows))
-    return shards[::step]
+        return len(commits) - len(lost_files(storage, sizes(commits.values()))), None
+    except (OutputError, StorageBusy) as error:
+        return 0, error
 
 
 def facts(seen: DryRun) -> dict[str, Any]:

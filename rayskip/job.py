@@ -39,12 +39,14 @@ def run(
     from rayskip.cluster.paths import check_output
     from rayskip.cluster.ray_pool import RayPool
     from rayskip.config.file import load_config
+    from rayskip.driver.look import check_rows
     from rayskip.driver.loop import run_job
 
     job = load_config(job, overrides)
     check_output(job.output.path)
 
     def ray_pool(job: JobConfig, source: Source) -> Pool:
+        check_rows(job, source)
         return RayPool(job, source)
 
     if callable(progress):

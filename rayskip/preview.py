@@ -1,6 +1,7 @@
 """Real answers to a job's first rows, in this process: what a replica would generate, and nothing is written.
 
-Does not know Ray, and looks at no output folder: a changed job may be tried beside what an earlier one left.
+Does not know Ray. A job that the output folder holds is answered as it goes on there; one that is changed may be
+tried beside what an earlier one left.
 """
 
 from __future__ import annotations
@@ -12,13 +13,12 @@ from rayskip.data.output import OutputRow
 from rayskip.data.records import BROKEN_ROW
 from rayskip.data.sources import plan_shards, read_shard
 from rayskip.data.values import whole_rows
-from rayskip.driver.plan import make_plan, settled
+from rayskip.driver.plan import plan_in_folder
 
 
 def preview(job: JobConfig, rows: int) -> list[OutputRow]:
     """The output rows of the job's first `rows` input rows. Raises UserError as a run would."""
-    plan = make_plan(job)
-    job = settled(job, plan.record)
+    plan, job, _ = plan_in_folder(job)
     engine = job.engine.model_copy(
         update={"max_batch_rows": job.engine.max_batch_rows or rows * job.sampling.n}  # nothing to try out
     )

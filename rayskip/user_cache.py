@@ -11,12 +11,16 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from rayskip.errors import ModelError
+
+KEPT_S = 90 * 24 * 3600
+"""Seconds for which something is kept that nobody uses."""
 
 
 def cache_root() -> Path:
@@ -45,6 +49,25 @@ def publish(target: Path, fill: Callable[[Path], None]) -> None:
                 raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+    _forget(target.parent)
+
+
+def used(path: Path) -> None:
+    """Keep it for as long again (KEPT_S)."""
+    with suppress(OSError):
+        os.utime(path)
+
+
+def _forget(folder: Path) -> None:
+    """Delete what is in a folder of the cache and was not used for KEPT_S, drafts of ended processes too."""
+    with suppress(OSError):
+        for path in folder.iterdir():
+            if time.time() - path.lstat().st_mtime < KEPT_S:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
 
 
 def is_own(path: Path) -> bool:
@@ -88,6 +111,7 @@ def read_fact(file: Path) -> Any:
         if not (is_own(file.parent) and is_own(file)):
             return None
         digest, _, data = file.read_bytes().partition(b"\n")
+        used(file)
     except OSError:
         return None
     return json.loads(data) if digest == _digest(data) else None
@@ -108,6 +132,7 @@ def keep_fact(file: Path, value: Any) -> None:
         except OSError:
             os.unlink(draft)
             raise
+        _forget(file.parent)
 
 
 def _digest(data: bytes) -> bytes:

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None)  # how long an example takes says nothing on a busy machine
+settings.load_profile("suite")
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",

@@ -72,14 +72,15 @@ def test_a_replica_tells_of_the_file_that_is_there_not_of_its_own(
     replica.ready()
     assert replica.progress() == ReplicaProgress(0, 0)
     first = replica.run(shard)
-    assert (first.rows, first.rows_failed) == (4, 2)
+    assert (first.rows, first.rows_failed, first.input_rows_failed) == (4, 2, 1)
 
     other = storage.get(shard.output)
     assert other is not None
     other = other.replace(b'"error": null', b'"error": {"code": "x", "message": "y"}')
     storage.put(shard.output, other)
     told = replica.run(shard)
-    assert (told.rows, told.rows_failed, told.bytes) == (4, 4, len(other))
+    assert (told.rows, told.rows_failed, told.input_rows_failed) == (4, 4, 2)
+    assert told.bytes == len(other)
     assert told.sha256 == hashlib.sha256(other).hexdigest()
 
     storage.put(shard.output, other.splitlines(keepends=True)[0])
@@ -114,9 +115,10 @@ def test_rows_are_counted_in_every_format(format: str) -> None:
     config: dict[str, Any] = {"name": "j", "model": {"path": "m"}, "input": {"path": "in"}}
     job = JobConfig.model_validate({**config, "output": {"path": "out", "format": format}})
     shard = Shard(0, "f", "f", 5, 7)
-    rows = [Generation(5, 0, "stop", "a"), Generation(6, 0, "error", error_type="x", error_message="y")]
+    failed = [Generation(6, sample, "error", error_type="x", error_message="y") for sample in range(2)]
+    rows = [Generation(5, 0, "stop", "a"), *failed]
     data = encode(format, output_table(pa.table({"id": [1, 2]}), rows, shard, job))
-    assert count_rows(data, format, "", shard) == (2, 1)
+    assert count_rows(data, format, "", shard) == (3, 2, 1)
     assert SUFFIXES[format] in data_key(0, NONCE, SUFFIXES[format])
     with pytest.raises(ValueError, match="rows 5 to 7 of f"):
         count_rows(data, format, "", Shard(0, "f", "f", 5, 8))

@@ -180,6 +180,11 @@ def test_a_job_of_which_nothing_succeeds_is_exit_1(
     planned = cli("plan", *args)
     assert planned.returncode == 1
     assert f"error: none of the 3 rows looked at can run; {commonest}" in planned.stderr
+    ran = cli("run", *args)
+    assert ran.returncode == 1
+    assert f"error: none of the 3 rows looked at can run; {commonest}" in ran.stderr
+    assert "loading" not in ran.stderr
+    assert json.loads(cli("status", "out", "--json").stdout)["state"] == "failed"
     config = load_config(job, given)
     run_job(config, lambda job, source: LocalPool(lambda: Replica(job, source)))
     ran = cli("run", *args)

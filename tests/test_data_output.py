@@ -20,7 +20,7 @@ from rayskip.data.output import (
     encode,
     output_columns,
     output_table,
-    read_identities,
+    read_outcomes,
     read_output,
     read_rows,
 )
@@ -140,7 +140,9 @@ def test_identities_are_read_back(format: str, samples: list[tuple[int, bool]], 
     made = output_table(data, rows, shard(0, len(samples)), job(output={"format": format, "prefix": prefix}))
     encoded = encode(format, made)
     identities = [("a.jsonl", row.row_index, row.sample_index) for row in rows]
-    assert read_identities(encoded, format, prefix) == identities
+    failures = [row.error_type is not None for row in rows]
+    told = [(*identity, fails) for identity, fails in zip(identities, failures, strict=True)]
+    assert read_outcomes(encoded, format, prefix) == told
     shown = list(read_rows(encoded, format, prefix))
     assert [(row.row_file, row.row_index, row.sample_index) for row in shown] == identities
     if format != "openai":  # which fails a row as a whole
@@ -150,9 +152,9 @@ def test_identities_are_read_back(format: str, samples: list[tuple[int, bool]], 
         assert all(
             row.columns == dict.fromkeys(["q", "text", "row_index", "error_type"], text) for row in shown
         )
-    failed = sum(row.error_type is not None for row in rows)
+    counts = (len(rows), sum(failures), sum(not fine for _, fine in samples))
     if rows:
-        assert count_rows(encoded, format, prefix, shard(0, len(samples))) == (len(rows), failed)
+        assert count_rows(encoded, format, prefix, shard(0, len(samples))) == counts
     if rows and format != "openai":
         assert read_output(format, [encoded])["q"].to_pylist() == [text] * len(rows)
 

@@ -28,6 +28,7 @@ from rayskip.config import InputConfig
 from rayskip.data.formats import FORMATS
 from rayskip.data.formats.base import BUFFER
 from rayskip.data.formats.text import MARK_ROWS, MAX_LINE
+from rayskip.data.locate import covers
 from rayskip.data.records import BROKEN_ROW
 from rayskip.data.sources import InputFile, Source, discover, plan_shards, read_shard
 from rayskip.data.splits import splits_of
@@ -468,6 +469,17 @@ class TestOpenai:
             "logprobs": 2,
         }
 
+    def test_an_effort_is_for_the_chat_template(self, tmp_path: Path) -> None:
+        effort = {"messages": [], "reasoning_effort": "low"}
+        given: list[Any] = [{"think": True}, {"reasoning_effort": "high"}, "x"]
+        rows = self.rows(tmp_path, effort, *(effort | {"chat_template_kwargs": own} for own in given))
+        assert [json.loads(row["sampling_params"])["chat_template_kwargs"] for row in rows] == [
+            {"reasoning_effort": "low"},
+            {"reasoning_effort": "low", "think": True},
+            {"reasoning_effort": "high"},
+            "x",
+        ]
+
     def test_what_is_not_done_is_not_ignored(self, tmp_path: Path) -> None:
         body = {"messages": []}
         format_json = {"response_format": {"type": "json_object"}}
@@ -848,6 +860,23 @@ def test_names_with_brackets_are_names(tmp_path: Path) -> None:
     assert len(rows_of(folder)) == len(rows_of(f"{folder}/a*.jsonl")) == 2
 
 
+@pytest.mark.parametrize(
+    ("path", "file", "covered"),
+    [
+        ("in", "in/out/data/a.jsonl", True),
+        ("./in/", "in/../in/a.jsonl", True),
+        (".", "out/data/a.jsonl", True),
+        ("in", "in2/a.jsonl", False),
+        ("in", "in/.out/a.jsonl", False),
+        ("in/*.jsonl", "in/out/a.jsonl", False),
+        ("in/**/*.jsonl", "in/out/a.jsonl", True),
+        ("in/**/*.jsonl", "in/out/a.parquet", False),
+    ],
+)
+def test_a_path_covers_what_will_lie_there(path: str, file: str, covered: bool) -> None:
+    assert covers(path, file) == covered
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_s3(tmp_path: Path, bucket: str, name: str) -> None:
     rows = texts(MARK_ROWS + 10)
@@ -858,6 +887,9 @@ def test_s3(tmp_path: Path, bucket: str, name: str) -> None:
     for path in (f"{root}/{name}", f"{root}/*.{name[2:]}", root, f"{root}/"):
         assert [file.name for file in discover(InputConfig(path=path)).files] == [name]
     assert rows_of(f"{root}/{name}") == expected
+    assert covers(root, f"{root}/out/{name}")
+    assert not covers(root, f"{root}2/{name}")
+    assert not covers(root, str(tmp_path / name))
     assert f"did you mean {name}?" in refused(f"{root}/{name}x")
 
 

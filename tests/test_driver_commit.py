@@ -15,7 +15,9 @@ from rayskip.config import JobConfig
 from rayskip.data.folder import MANIFEST
 from rayskip.data.records import Shard, ShardResult
 from rayskip.data.storage import LocalStorage
-from rayskip.driver.commit import commit, finish, load_commits, open_job, read, read_commits, scan_commits
+from rayskip.driver.commit import commit, finish, load_commits
+from rayskip.driver.lease import open_job
+from rayskip.driver.record_store import read, read_commits, scan_commits
 from rayskip.driver.records import CommitRecord, JobRecord, Manifest, fold, to_commit
 from rayskip.driver.report import total
 from rayskip.errors import OutputError, TakenOver
@@ -50,8 +52,10 @@ def record(shard: int, nonce: str = "n") -> CommitRecord:
     result = ShardResult(
         shard, f"data/shard-{shard:05d}-ab.jsonl", "aa", 5, 10, shard % 2, Stats(steps=shard)
     )
-    made = to_commit(Shard(shard, "f", "f", shard * 10, shard * 10 + 10), result, "f1", 1, nonce)
-    return made.model_copy(update={"rayskip": f"0.{shard % 2}", "written": f"2026-01-0{7 - shard}"})
+    made = to_commit(Shard(shard, "f", "f", shard * 10, shard * 10 + 10), result, job(), 1, nonce)
+    return made.model_copy(
+        update={"rayskip": f"0.{shard % 2}", "written": f"2026-01-0{7 - shard}T00:00:00+00:00"}
+    )
 
 
 @pytest.fixture
@@ -68,7 +72,7 @@ def test_the_manifest_is_an_idempotent_fold(shards: list[int], random: object) -
     assert fold("j", "f1", "jsonl", {"kind": "none"}, shuffled) == once
     assert once.rows == 10 * len(set(shards))
     assert once.rayskip == (", ".join(sorted({f"0.{shard % 2}" for shard in shards})) or None)
-    assert once.written == (f"2026-01-0{7 - min(shards)}" if shards else None)
+    assert once.written == (f"2026-01-0{7 - min(shards)}T00:00:00+00:00" if shards else None)
     assert [file.shard for file in once.files] == sorted(set(shards))
     assert Manifest.model_validate_json(once.to_bytes()) == once
 
@@ -76,7 +80,7 @@ def test_the_manifest_is_an_idempotent_fold(shards: list[int], random: object) -
 def test_a_job_runs_resumes_and_finishes(storage: LocalStorage) -> None:
     lease = open_job(storage, job(), fresh=False)
     for shard in SHARDS[:2]:
-        commit(storage, lease, "f1", shard, attempt(storage, shard.index))
+        commit(storage, lease, shard, attempt(storage, shard.index))
     attempt(storage, 2, by="a replica that died")
 
     lease = open_job(storage, job(), fresh=False)
@@ -84,7 +88,7 @@ def test_a_job_runs_resumes_and_finishes(storage: LocalStorage) -> None:
     commits = load_commits(storage, "f1", SHARDS, 0)
     assert sorted(commits) == [0, 1]
     for shard in SHARDS[2:]:
-        commits[shard.index] = commit(storage, lease, "f1", shard, attempt(storage, shard.index))
+        commits[shard.index] = commit(storage, lease, shard, attempt(storage, shard.index))
     assert total(commits.values()).completion_tokens == 100 + 101 + 102 + 103
     manifest = fold("j", "f1", "jsonl", {"kind": "none"}, commits.values())
     finish(storage, lease, manifest)
@@ -97,7 +101,7 @@ def test_a_later_driver_fences_the_earlier(storage: LocalStorage) -> None:
     first.check()
     second = open_job(storage, job(), fresh=False)
     with pytest.raises(TakenOver, match="another driver took this job over"):
-        commit(storage, first, "f1", SHARDS[0], attempt(storage, 0))
+        commit(storage, first, SHARDS[0], attempt(storage, 0))
     second.check()
 
 
@@ -105,7 +109,7 @@ def test_of_racing_commits_one_counts_and_all_learn_which(storage: LocalStorage)
     lease = open_job(storage, job(), fresh=False)
     attempts = [attempt(storage, 0, by=str(racer)) for racer in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda result: commit(storage, lease, "f1", SHARDS[0], result), attempts))
+        won = list(pool.map(lambda result: commit(storage, lease, SHARDS[0], result), attempts))
     assert len({record.nonce for record in won}) == 1
     assert load_commits(storage, "f1", SHARDS, 0) == {0: won[0]}
 
@@ -122,7 +126,7 @@ def test_a_lost_reply_is_told_from_a_lost_race(storage: LocalStorage) -> None:
     lease = open_job(lossy, job(), fresh=False)
     assert lease.epoch == 1
     result = attempt(storage, 0)
-    assert commit(lossy, lease, "f1", SHARDS[0], result).file == result.path
+    assert commit(lossy, lease, SHARDS[0], result).file == result.path
 
 
 def test_another_job_is_refused_before_its_driver_is_fenced(storage: LocalStorage) -> None:
@@ -177,7 +181,7 @@ def test_quality_decides_only_where_it_falls_back_to_full_depth(storage: LocalSt
 
 def test_fresh_deletes_the_job_and_nothing_else(storage: LocalStorage) -> None:
     old = open_job(storage, job("f1"), fresh=False)
-    commit(storage, old, "f1", SHARDS[0], attempt(storage, 0))
+    commit(storage, old, SHARDS[0], attempt(storage, 0))
     storage.put("data/mine.csv", b"precious")
     open_job(storage, job("f2"), fresh=True)
     assert sorted(storage.list("data")) == ["data/mine.csv"]
@@ -198,7 +202,7 @@ def test_fresh_fences_a_driver_in_the_middle_of_a_write(storage: LocalStorage) -
 
     late: list[tuple[str, bytes]] = []
     first = open_job(storage, job(), fresh=False)
-    done = [commit(Late(storage.url), first, "f1", shard, attempt(storage, shard.index)) for shard in SHARDS]
+    done = [commit(Late(storage.url), first, shard, attempt(storage, shard.index)) for shard in SHARDS]
     finish(Late(storage.url), first, fold("j", "f1", "jsonl", {"kind": "none"}, done))
 
     second = open_job(storage, job(), fresh=True)
@@ -208,9 +212,9 @@ def test_fresh_fences_a_driver_in_the_middle_of_a_write(storage: LocalStorage) -
     assert load_commits(storage, "f1", SHARDS, second.since) == {}
     commits = []
     for shard in SHARDS[:3]:
-        commits.append(commit(storage, second, "f1", shard, attempt(storage, shard.index, by="the second")))
+        commits.append(commit(storage, second, shard, attempt(storage, shard.index, by="the second")))
         with pytest.raises(TakenOver, match="another driver took this job over"):
-            commit(storage, first, "f1", shard, attempt(storage, shard.index, by="the first"))
+            commit(storage, first, shard, attempt(storage, shard.index, by="the first"))
     manifest = fold("j", "f1", "jsonl", {"kind": "none"}, commits)
     finish(storage, second, manifest)
     assert read(storage, MANIFEST, Manifest) == manifest
@@ -244,7 +248,7 @@ def test_a_strangers_files_are_refused_and_stay(storage: LocalStorage, key: str,
             open_job(storage, job(), fresh)
         assert key.rsplit("/", 1)[0] in str(refused.value)
     assert storage.list("") == {key: len(content)}
-    if not key.startswith(".rayskip/commits") and b"fingerprint" not in content:
+    if not key.startswith(".rayskip/commits") and content in (b'{"mine": 1}', b"[1]"):
         storage.put(".rayskip/job.json", job().to_bytes())
         with pytest.raises(OutputError, match="move it away"):
             open_job(storage, job(), fresh=True)
@@ -261,7 +265,7 @@ def test_a_strangers_job_json_is_refused_and_stays(storage: LocalStorage) -> Non
 def test_a_job_whose_job_json_is_deleted_goes_on(storage: LocalStorage) -> None:
     """The way on that is left when it is damaged: everything else still says whose it is."""
     lease = open_job(storage, job(), fresh=False)
-    done = commit(storage, lease, "f1", SHARDS[0], attempt(storage, 0))
+    done = commit(storage, lease, SHARDS[0], attempt(storage, 0))
     storage.delete([".rayskip/job.json"])
     again = open_job(storage, job(), fresh=False)
     assert again.nonce != lease.nonce
@@ -284,7 +288,7 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(storage: LocalStorage) -> 
             raise OutputError(f"{key}: Permission denied")
 
     lease = open_job(storage, job(), fresh=False)
-    commit(storage, lease, "f1", SHARDS[0], attempt(storage, 0))
+    commit(storage, lease, SHARDS[0], attempt(storage, 0))
     storage.put(".rayskip/commits/shard-00001.json", b"{")
     commits, damaged = scan_commits(storage)
     assert [record.shard for record in commits] == [0]
@@ -295,7 +299,7 @@ def test_what_cannot_be_read_is_not_taken_for_damaged(storage: LocalStorage) -> 
 
 def test_damage_is_refused_by_name(storage: LocalStorage) -> None:
     lease = open_job(storage, job(), fresh=False)
-    done = commit(storage, lease, "f1", SHARDS[0], attempt(storage, 0))
+    done = commit(storage, lease, SHARDS[0], attempt(storage, 0))
     with pytest.raises(OutputError, match=r".rayskip/commits/shard-00000\.json is not of this job"):
         load_commits(storage, "f1", SHARDS[1:], 0)
     storage.put(done.file, b"cut")

@@ -76,15 +76,16 @@ class TinyReplica:
         finally:
             self.wrote(shard)
         self.rows += shard.rows
-        stats = Stats(rows=shard.rows, rows_failed=1, completion_tokens=shard.rows * 7, steps=1)
+        stats = Stats(rows=shard.rows, rows_failed=2, completion_tokens=shard.rows * 7, steps=1)
         errors = {f"odd_{shard.index % 2}": RowErrors(1, shard.name, shard.start, "it is odd")}
         digest = hashlib.sha256(body).hexdigest()
-        return ShardResult(shard.index, shard.output, digest, len(body), shard.rows, 1, stats, errors)
+        return ShardResult(shard.index, shard.output, digest, len(body), shard.rows, 2, stats, errors, 1)
 
 
 def lines(name: str, start: int, stop: int) -> bytes:
-    identities = [{"row_file": name, "row_index": row, "sample_index": 0} for row in range(start, stop)]
-    return b"".join(json.dumps(identity).encode() + b"\n" for identity in identities)
+    fine = {"sample_index": 0, "error_type": None}
+    rows = [{"row_file": name, "row_index": row, **fine} for row in range(start, stop)]
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
 
 
 def config(out: Path, **sections: object) -> JobConfig:
@@ -139,7 +140,7 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     seen: list[Progress] = []
     report = run(config(tmp_path), on_progress=seen.append)
     assert content(tmp_path) == whole()
-    assert (report.rows, report.generations, report.generations_failed) == (60, 60, 6)
+    assert (report.rows, report.generations, report.generations_failed) == (60, 60, 12)
     assert report.shards_resumed == report.retries == 0
     assert report == Report.model_validate_json((tmp_path / ".rayskip/report.json").read_bytes())
     assert report.errors == {f"odd_{kind}": RowErrors(3, "a", kind * ROWS, "it is odd") for kind in (0, 1)}
@@ -148,7 +149,7 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     odd = {"odd": RowErrors(1, "a", 0, "quotes \x1b[2J\n")}
     assert error_lines(odd) == ["odd: 1, such as a row 0: quotes \\x1b[2J\\n"]
     assert report.completion_tokens == 420
-    assert "60, 6 failed" in format_report(report)
+    assert "60, 12 failed" in format_report(report)
     in_vain = report.model_copy(
         update={"drafted": 3, "drafted_by": {"lookup": 3}, "accepted_by": {}, "mean_accepted": 1.0}
     )
@@ -157,7 +158,7 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
     now = status(str(tmp_path))
     assert (now.finished, now.shards, now.rows, now.completion_tokens) == (True, 6, 60, 420)
     assert now.errors == report.errors
-    assert "60, 6 failed, 0 cut off" in format_status(now)
+    assert "60, 12 failed, 0 cut off" in format_status(now)
     assert {path.name for path in tmp_path.iterdir()} == {".rayskip", "data"}
     records = {"commits", "epochs", "job.json", "manifest.json", "report.json"}
     assert {path.name for path in (tmp_path / ".rayskip").iterdir()} == records
@@ -324,12 +325,10 @@ def test_an_error_of_the_user_is_not_retried(tmp_path: Path) -> None:
 def test_max_failed_rows(tmp_path: Path, limit: float, fails: bool) -> None:
     job = config(tmp_path, retry={"max_failed_rows": limit})
     if fails:
-        with pytest.raises(
-            JobFailed, match=r"generations failed, .*max_failed_rows.*: odd_\d: \d, such as a row"
-        ):
+        with pytest.raises(JobFailed, match=r"rows failed, .*max_failed_rows.*: odd_\d: \d, such as a row"):
             run(job)
     else:
-        assert run(job).generations_failed == 6
+        assert run(job).generations_failed == 12
 
 
 def test_another_fingerprint_is_refused_and_fresh_starts_over(tmp_path: Path) -> None:

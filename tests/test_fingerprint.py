@@ -14,6 +14,7 @@ from s3_server import s3_server
 
 from rayskip.config import InputConfig
 from rayskip.data.fingerprint import fingerprint
+from rayskip.data.locate import filesystem
 from rayskip.data.sources import discover
 from rayskip.data.storage import open_storage
 
@@ -90,15 +91,20 @@ def test_planning_reads_text_whole_and_gives_content_and_stamp(tmp_path: Path) -
     assert again.stamp != before.stamp
 
 
-def test_an_object_that_is_uploaded_anew_is_the_same() -> None:
+def test_an_object_is_the_same_as_the_file_it_was_whatever_parts_it_came_in(tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(b'{"prompt": "one"}\n')
+    pq.write_table(pa.table({"data": [random.Random(1).randbytes(4 * LARGE)]}), tmp_path / "table")
     with s3_server() as bucket:
-        store = open_storage(f"{bucket}/in")
-
-        def upload(text: bytes) -> str:
-            store.put("a.jsonl", text)
-            (file,) = discover(InputConfig(path=f"{bucket}/in/a.jsonl")).files
-            return file.fingerprint
-
-        first = upload(b'{"prompt": "one"}\n')
-        assert upload(b'{"prompt": "two"}\n') != first
-        assert upload(b'{"prompt": "one"}\n') == first
+        for name, whole in (("text", True), ("table", False)):
+            data, url = (tmp_path / name).read_bytes(), f"{bucket}/in/{name}"
+            store, place = filesystem(url)
+            seen = {fingerprint(str(tmp_path / name), whole)}
+            for parts in (1, 3):  # the store's own hash of three parts is another
+                with store.open_output_stream(place, buffer_size=LARGE) as target:
+                    size = -(-len(data) // parts)
+                    for start in range(0, len(data), size):
+                        target.write(data[start : start + size])
+                seen.add(fingerprint(url, whole))
+            assert len(seen) == 1
+            open_storage(f"{bucket}/in").put(name, bytes([data[0] ^ 1]) + data[1:])
+            assert fingerprint(url, whole) not in seen

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import date
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,13 @@ from rayskip.driver.progress import Progress
 from rayskip.driver.records import VERSION, CommitRecord, JobRecord
 from rayskip.driver.report import Report
 from rayskip.driver.show import show
-from rayskip.driver.status import status
+from rayskip.driver.status import finished_job, status
 from rayskip.driver.verify import verify
 from rayskip.dry_run import dry_run, format_dry_run
 from rayskip.engine import Engine
-from rayskip.errors import InputError, OutputError
+from rayskip.errors import ConfigError, InputError, OutputError, RayskipError
 from rayskip.preview import preview
-from rayskip.view import format_rows
+from rayskip.view import format_rows, format_status
 
 FIXTURE = Path(__file__).parent / "fixtures/folders_0.1.0"
 
@@ -115,6 +116,11 @@ def test_a_job_keeps_the_shards_it_began_with(old: Path) -> None:
     assert "6 rows in 3 shards, 2 committed" in format_dry_run(dry_run(load_config("job.yaml", anew)))
     assert _run("job.yaml", *anew).shards_resumed == 2
     assert _rows(old / "new") == _rows(old / "finished")
+    for gone in ("job.json", "manifest.json", "commits/shard-00002.json"):
+        (old / "new/.rayskip" / gone).unlink()
+    assert "6 rows in 3 shards, 2 committed" in format_dry_run(dry_run(load_config("job.yaml", anew)))
+    assert _run("job.yaml", *anew).shards_resumed == 2
+    assert (verify("new").rows, status("new").shards_total) == (6, 3)
     report = _run("job.yaml", "output.shard_rows=null", "output.path=unfinished")
     assert (report.shards, report.shards_resumed) == (3, 1)
     with pytest.raises(OutputError, match=r"different: output\.shard_rows \(2 there, 3 here\)"):
@@ -173,6 +179,8 @@ def test_a_jobs_output_is_the_next_jobs_input(old: Path) -> None:
     assert sums[0] == sums[1]
     with pytest.raises(OutputError, match=r"different: output\.prefix \('generated_' there, 'a_' here\)"):
         _run("job.yaml", *given, "output.prefix=a_")
+    with pytest.raises(ConfigError, match=r"output\.path: next/again lies where input\.path next reads"):
+        _run("job.yaml", "input.path=next", "output.path=next/again")
 
 
 def test_a_folder_of_an_earlier_version_keeps_its_names(old: Path) -> None:
@@ -188,6 +196,43 @@ def test_a_folder_of_an_earlier_version_keeps_its_names(old: Path) -> None:
     (old / "finished/manifest.json").write_text("{")
     with pytest.raises(OutputError, match=r"finished/manifest\.json is damaged"):
         verify("finished")
+    (old / "finished/job.json").write_text("{")
+    assert _run("job.yaml", fresh=True).shards_resumed == 0
+    assert verify("finished").rows == 6
+
+
+def test_a_damaged_document_is_refused_in_one_line(old: Path) -> None:
+    """Whatever one of its keys holds, or the whole of it."""
+    (old / "job.yaml").write_text((old / "job.yaml").read_text().replace("finished", "here"))
+    _run("job.yaml")
+    job = load_config("job.yaml")
+    asks: list[Callable[[], object]] = [
+        lambda: format_status(status("here")),
+        lambda: format_rows(*show("here", 2)),
+        lambda: verify("here"),
+        lambda: finished_job("here"),
+        lambda: format_dry_run(dry_run(job)),
+    ]
+    refused: dict[tuple[str, int], str] = {}
+    records = old / "here/.rayskip"
+    for file in [*sorted(records.glob("*.json")), *sorted(records.glob("*/*1*.json"))]:
+        whole = file.read_bytes()
+        content = json.loads(whole)
+        junk = cycle([None, [], {"x": [None]}, "x", -1])  # each key gets one
+        broken = [
+            json.dumps(content | {key: value}).encode() for key, value in zip(content, junk, strict=False)
+        ]
+        for data in [b"", b"{", b"[]", b"\xff", b"[" * 10**5, *broken]:
+            file.write_bytes(data)
+            for number, ask in enumerate(asks[:4] if data in broken else asks):
+                try:
+                    ask()
+                except RayskipError as error:
+                    refused[file.name, number] = str(error)
+        file.write_bytes(whole)
+    assert not [message for message in refused.values() if "\n" in message]
+    assert ("job.json", 0) in refused
+    assert ("000001.json", 0) not in refused
 
 
 def test_input_that_was_copied_anew_is_the_same_and_changed_input_is_not(old: Path) -> None:
@@ -229,8 +274,19 @@ def test_a_finished_folder_reads_as_a_dataset(old: Path, tmp_path: Path) -> None
     files = discover(InputConfig(path=out)).files
     assert [file.rows for file in files] == [4, 4, 4]
     (old / "here/.rayskip/manifest.json").unlink()
-    with pytest.raises(InputError, match=r"here is the output of a job that is not finished"):
-        discover(InputConfig(path=out))
+    for path in (
+        out,
+        f"{out}/data",
+        f"{out}/data/*.parquet",
+        f"{out}/**/*.parquet",
+        str(files[0].url),
+        str(old),
+    ):
+        with pytest.raises(InputError, match=r"here is the output of a job that is not finished"):
+            discover(InputConfig(path=path))
+    with pytest.raises(InputError, match=r"unfinished is the output of a job that is not finished"):
+        discover(InputConfig(path="unfinished/data"))
+    assert discover(InputConfig(path="finished/data")).rows == 12
 
 
 def test_a_finished_folder_of_json_lines_reads_as_a_dataset(old: Path, tmp_path: Path) -> None:
@@ -270,6 +326,9 @@ def test_fresh_asks_on_a_terminal_before_a_finished_job_is_lost(old: Path) -> No
     )
     assert (code, "holds" in shown) == (2, False)
     assert sorted(path.read_bytes() for path in old.glob("finished/**/*.json*")) == before
+    (old / "finished/manifest.json").write_text("{")
+    code, shown = _run_on_a_terminal("n", "--fresh")
+    assert (code, "holds a job that was finished, and whose" in shown) == (2, True)
 
 
 def test_the_quality_audits_of_an_earlier_version_count(old: Path) -> None:
@@ -419,7 +478,15 @@ def test_a_job_keeps_the_date_of_its_first_run(dated: Path) -> None:
     assert _run(config, earlier).shards_resumed >= 1
     answers, said = show(str(out), 3)
     assert all(row.text for row in answers)
-    assert preview(load_config(config, [earlier]), 3) == answers
+    assert preview(load_config(config), 3) == answers
+    (out / ".rayskip/job.json").unlink()
+    assert _run(config).shards_resumed < 6  # it is finished
+    assert verify(str(out)).rows == 6
+    for gone in ("job.json", "manifest.json"):
+        (out / ".rayskip" / gone).unlink()
+    with pytest.raises(OutputError, match=r"another output\.shard_rows or input\.date"):
+        _run(config, "input.date=2020-02-04")
+    assert _run(config).shards_resumed == 6
     assert format_rows(answers, said).startswith("rows.jsonl row 0: length\n  prompt row 0\n  =>")
 
 
@@ -429,6 +496,9 @@ def test_the_date_is_todays_where_none_is_given_and_none_where_no_template_asks(
     seen = dry_run(load_config(config, [elsewhere]))
     assert before <= seen.plan.record.date <= date.today()
     assert f"{seen.plan.record.date:%d %b %Y}, 00:00: row 0" in seen.prompts[0]
+    deleted_later = f"output.path={dated}/runtime_resources/working_dir_files/out"
     plain = dry_run(load_config(config, [elsewhere, "input.chat=false"]))
+    brought = dry_run(load_config(config, [deleted_later, "input.chat=false"])).refused
+    assert "among the files that the job brought along" in str(brought)
     assert plain.plan.record.date is None
     assert "tells the date" not in format_dry_run(plain)

@@ -14,7 +14,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import datasets
 import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 
@@ -177,6 +181,24 @@ def test_one_prompt_is_no_list_of_prompts(engine: Engine) -> None:
     for single in singles:
         with pytest.raises(TypeError, match=r"^a list of prompts is wanted, not "):
             engine.generate(single)
+
+
+def test_a_table_is_no_list_of_prompts(engine: Engine) -> None:
+    """Python goes through it by the names of its columns, which would be answered."""
+    columns = {"prompt": [TEXT], "n": [1]}
+    tables: list[Any] = [
+        pd.DataFrame(columns),
+        pl.DataFrame(columns),
+        pa.table(columns),
+        datasets.Dataset.from_dict(columns),
+        columns,
+    ]
+    for table in tables:
+        with pytest.raises(TypeError, match=r"^a list of prompts is wanted, not .*rayskip\.run"):
+            engine.generate(table)
+    for column in (pd.Series([TEXT]), pl.Series([TEXT]), datasets.Dataset.from_dict(columns)["prompt"]):
+        ((one,),) = engine.generate(column, {"max_tokens": 1})
+        assert one.error_type is None
 
 
 def test_bad_prompts_are_error_rows_and_cost_the_others_nothing(

@@ -143,10 +143,17 @@ def test_a_tokenizer_that_does_more_than_the_library_is_transformers_own(tmp_pat
         check_tokenizer(own, theirs)
 
 
-def test_other_files_make_another_tokenizer(smollm2: Path, tmp_path: Path) -> None:
+def test_other_files_make_another_tokenizer(
+    smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (tmp_path / name).write_bytes((smollm2 / name).read_bytes())
     first = load_tokenizer(tmp_path)
+    with monkeypatch.context() as once:
+        once.setattr(tokenizers, "load_pretrained", None)  # what says nothing of tokens does not count
+        for name in ("model.safetensors.index.json", "trainer_state.json", "notes.txt"):
+            (tmp_path / name).write_text("{}")
+        assert load_tokenizer(tmp_path) is not None
     (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
     second = load_tokenizer(tmp_path)
     assert first is not None

@@ -89,6 +89,19 @@ def test_what_changed_while_it_was_read_is_not_kept() -> None:
     assert recall("facts", lambda: contents, make) == [2]
 
 
+def test_what_nobody_uses_is_forgotten(cache: Path) -> None:
+    make = Maker()
+    recall("facts", lambda: ["old"], make)
+    recall("facts", lambda: ["used"], make)
+    (cache / "facts/.draft").mkdir()
+    for path in (cache / "facts").iterdir():
+        os.utime(path, (0, 0))
+    assert recall("facts", lambda: ["used"], make) == [2]
+    recall("facts", lambda: ["new"], make)
+    assert len(list((cache / "facts").iterdir())) == 2
+    assert recall("facts", lambda: ["used"], make) == [2]
+
+
 def test_a_user_without_a_home_folder_has_facts_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("RAYSKIP_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

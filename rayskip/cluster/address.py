@@ -120,7 +120,7 @@ def _check_reachable(address: Address) -> None:
         raise ConfigError(f'{address.key}: {address.value!r} is neither HOST:PORT nor "auto" nor "local"')
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # the last of a host that can be none
         raise ConfigError(f"{_nobody(address)} ({error})") from error
 
 

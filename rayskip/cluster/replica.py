@@ -194,7 +194,7 @@ class Replica:
         """The result of an attempt that was first and differs, as engines do that are not batch-invariant."""
         try:
             output = self._job.output
-            rows, rows_failed = count_rows(there, output.format, output.prefix or "", shard)
+            rows, failed, inputs_failed = count_rows(there, output.format, output.prefix or "", shard)
         except ValueError as error:
             raise OutputError(
                 f"{self._storage.place(shard.output)}: {error}; delete it and run again"
@@ -204,7 +204,8 @@ class Replica:
             sha256=hashlib.sha256(there).hexdigest(),
             bytes=len(there),
             rows=rows,
-            rows_failed=rows_failed,
+            rows_failed=failed,
+            input_rows_failed=inputs_failed,
         )
 
 
@@ -223,6 +224,7 @@ def _result(shard: Shard, data: bytes, rows: list[Generation], stats: Stats) -> 
         bytes=len(data),
         rows=stats.rows,
         rows_failed=stats.rows_failed,
+        input_rows_failed=len({row.row_index for row in rows if row.finish_reason == "error"}),
         stats=stats,
         errors=errors_by_type(rows, shard),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -37,3 +38,7 @@ class ModelConfig(Section):
     dtype: Dtype = "bfloat16"
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     adapter: UserPath | None = Field(None, description="local folder with a LoRA adapter to merge")
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        return Path(self.adapter) if self.adapter else None

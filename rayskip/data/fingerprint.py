@@ -1,4 +1,4 @@
-"""What a file holds, as one hash: a copy has the same one, whatever its name, its time and its folder.
+"""What a file holds, as one hash: a copy has the same one, whatever its name, its time and its store.
 
 Does not know formats or jobs.
 """
@@ -11,23 +11,20 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from rayskip.data.blocks import BLOCK, blocks, sampled
-from rayskip.data.locate import etag, open_input
+from rayskip.data.locate import open_input
 
 _SAMPLE = 1 << 18
 _PARQUET = b"PAR1"
 
 
 def fingerprint(url: str, whole: bool) -> str:
-    """Identity of the content of the file at `url`.
+    """Identity of the content of the file at `url`, a sha256 hex digest.
 
-    On S3 the object's ETag, which the store makes of the bytes; an upload in parts of another size has another.
-    Elsewhere a sha256 hex digest of all bytes if `whole`, which is for files that planning reads whole anyway.
-    Otherwise of the size, of all bytes up to 4 MiB, of a larger file 16 evenly spaced blocks of 256 KiB, and a
-    Parquet file's whole footer, which has size and bounds of every column chunk. Raises FileNotFoundError or
-    NotADirectoryError, and StorageBusy when the file cannot be read.
+    Of all bytes if `whole`, which is for files that planning reads whole anyway. Otherwise of the size, of all
+    bytes up to 4 MiB, of a larger file 16 evenly spaced blocks of 256 KiB, and a Parquet file's whole footer, which
+    has size and bounds of every column chunk. Raises FileNotFoundError or NotADirectoryError, and StorageBusy when
+    the file cannot be read.
     """
-    if tag := etag(url):
-        return f"etag {tag}"
     digest = hashlib.sha256()
     with io.BufferedReader(open_input(url), BLOCK) as source:
         size = source.seek(0, io.SEEK_END)

@@ -16,7 +16,7 @@ Does not know what the files hold.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rayskip.data.storage import Storage, open_storage
 
@@ -51,6 +51,14 @@ def open_folder(url: str) -> Storage:
     if not storage.list(EPOCHS) and any(map(_EARLIER_RECORD.fullmatch, earlier)):
         return EarlierFolder(storage)
     return storage
+
+
+def is_unfinished(there: Callable[[str], bool]) -> bool:
+    """Whether a job began in a folder and has not ended. there: whether it has a file or folder of that name."""
+    return any(
+        there(epochs) and not there(manifest)
+        for epochs, manifest in ((EPOCHS, MANIFEST), (_EARLIER[EPOCHS], _EARLIER[MANIFEST]))
+    )
 
 
 class EarlierFolder:

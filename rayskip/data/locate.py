@@ -9,8 +9,9 @@ import difflib
 import fnmatch
 import io
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from rayskip.data.credentials import why_refused
-from rayskip.data.folder import JOB, MANIFEST
+from rayskip.data.folder import DATA, is_unfinished
 from rayskip.errors import InputError, StorageBusy, first_line
 
 if TYPE_CHECKING:
@@ -81,17 +82,30 @@ def locate(path: str) -> list[Located]:
     else:
         info = _info(store, inner, path)
         if info.type == fs.FileType.File:
+            _refuse_unfinished(store, [info], prefix)
             return [_located(info, prefix, str(PurePosixPath(inner).parent))]
         if info.type != fs.FileType.Directory:
             raise InputError(f"input.path: {path} is no file and no folder")
-        _refuse_unfinished(store, inner, path)
         found = _list(store, root, path, ["**"])
+    _refuse_unfinished(store, found, prefix)
     if lost := [info.path for info in found if info.type == fs.FileType.NotFound]:
         raise InputError(f"input.path: {lost[0]} is a link that leads nowhere")
     files = sorted((_located(info, prefix, root) for info in found), key=lambda file: file.name)
     if not files:
         raise InputError(f"input.path: {path} has no files")
     return files
+
+
+def covers(path: str, file: str) -> bool:
+    """Whether a visible file by that name would be among those that `path` means, were it there."""
+    path, file = (url if "://" in url else os.path.abspath(url) for url in (path.rstrip("/") or "/", file))
+    store, inner = filesystem(path)
+    prefix = path[: len(path) - len(inner)]
+    root, pattern = _split_glob(store, inner, path)
+    place = PurePosixPath(file.removeprefix(prefix))
+    if not file.startswith(prefix) or not place.is_relative_to(root):
+        return False
+    return _wanted(_parts(str(place), root), pattern or ["**"])
 
 
 def locate_file(url: str) -> Located:
@@ -117,14 +131,6 @@ def stamp(url: str) -> str | None:
     return _stamp(info) if info.type == fs.FileType.File else None
 
 
-def etag(url: str) -> str | None:
-    """What S3 makes of an object's bytes; None for a file of another store. Raises as `open_input` does."""
-    if not url.startswith("s3://"):
-        return None
-    with open_input(url) as source:
-        return source.etag
-
-
 def open_input(url: str) -> _Input:
     """A file to read. Raises FileNotFoundError or NotADirectoryError, and StorageBusy for every other fault of the
     store, now or at a later read: an OSError that a decoder raises over it is about what the file holds.
@@ -143,11 +149,6 @@ class _Input(io.RawIOBase):
         super().__init__()
         self._url = url
         self._source = source
-
-    @property
-    def etag(self) -> str | None:
-        tag = self._source.metadata().get("ETag")
-        return tag.decode() if tag else None
 
     def readable(self) -> bool:
         return True
@@ -225,12 +226,22 @@ def _any_info(store: fs.FileSystem, inner: str, path: str) -> fs.FileInfo:
         ) from error
 
 
-def _refuse_unfinished(store: fs.FileSystem, inner: str, path: str) -> None:
-    """Raises InputError for a job's output folder as long as the job is not finished."""
-    if _is_there(store, f"{inner}/{JOB}", path) and not _is_there(store, f"{inner}/{MANIFEST}", path):
-        raise InputError(
-            f"input.path: {path} is the output of a job that is not finished; run that job to its end"
-        )
+def _refuse_unfinished(store: fs.FileSystem, infos: Iterable[fs.FileInfo], prefix: str) -> None:
+    """Raises InputError for data files of a job that is not finished: more may come, and not all may count.
+
+    prefix: what a url has before the paths of its store.
+    """
+    folders = {PurePosixPath(info.path).parent for info in infos}
+    for out in sorted(folder.parent for folder in folders if folder.name == DATA):
+        url = f"{prefix}{out}"
+        if is_unfinished(partial(_has, store, out, url)):
+            raise InputError(
+                f"input.path: {url} is the output of a job that is not finished; run that job to its end"
+            )
+
+
+def _has(store: fs.FileSystem, folder: PurePosixPath, url: str, name: str) -> bool:
+    return _is_there(store, str(folder / name), url)
 
 
 def _list(store: fs.FileSystem, root: str, path: str, pattern: list[str]) -> list[fs.FileInfo]:

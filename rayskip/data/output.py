@@ -9,22 +9,21 @@ from __future__ import annotations
 import base64
 import datetime
 import decimal
-import hashlib
 import io
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate, chain, count, groupby
-from typing import Any
+from itertools import chain, count, groupby, starmap
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rayskip.config import InputConfig, JobConfig
-from rayskip.data.formats.openai import COMPLETIONS
 from rayskip.data.json_columns import columns_of, values_of
+from rayskip.data.openai_lines import CUSTOM_ID, URL, answers, response_line
 from rayskip.data.records import BROKEN_ROW, Generation, RowErrors, Shard, TokenLogprob
 from rayskip.data.token_bytes import TokenBytes
 from rayskip.data.values import whole_rows
@@ -61,10 +60,6 @@ _MESSAGE = 300
 """Most characters of an error's message where it stands for others of its type."""
 
 _IDENTITY = ("row_file", "row_index", "sample_index")
-
-_CUSTOM_ID, _URL = "custom_id", "url"
-"""The input columns that an openai line needs: the one it carries, and the one that tells a text completion from a
-chat."""
 
 _MODEL = b"rayskip.model"
 """Schema metadata: the job's model.path. Parquet keeps it in its footer, openai lines carry it."""
@@ -145,7 +140,7 @@ def output_table(table: pa.Table, rows: Sequence[Generation], shard: Shard, job:
         raise ValueError(f"shard {shard.index}: generations do not cover rows {shard.start} to {shard.stop}")
     carried = set(table.column_names) - {BROKEN_ROW}
     if job.output.format == "openai":
-        carried &= {_CUSTOM_ID, _URL}
+        carried &= {CUSTOM_ID, URL}
     kept = table.select([name for name in table.column_names if name in carried])
     repeated = kept.take(pa.array([row.row_index - shard.start for row in rows], pa.int64()))
     columns = {field.name: repeated[field.name] for field in kept.schema}
@@ -218,97 +213,7 @@ def to_openai(table: pa.Table, token_bytes: TokenBytes | None = None) -> bytes:
     told = table.schema.metadata or {}
     head = {"created": int(told.get(_BEGUN, b"0")), "model": told.get(_MODEL, b"").decode()}
     by_row = groupby(whole_rows(table), key=lambda row: row["row_index"])
-    return b"".join(_line(_openai(list(samples), head, _namer(token_bytes))) for _, samples in by_row)
-
-
-_Named = Callable[[int], dict[str, Any]]
-"""A token's text and bytes, of its id."""
-
-
-def _namer(token_bytes: TokenBytes | None) -> _Named:
-    def named(token_id: int) -> dict[str, Any]:
-        if token_bytes is None:
-            return {"token": f"token_id:{token_id}", "bytes": None}
-        data = token_bytes(token_id)
-        return {"token": data.decode(errors="replace"), "bytes": list(data)}
-
-    return named
-
-
-def _openai(samples: list[dict[str, Any]], told: dict[str, Any], named: _Named) -> dict[str, Any]:
-    first = samples[0]
-    identity = f"{first['row_file']}:{first['row_index']}"
-    request = hashlib.blake2b(identity.encode(), digest_size=12).hexdigest()
-    failed = next((row for row in samples if row["error_type"] is not None), None)
-    head = {
-        "id": f"batch_req_{request}",
-        "custom_id": first.get(_CUSTOM_ID) or identity,
-        "row_file": first["row_file"],
-        "row_index": first["row_index"],
-        "samples": len(samples),
-    }
-    if failed:
-        error = {"code": failed["error_type"], "message": failed["error_message"]}
-        return head | {"response": None, "error": error}
-    chat = first.get(_URL) != COMPLETIONS
-    kind = (
-        {"id": f"chatcmpl-{request}", "object": "chat.completion"}
-        if chat
-        else {"id": f"cmpl-{request}", "object": "text_completion"}
-    )
-    choice = _chat_choice if chat else _text_choice
-    body = kind | told | {"choices": [choice(row, named) for row in samples], "usage": _usage(samples)}
-    response = {"status_code": 200, "request_id": request, "body": body}
-    skipped = {"skip_policy": first["skip_policy"]} if "skip_policy" in first else {}
-    return head | {"response": response, "error": None} | skipped
-
-
-def _chat_choice(row: dict[str, Any], named: _Named) -> dict[str, Any]:
-    logprobs = row.get("logprobs")
-
-    def entry(token: dict[str, Any]) -> dict[str, Any]:
-        return named(token["token_id"]) | {"logprob": token["logprob"]}
-
-    return {
-        "index": row["sample_index"],
-        "message": {"role": "assistant", "content": row["text"]},
-        "finish_reason": row["finish_reason"],
-        "logprobs": None
-        if logprobs is None
-        else {
-            "content": [entry(token) | {"top_logprobs": [*map(entry, token["top"])]} for token in logprobs]
-        },
-    }
-
-
-def _text_choice(row: dict[str, Any], named: _Named) -> dict[str, Any]:
-    """Of a completion without chat."""
-    logprobs = row.get("logprobs")
-    return {
-        "index": row["sample_index"],
-        "text": row["text"],
-        "finish_reason": row["finish_reason"],
-        "logprobs": None if logprobs is None else _text_logprobs(logprobs, named),
-    }
-
-
-def _text_logprobs(logprobs: list[dict[str, Any]], named: _Named) -> dict[str, Any]:
-    """text_offset: of each token in the completion, in characters."""
-    texts = [named(token["token_id"])["token"] for token in logprobs]
-    return {
-        "tokens": texts,
-        "token_logprobs": [token["logprob"] for token in logprobs],
-        "top_logprobs": [
-            {named(top["token_id"])["token"]: top["logprob"] for top in token["top"]} for token in logprobs
-        ],
-        "text_offset": list(accumulate(map(len, texts[:-1]), initial=0))[: len(texts)],
-    }
-
-
-def _usage(samples: list[dict[str, Any]]) -> dict[str, int]:
-    prompt = samples[0]["prompt_tokens"]
-    completion = sum(row["completion_tokens"] for row in samples)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return b"".join(_line(response_line(list(samples), head, token_bytes)) for _, samples in by_row)
 
 
 def _line(value: Any) -> bytes:
@@ -376,6 +281,15 @@ class OutputRow:
     columns: dict[str, Any]
 
 
+class Outcome(NamedTuple):
+    """Which sample of which input row an output row is, and whether it failed."""
+
+    row_file: str
+    row_index: int
+    sample_index: int
+    failed: bool
+
+
 _SHOWN = tuple(field.name for field in fields(OutputRow))[:-1]
 
 
@@ -383,7 +297,8 @@ def read_rows(data: bytes, format: str, prefix: str) -> Iterator[OutputRow]:
     """The output rows in a data file, in its order. prefix: of the job's output columns."""
     if format == "openai":
         for line in _lines(data):
-            yield from _openai_rows(line)
+            identity, columns = (line["row_file"], line["row_index"]), {CUSTOM_ID: line["custom_id"]}
+            yield from (OutputRow(*identity, columns=columns, **answer) for answer in answers(line))
         return
     ours = {prefix + name for name in _COLUMNS}
     for row in whole_rows(_read_parquet(data)) if format == "parquet" else _lines(data):
@@ -391,66 +306,44 @@ def read_rows(data: bytes, format: str, prefix: str) -> Iterator[OutputRow]:
         yield OutputRow(**{name: row[prefix + name] for name in _SHOWN}, columns=columns)
 
 
-def _openai_rows(line: dict[str, Any]) -> Iterator[OutputRow]:
-    identity, columns = (line["row_file"], line["row_index"]), {_CUSTOM_ID: line["custom_id"]}
-    if error := line["error"]:
-        for sample in range(line["samples"]):
-            yield OutputRow(*identity, sample, "error", None, error["code"], error["message"], columns)
-        return
-    for choice in line["response"]["body"]["choices"]:
-        text = choice["message"]["content"] if "message" in choice else choice["text"]
-        yield OutputRow(*identity, choice["index"], choice["finish_reason"], text, None, None, columns)
-
-
-def read_identities(data: bytes, format: str, prefix: str) -> list[tuple[str, int, int]]:
-    """(row_file, row_index, sample_index) of every output row in a data file, in its order. prefix: of the job's
-    output columns."""
-    names = [prefix + name for name in _IDENTITY]
+def read_outcomes(data: bytes, format: str, prefix: str) -> list[Outcome]:
+    """What became of every sample in a data file, in its order. prefix: of the job's output columns."""
+    file, row, sample, error = (prefix + name for name in (*_IDENTITY, "error_type"))
     if format == "parquet":
-        table = _read_parquet(data, names)
-        return list(zip(*(table[name].to_pylist() for name in names), strict=True))
+        table = _read_parquet(data, [file, row, sample, error])
+        failed = table[error].is_valid()
+        columns = (table[file], table[row], table[sample], failed)
+        return list(starmap(Outcome, zip(*(column.to_pylist() for column in columns), strict=True)))
     if format == "openai":
         return [
-            (line["row_file"], line["row_index"], sample)
+            Outcome(line["row_file"], line["row_index"], sample, line["error"] is not None)
             for line in _lines(data)
             for sample in range(line["samples"])
         ]
-    file, row, sample = names
-    return [(line[file], line[row], line[sample]) for line in _lines(data)]
+    return [Outcome(line[file], line[row], line[sample], line[error] is not None) for line in _lines(data)]
 
 
-def identity_problems(
-    identities: list[tuple[str, int, int]], name: str, start: int, stop: int
-) -> Iterator[str]:
+def identity_problems(outcomes: list[Outcome], name: str, start: int, stop: int) -> Iterator[str]:
     """What keeps them from being rows [start, stop) of input file `name`, each with each of its samples once."""
-    samples = Counter((file, row) for file, row, _ in identities)
+    samples = Counter((one.row_file, one.row_index) for one in outcomes)
     if samples.keys() != {(name, row) for row in range(start, stop)}:
         yield f"does not hold exactly rows {start} to {stop - 1} of {name}"
     wanted = {(file, row, sample) for (file, row), count in samples.items() for sample in range(count)}
-    if set(identities) != wanted:
+    if {one[:3] for one in outcomes} != wanted:
         yield "holds a sample twice or lacks one"
 
 
-def count_rows(data: bytes, format: str, prefix: str, shard: Shard) -> tuple[int, int]:
-    """Output rows of a shard's data file, and how many of them failed. Raises ValueError if it is not one."""
+def count_rows(data: bytes, format: str, prefix: str, shard: Shard) -> tuple[int, int, int]:
+    """Output rows of a shard's data file, how many of them failed, and of how many input rows. Raises ValueError if
+    it is not one."""
     try:
-        identities = read_identities(data, format, prefix)
-        failed = _count_failed(data, format, prefix)
+        outcomes = read_outcomes(data, format, prefix)
     except (ValueError, KeyError, TypeError, OSError) as error:  # OSError: pyarrow's, of damaged bytes
         raise ValueError(f"is no output of this job ({error})") from error
-    for problem in identity_problems(identities, shard.name, shard.start, shard.stop):
+    for problem in identity_problems(outcomes, shard.name, shard.start, shard.stop):
         raise ValueError(problem)
-    return len(identities), failed
-
-
-def _count_failed(data: bytes, format: str, prefix: str) -> int:
-    error_type = f"{prefix}error_type"
-    if format == "parquet":
-        errors = _read_parquet(data, [error_type])[error_type]
-        return len(errors) - int(errors.null_count)
-    if format == "openai":
-        return sum(line["samples"] for line in _lines(data) if line["error"])
-    return sum(line[error_type] is not None for line in _lines(data))
+    failed = [one.row_index for one in outcomes if one.failed]
+    return len(outcomes), len(failed), len(set(failed))
 
 
 def _lines(data: bytes) -> Iterator[dict[str, Any]]:

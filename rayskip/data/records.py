@@ -157,7 +157,8 @@ class ShardResult:
     """What a replica did for a shard: its whole output file is there, not yet committed.
 
     path: relative to the output folder; empty for a probe, which writes none. sha256, bytes: of the file.
-    rows: output rows in it. errors: those of them that failed, by error_type.
+    rows: output rows in it. rows_failed: those of them that failed; errors: by error_type. input_rows_failed: input
+    rows of which any sample failed.
     """
 
     shard: int
@@ -168,3 +169,4 @@ class ShardResult:
     rows_failed: int
     stats: Stats
     errors: dict[str, RowErrors] = field(default_factory=dict)
+    input_rows_failed: int = 0

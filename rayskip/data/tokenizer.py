@@ -37,8 +37,23 @@ _PROBE = "The first of two words, and 1234: Grüße!"
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
-_READ = ("*.json", "*.model", "*.txt", "*.jinja", "*/*.jinja")
-"""Of a folder, what may decide its tokenizer."""
+_READ = (
+    "config.json",
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "tekken.json",
+    "*vocab*",
+    "merges.txt",
+    "*.model*",
+    "*.spm",
+    "*.tiktoken",
+    "*.jinja",
+    "*/*.jinja",
+)
+"""Of a folder, what may decide its tokenizer: by the names that transformers' classes look for, as it also converts
+those of other models."""
 
 _LIBRARIES = ("transformers", "tokenizers", "sentencepiece", "mistral-common", "tiktoken")
 """transformers reads other files where one of the latter is installed."""
@@ -233,7 +248,7 @@ _NOW = "strftime_now"
 def tells_date(folder: Path) -> bool:
     """Whether a chat template in `folder` asks what day it is; loads no tokenizer."""
     files = [folder / "tokenizer_config.json", *folder.rglob("*.jinja")]
-    return any(_NOW in file.read_text(encoding="utf-8") for file in files if file.is_file())
+    return any(_NOW.encode() in file.read_bytes() for file in files if file.is_file())
 
 
 _STRFTIME = (
@@ -284,7 +299,8 @@ def special_tokens(folder: Path) -> set[str]:
         found = list(config.get("added_tokens_decoder", {}).values())
         if not found:
             found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
-    return {str(token["content"]) for token in found if token.get("special") and token.get("content")}
+        return {str(token["content"]) for token in found if token.get("special") and token.get("content")}
+    return set()
 
 
 class Encoder:

@@ -16,9 +16,9 @@ import psutil
 
 from rayskip.data.folder import EPOCHS
 from rayskip.data.storage import Storage
-from rayskip.driver.commit import epoch_keys, read
 from rayskip.driver.progress import Progress
-from rayskip.driver.records import Document, EpochRecord
+from rayskip.driver.record_store import Damaged, epoch_keys, read
+from rayskip.driver.records import Document, EpochRecord, Moment
 from rayskip.errors import Interrupted, RayskipError, TakenOver
 
 BEAT_S = 10.0
@@ -35,7 +35,7 @@ class Heartbeat(Document):
     eta_s: seconds to go.
     """
 
-    seen: str
+    seen: Moment
     phase: str
     ended: Ending | None = None
     reason: str | None = None
@@ -51,7 +51,7 @@ def beating(
     """What to call with each snapshot of a run, in place of `on_progress`: it writes the driver's heartbeats too,
     at most every BEAT_S, and the last when the block ends."""
     last = Heartbeat(seen=_now(), phase="starting")
-    due = 0.0
+    due = time.monotonic() + BEAT_S
 
     def write() -> None:
         with suppress(RayskipError):  # people can wait for the next; the job need not fail
@@ -88,10 +88,14 @@ def beating(
 
 
 def last_driver(storage: Storage) -> tuple[EpochRecord | None, Heartbeat | None]:
-    """The last driver to claim the folder, and its last word; None of a folder of before drivers said any."""
-    last = max(epoch_keys(storage), default=None)
-    driver = read(storage, last, EpochRecord) if last else None
-    return driver, read(storage, _key(driver.epoch), Heartbeat) if driver else None
+    """The last driver to claim the folder, and its last word; None of a folder of before drivers said any, and of
+    what is damaged."""
+    driver = heartbeat = None
+    with suppress(Damaged):
+        last = max(epoch_keys(storage), default=None)
+        driver = read(storage, last, EpochRecord) if last else None
+        heartbeat = read(storage, _key(driver.epoch), Heartbeat) if driver else None
+    return driver, heartbeat
 
 
 def silent_s(heartbeat: Heartbeat) -> float:

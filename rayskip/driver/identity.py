@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from rayskip.config import JobConfig
 from rayskip.data.labelled_file import task_fingerprints
 from rayskip.data.sources import Source
-from rayskip.driver.records import JobRecord
+from rayskip.driver.records import CommitRecord, JobRecord
 from rayskip.errors import shown
 from rayskip.model.checkpoint import adapter_fingerprint, weights_fingerprint
 
@@ -53,7 +53,7 @@ Values = dict[str, Any]
 
 def contents(job: JobConfig, source: Source, model: Path) -> dict[str, str]:
     """A hash for each content that decides the output. model: the folder of its checkpoint."""
-    adapter = job.model.adapter and adapter_fingerprint(Path(job.model.adapter))
+    adapter = (folder := job.model.adapter_folder) and adapter_fingerprint(folder)
     labelled = task_fingerprints(job)
     task = {"task files": digest(labelled)} if labelled else {}
     return task | {
@@ -108,6 +108,24 @@ def chosen(record: JobRecord) -> Values:
         "output.prefix": record.prefix,
         "output.shard_rows": record.shard_rows,
     }
+
+
+def fingerprint(record: JobRecord) -> str:
+    """Of all that decides the job's output, what it chose included."""
+    values = deciding(said(record.config))
+    return digest([record.parts, values, str(record.date), record.prefix, record.shard_rows])
+
+
+def as_chosen(record: JobRecord, commit: CommitRecord) -> JobRecord:
+    """The record of a job that chose date and shards as a commit of it says, unless its config gives them."""
+    given = said(record.config)
+    chosen: dict[str, Any] = {}
+    if given["input.date"] is None:
+        chosen |= {"date": commit.date}
+    if given["output.shard_rows"] is None:
+        chosen |= {"shard_rows": commit.shard_rows, "shards": commit.shards}
+    changed = record.model_copy(update=chosen)
+    return record if changed == record else changed.model_copy(update={"fingerprint": fingerprint(changed)})
 
 
 def differences(there: JobRecord, here: JobRecord) -> list[str]:

@@ -17,23 +17,13 @@ from rayskip.data.folder import JOB, MANIFEST, REPORT, open_folder
 from rayskip.data.output import SUFFIXES
 from rayskip.data.sources import Source
 from rayskip.data.storage import Storage
-from rayskip.driver.commit import (
-    Lease,
-    adopt,
-    commit_all,
-    finish,
-    load_commits,
-    lost_files,
-    open_job,
-    read,
-    sizes,
-    sweep,
-    take_back,
-)
+from rayskip.driver.commit import commit_all, finish, load_commits, sweep, take_back
 from rayskip.driver.heartbeat import beating
 from rayskip.driver.identity import as_begun
+from rayskip.driver.lease import Lease, adopt, open_job
 from rayskip.driver.plan import Plan, adopted, make_plan, settled
 from rayskip.driver.progress import Meter, Progress
+from rayskip.driver.record_store import lost_files, read, sizes
 from rayskip.driver.records import CommitRecord, JobRecord, Manifest, commit_key, fold, signature
 from rayskip.driver.report import LabelReport, Report, error_lines, merged, total, total_errors
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
@@ -100,11 +90,12 @@ def finished_report(storage: Storage, plan: Plan) -> Report | None:
 
     Raises OutputError for another job, and for a data file that has changed its size.
     """
-    adopt(storage, plan.record)
+    record = adopt(storage, plan.record)
     manifest = read(storage, MANIFEST, Manifest)
     if manifest is None or lost_files(storage, sizes(manifest)):
         return None
     sweep(storage, manifest)
+    storage.create(JOB, record.to_bytes())  # a person may have deleted it
     return read(storage, REPORT, Report)
 
 
@@ -147,6 +138,7 @@ class JobRun:
         self.whole = total(self.commits.values())
         self.resumed = frozenset(self.commits)
         self.failed = sum(record.rows_failed for record in self.commits.values())
+        self.input_rows_failed = sum(record.failed_input_rows for record in self.commits.values())
         self.dispatch = Dispatch(
             [shard for shard in plan.shards if shard.index not in self.commits],
             job.cluster.replica_range,
@@ -285,7 +277,6 @@ class JobRun:
         records = commit_all(
             self.storage,
             self.lease,
-            self.plan.record.fingerprint,
             [(shard, done.result) for done, shard in attempts],
         )
         for (done, _), record in zip(attempts, records, strict=True):
@@ -296,6 +287,7 @@ class JobRun:
         self.commits[record.shard] = record
         self.last_commit = time.monotonic()
         self.failed += record.rows_failed
+        self.input_rows_failed += record.failed_input_rows
         self.whole += record.counters
         self.meter.committed(done.replica, record.stop - record.start, done.result.stats.completion_tokens)
 
@@ -312,12 +304,12 @@ class JobRun:
         limit = self.job.retry.max_failed_rows
         if limit is None:
             return
-        most = limit * self.plan.rows * self.job.sampling.n if isinstance(limit, float) else limit
-        if self.failed > most:
+        most = limit * self.plan.rows if isinstance(limit, float) else limit
+        if self.input_rows_failed > most:
             errors = error_lines(total_errors(self.commits.values()))
             raise JobFailed(
-                f"{counted(self.failed, 'generation')} failed, more than retry.max_failed_rows = {limit} allows: "
-                + "; ".join(errors)
+                f"{counted(self.input_rows_failed, 'row')} failed, "
+                f"more than retry.max_failed_rows = {limit} allows: " + "; ".join(errors)
             )
 
     @property

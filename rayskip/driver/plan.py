@@ -14,8 +14,10 @@ from datetime import date
 from pathlib import Path
 
 from rayskip.config import DecodeConfig, JobConfig
+from rayskip.data.folder import DATA, JOB, open_folder
 from rayskip.data.labelled_file import check_task
-from rayskip.data.output import choose_prefix
+from rayskip.data.locate import covers
+from rayskip.data.output import SUFFIXES, choose_prefix
 from rayskip.data.prompts import check_input, prompt_source
 from rayskip.data.records import Shard
 from rayskip.data.sources import Source, discover, every_row, plan_shards
@@ -23,10 +25,11 @@ from rayskip.data.storage import Storage
 from rayskip.data.tokenizer import special_tokens, tells_date
 from rayskip.decode.constraints import check_constraint
 from rayskip.decode.draft_files import check_files
-from rayskip.driver.commit import adopt
-from rayskip.driver.identity import contents, deciding, digest, said, stamps
+from rayskip.driver.identity import as_begun, contents, fingerprint, stamps
+from rayskip.driver.lease import adopt
+from rayskip.driver.record_store import read
 from rayskip.driver.records import JobRecord, signature
-from rayskip.errors import InputError, StorageBusy
+from rayskip.errors import ConfigError, InputError, OutputError, RayskipError, StorageBusy
 from rayskip.model.checkpoint import check, read_layer_count, resolve
 from rayskip.skip import skip_policy
 
@@ -43,7 +46,7 @@ _LOOKED_AT = 100
 @dataclass(frozen=True)
 class Plan:
     """A job cut into shards. source: what replicas need to read them. record: what job.json says, of a folder that
-    holds the job already its own (see `commit.adopt`). seconds: what planning took. warnings: what is perhaps not
+    holds the job already its own (see `lease.adopt`). seconds: what planning took. warnings: what is perhaps not
     meant.
     """
 
@@ -66,6 +69,7 @@ def make_plan(job: JobConfig) -> Plan:
     """
     began = time.monotonic()
     source = discover(job.input)
+    _refuse_own_output(job)
     check_input(job.input, source.columns)
     check_task(job, source)
     prefix = choose_prefix(job, source.columns)
@@ -74,7 +78,7 @@ def make_plan(job: JobConfig) -> Plan:
     if job.sampling.constraint is not None:
         check_constraint(job.sampling.constraint)
     folder = resolve(job.model.path, job.model.revision)
-    check(folder, Path(job.model.adapter) if job.model.adapter else None)
+    check(folder, job.model.adapter_folder)
     if job.decode != DecodeConfig():
         check_files(job.decode.draft, folder, skip_policy(job.decode.skip, read_layer_count(folder)))
     parts, config, day = (
@@ -84,7 +88,7 @@ def make_plan(job: JobConfig) -> Plan:
     )
     record = JobRecord(
         name=job.name,
-        fingerprint=digest([parts, deciding(said(config)), str(day), prefix, shard_rows]),
+        fingerprint="",
         parts=parts,
         stamps=stamps(source),
         date=day,
@@ -95,7 +99,18 @@ def make_plan(job: JobConfig) -> Plan:
         config=config,
         **signature(),
     )
+    record = record.model_copy(update={"fingerprint": fingerprint(record)})
     return Plan(source, shards, record, time.monotonic() - began, tuple(_warnings(job, source, folder)))
+
+
+def _refuse_own_output(job: JobConfig) -> None:
+    """Raises ConfigError where the output would be input: then the next run has another one."""
+    out = job.output
+    if covers(job.input.path, f"{out.path}/{DATA}/shard.{SUFFIXES[out.format]}"):
+        raise ConfigError(
+            f"output.path: {out.path} lies where input.path {job.input.path} reads, so that the same command would "
+            "not find the same input again; choose another folder"
+        )
 
 
 def choose_shard_rows(job: JobConfig, source: Source) -> int:
@@ -119,6 +134,27 @@ def adopted(job: JobConfig, plan: Plan, storage: Storage) -> Plan:
         return replace(plan, record=record)
     shards = list(plan_shards(plan.source, record.shard_rows, job.input.max_rows))
     return replace(plan, record=record, shards=shards)
+
+
+def plan_in_folder(job: JobConfig) -> tuple[Plan, JobConfig, RayskipError | None]:
+    """The plan and the job as they go on in the output folder; or their own, and why the folder refuses the job.
+
+    Raises as `make_plan` does.
+    """
+    storage = None
+    refused: RayskipError | None = None
+    try:
+        storage = open_folder(job.output.path)
+        job = as_begun(job, read(storage, JOB, JobRecord))
+    except (OutputError, StorageBusy) as error:
+        refused = error
+    plan = make_plan(job)
+    if storage and not refused:
+        try:
+            plan = adopted(job, plan, storage)
+        except (OutputError, StorageBusy) as error:
+            refused = error
+    return plan, settled(job, plan.record), refused
 
 
 def settled(job: JobConfig, record: JobRecord) -> JobConfig:

@@ -11,13 +11,22 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 import rayskip
 from rayskip.data.folder import COMMITS, EPOCHS
+from rayskip.data.output import SUFFIXES
 from rayskip.data.records import RowErrors, Shard, ShardResult
+from rayskip.errors import shown
 from rayskip.stats import Stats
 
 VERSION = 1
@@ -34,8 +43,20 @@ _RENAMED = {
 }
 """Names in folders of before there was another word, and today's."""
 
+_COUNTERS = frozenset(field.name for field in fields(Stats))
+
 # The only file names a record may hold, so that no record can point outside its folder.
 DataFile = Field(pattern=r"^data/shard-[0-9]+-[0-9a-f]+\.[a-z]+$")
+
+
+def _check_moment(text: str) -> str:
+    if datetime.datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("names no time zone")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_check_moment)]
+"""A point in time as ISO 8601 has it, with its zone."""
 
 
 class Document(BaseModel):
@@ -54,7 +75,7 @@ class Signed(Document):
     """
 
     rayskip: str | None = None
-    written: str | None = None
+    written: Moment | None = None
 
 
 def signature() -> dict[str, str]:
@@ -99,7 +120,7 @@ class JobRecord(Signed):
     @property
     def format(self) -> str:
         """Of the data files."""
-        return str(self.config.get("output", {}).get("format", "parquet"))
+        return str(self.config["output"].get("format", "parquet"))
 
     @property
     def begun(self) -> int:
@@ -108,7 +129,12 @@ class JobRecord(Signed):
 
     @field_validator("config")
     @classmethod
-    def _rename(cls, config: dict[str, Any]) -> dict[str, Any]:
+    def _check_sections(cls, config: dict[str, Any]) -> dict[str, Any]:
+        for name in ("input", "output"):
+            if not isinstance(config.get(name), dict):
+                raise ValueError(f"has no section {name}")
+        if config["output"].get("format", "parquet") not in SUFFIXES:
+            raise ValueError(f"output.format is {config['output']['format']!r}")
         quality = config.get("quality")
         return config | {"quality": _renamed(quality)} if isinstance(quality, dict) else config
 
@@ -123,7 +149,7 @@ class EpochRecord(Document):
     nonce: str
     host: str
     pid: int
-    started: str
+    started: Moment
     rayskip: str | None = None
 
 
@@ -132,6 +158,8 @@ class CommitRecord(Signed):
 
     name, start, stop: the input rows (see Shard). rows, rows_failed: output rows. bytes, sha256: of the file.
     errors: the output rows that failed, by error_type; empty in records of before these were told apart.
+    input_rows_failed: input rows of which any sample failed. date, shards, shard_rows: the job's (see JobRecord),
+    should its job.json be lost. None in records of before there were these.
     """
 
     shard: int
@@ -148,12 +176,28 @@ class CommitRecord(Signed):
     epoch: int
     nonce: str
     errors: dict[str, RowErrors] = Field(default_factory=dict)
+    input_rows_failed: int | None = None
+    date: datetime.date | None = None
+    shards: int | None = None
+    shard_rows: int | None = None
+
+    @field_validator("stats")
+    @classmethod
+    def _check_stats(cls, stats: dict[str, Any]) -> dict[str, Any]:
+        _counters(stats)
+        return stats
+
+    @property
+    def failed_input_rows(self) -> int:
+        """`input_rows_failed`; in records that do not tell, as if a row fails with all its samples."""
+        if self.input_rows_failed is not None:
+            return self.input_rows_failed
+        return round(self.rows_failed * (self.stop - self.start) / max(1, self.rows))
 
     @property
     def counters(self) -> Stats:
         """`stats` as counters that add; those that this version does not know are left out."""
-        known = {field.name for field in fields(Stats)}
-        return Stats(**{name: value for name, value in _renamed(self.stats).items() if name in known})
+        return _counters(self.stats)
 
 
 class ManifestFile(Document):
@@ -188,6 +232,20 @@ def _renamed(values: dict[str, Any]) -> dict[str, Any]:
     return {_RENAMED.get(name, name): value for name, value in values.items()}
 
 
+def _counters(stats: dict[str, Any]) -> Stats:
+    """Raises ValueError for what is no counter."""
+    counters = Stats()
+    for name, value in _renamed(stats).items():
+        if name not in _COUNTERS:
+            continue
+        numbers = value.values() if isinstance(value, dict) else [value]
+        like_ours = isinstance(value, dict) == isinstance(getattr(counters, name), dict)
+        if not like_ours or not all(isinstance(number, int | float) for number in numbers):
+            raise ValueError(f"{name} is {shown(value)}")
+        setattr(counters, name, value)
+    return counters
+
+
 def commit_key(shard: int) -> str:
     return f"{COMMITS}/shard-{shard:05d}.json"
 
@@ -196,7 +254,7 @@ def epoch_key(epoch: int) -> str:
     return f"{EPOCHS}/{epoch:06d}.json"
 
 
-def to_commit(shard: Shard, result: ShardResult, fingerprint: str, epoch: int, nonce: str) -> CommitRecord:
+def to_commit(shard: Shard, result: ShardResult, job: JobRecord, epoch: int, nonce: str) -> CommitRecord:
     """The commit record of a shard's attempt."""
     return CommitRecord(
         shard=shard.index,
@@ -209,10 +267,14 @@ def to_commit(shard: Shard, result: ShardResult, fingerprint: str, epoch: int, n
         rows=result.rows,
         rows_failed=result.rows_failed,
         stats=vars(result.stats),
-        fingerprint=fingerprint,
+        fingerprint=job.fingerprint,
         epoch=epoch,
         nonce=nonce,
         errors=result.errors,
+        input_rows_failed=result.input_rows_failed,
+        date=job.date,
+        shards=job.shards,
+        shard_rows=job.shard_rows,
         **signature(),
     )
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import groupby, islice
 
+from pydantic import ValidationError
+
 from rayskip.config import InputConfig
-from rayskip.data.folder import open_folder
+from rayskip.data.folder import JOB, open_folder
 from rayskip.data.output import OutputRow, read_rows
 from rayskip.data.prompts import said_columns
 from rayskip.data.storage import Storage
-from rayskip.driver.commit import REPAIR, read_commits
+from rayskip.driver.record_store import REPAIR, read_commits
 from rayskip.driver.records import CommitRecord, JobRecord
 from rayskip.driver.status import read_job
 from rayskip.errors import OutputError
@@ -29,8 +31,17 @@ def show(out: str, count: int, errors: bool = False) -> tuple[list[OutputRow], s
     rows = (row for commit in wanted for row in _read(storage, job, commit))
     chosen = (row for row in rows if row.error_type is not None or not errors)
     by_row = groupby(chosen, key=lambda row: (row.row_file, row.row_index))
-    said = said_columns(InputConfig.model_validate(job.config["input"], extra="ignore"))
-    return [row for _, samples in islice(by_row, count) for row in samples], said
+    return [row for _, samples in islice(by_row, count) for row in samples], _said(storage, job)
+
+
+def _said(storage: Storage, job: JobRecord) -> set[str]:
+    """The columns that hold what was said to the model."""
+    try:
+        return said_columns(InputConfig.model_validate(job.config["input"], extra="ignore"))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, ("config.input", *fault["loc"])))
+        raise OutputError(f"{storage.place(JOB)} is damaged: {key} {fault['msg']}") from error
 
 
 def _read(storage: Storage, job: JobRecord, commit: CommitRecord) -> Iterator[OutputRow]:

@@ -8,8 +8,8 @@ from typing import Literal
 from rayskip.data.folder import JOB, MANIFEST, open_folder
 from rayskip.data.records import RowErrors
 from rayskip.data.storage import Storage
-from rayskip.driver.commit import data_files, read, read_commits, sizes
 from rayskip.driver.heartbeat import Heartbeat, is_alive, last_driver, silent_s
+from rayskip.driver.record_store import Damaged, data_files, read, read_commits, sizes
 from rayskip.driver.records import EpochRecord, JobRecord, Manifest
 from rayskip.driver.report import failure, total, total_errors
 from rayskip.errors import OutputError, counted
@@ -119,7 +119,10 @@ def _driver(driver: EpochRecord, heartbeat: Heartbeat | None) -> Driver:
 
 def finished_job(out: str) -> str | None:
     """What `--fresh` would delete of a finished job in folder `out`, in words; None when there is none."""
-    manifest = read(open_folder(out), MANIFEST, Manifest)
+    try:
+        manifest = read(open_folder(out), MANIFEST, Manifest)
+    except Damaged:
+        return f"a job that was finished, and whose {MANIFEST} is damaged"
     if manifest is None:
         return None
     size = sum(file.bytes for file in manifest.files)

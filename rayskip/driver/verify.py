@@ -11,19 +11,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from rayskip.data.folder import DATA, MANIFEST, open_folder
-from rayskip.data.output import identity_problems, read_identities
+from rayskip.data.output import identity_problems, read_outcomes
 from rayskip.data.storage import Storage
-from rayskip.driver.commit import (
-    REPAIR,
-    Damaged,
-    Lease,
-    data_files,
-    read,
-    scan_commits,
-    sizes,
-    sweep,
-    take_back,
-)
+from rayskip.driver.commit import sweep, take_back
+from rayskip.driver.lease import Lease
+from rayskip.driver.record_store import REPAIR, Damaged, data_files, read, scan_commits, sizes
 from rayskip.driver.records import CommitRecord, JobRecord, Manifest, commit_key, fold
 from rayskip.driver.status import read_job
 from rayskip.errors import OutputError, counted
@@ -131,7 +123,8 @@ def _strays(storage: Storage, manifest: Manifest) -> Iterator[str]:
 
 def _partition_problems(job: JobRecord, commits: list[CommitRecord]) -> Iterator[str]:
     """Do the shards' ranges cover every input row once?"""
-    if [commit.shard for commit in commits] != list(range(job.shards)):
+    found = [commit.shard for commit in commits]
+    if len(found) != job.shards or found != list(range(len(found))):
         yield f"{len(commits):,} of {counted(job.shards, 'shard')} committed"
     ends: dict[str, int] = {}
     for commit in sorted(commits, key=lambda commit: (commit.name, commit.start)):
@@ -155,8 +148,8 @@ def _file_problems(storage: Storage, job: JobRecord, commit: CommitRecord) -> It
     if hashlib.sha256(data).hexdigest() != commit.sha256:
         yield f"{commit.file} has changed since it was committed (sha256 differs)"
         return
-    identities = read_identities(data, job.format, job.prefix)
-    if len(identities) != commit.rows:
-        yield f"{commit.file} holds {counted(len(identities), 'generation')}, {commit.rows:,} were committed"
-    for problem in identity_problems(identities, commit.name, commit.start, commit.stop):
+    outcomes = read_outcomes(data, job.format, job.prefix)
+    if len(outcomes) != commit.rows:
+        yield f"{commit.file} holds {counted(len(outcomes), 'generation')}, {commit.rows:,} were committed"
+    for problem in identity_problems(outcomes, commit.name, commit.start, commit.stop):
         yield f"{commit.file} {problem}"

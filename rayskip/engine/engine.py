@@ -15,7 +15,6 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,12 +27,12 @@ from rayskip.decode.constraints import Grammars, Matcher
 from rayskip.decode.drafters import load_drafters
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
-from rayskip.engine.prompts import ParamsLike, PromptLike, Prompts, read_params
+from rayskip.engine.prompts import ParamsLike, PromptLike, Prompts, list_prompts, read_params
 from rayskip.engine.requests import Completion, Requests
 from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sizes import choose_sizes
 from rayskip.engine.worker import Step, StepResult, Worker
-from rayskip.errors import RowError, kind_of
+from rayskip.errors import RowError
 from rayskip.model.backends.choose import open_device, prepare_backend
 from rayskip.model.checkpoint import load, resolve, trained_policy
 from rayskip.model.decoder import Decoder
@@ -116,16 +115,15 @@ class Engine:
         decode = as_section(DecodeConfig, decode or {}, "decode")
         folder = resolve(model.path, model.revision)
         place = open_device(device)
-        adapter = Path(model.adapter) if model.adapter else None
         dtype = getattr(torch, model.dtype)
         with ThreadPoolExecutor() as aside:
             prepared = aside.submit(prepare_backend, dtype, place)
-            weights = load(folder, dtype, place, adapter)
+            weights = load(folder, dtype, place, model.adapter_folder)
             tokenizer = aside.submit(load_tokenizer, folder)  # not before: both may import transformers
             prepared.result()
             decoder = Decoder(*weights, folder=folder)
             loaded = cls(decoder, tokenizer.result(), engine, decode)
-        if (trained := trained_policy(adapter or folder)) not in (None, loaded.policy.name):
+        if (trained := trained_policy(model.adapter_folder or folder)) not in (None, loaded.policy.name):
             loaded._warnings.append(
                 f"{model.adapter or model.path} was trained under the skip policy {trained} "
                 f"and runs under {loaded.policy.name}; expect worse output"
@@ -268,7 +266,7 @@ class Engine:
 
         Requests that were added before run beside these; what ends of those, the next `step` returns.
         """
-        listed = _listed(prompts)
+        listed = list_prompts(prompts)
         every = read_params(params, len(listed))
 
         def make(index: int) -> Prompt:
@@ -288,7 +286,7 @@ class Engine:
         candidate, summed over its tokens (in the model's own distribution). A prompt that cannot run has
         finish_reason "error", as in `generate`; what is wrong with the call is raised.
         """
-        listed, params = _listed(prompts), SamplingParams()
+        listed, params = list_prompts(prompts), SamplingParams()
         tokens = self._prompts.candidates(candidates)
 
         def make(index: int) -> Prompt:
@@ -371,12 +369,6 @@ class Engine:
         completions = self._requests.complete(ended)
         self._stats.seconds["sample"] += time.perf_counter() - began
         return completions
-
-
-def _listed(prompts: Iterable[PromptLike]) -> list[PromptLike]:
-    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
-        raise TypeError(f"a list of prompts is wanted, not {kind_of(prompts)}")
-    return list(prompts)
 
 
 @contextmanager

@@ -120,6 +120,18 @@ class Prompts:
         return self.encoder
 
 
+def list_prompts(prompts: Iterable[PromptLike]) -> list[PromptLike]:
+    """The prompts. Raises TypeError for one alone, and for a table, which Python goes through by column names."""
+    if isinstance(prompts, Mapping) or hasattr(prompts, "columns") or hasattr(prompts, "column_names"):
+        raise TypeError(
+            f"a list of prompts is wanted, not {kind_of(prompts)}; give one of its columns, as a list, or have "
+            "rayskip.run read the data as a job"
+        )
+    if isinstance(prompts, str | bytes) or not isinstance(prompts, Iterable):
+        raise TypeError(f"a list of prompts is wanted, not {kind_of(prompts)}")
+    return list(prompts)
+
+
 def read_params(params: ParamsLike | Iterable[ParamsLike] | None, prompts: int) -> list[SamplingParams]:
     """The parameters of each of so many prompts: one for all, or one each.
 

@@ -20,13 +20,16 @@ REPEATS, ENOUGH_S = 3, 0.1
 """A forward is run so often, or until it ran so long: of long ones, the first tells enough."""
 AGAIN_S = 0.01
 """Seconds of a forward whose time is known, by which it is measured again: a long one once in a while."""
+AGED = 1.05
+"""By how much a time grows, at most, whenever it is measured again."""
 
 
 class Timings:
     """Seconds of forwards of one kind by their size, kept in the user's cache from one process to the next.
 
-    What else runs on a machine makes a forward slower and never faster, so the least that was ever measured counts;
-    and each is measured again now and then, so that no bad hour decides for good.
+    What else runs on a machine makes a forward slower and never faster, so the least that was measured counts; and
+    each is measured again now and then, so that no bad hour decides for good. A figure that is not reached again
+    ages, so that a machine which has become slower is seen as such.
     """
 
     def __init__(self, decoder: Decoder, threads: int, kind: str) -> None:
@@ -41,7 +44,7 @@ class Timings:
         if known is None:
             self._seconds[str(size)] = measure()
         elif _chance.random() < AGAIN_S / known:
-            self._seconds[str(size)] = min(known, measure())
+            self._seconds[str(size)] = min(known * AGED, measure())
         return self._seconds[str(size)]
 
     def keep(self) -> None:

@@ -23,7 +23,7 @@ NO_FIT = (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError, UnicodeEncodeError)
 """What Arrow raises for a value that is not of a column's type, or text that UTF-8 cannot hold."""
 
 
-UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError, OverflowError)
+UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeError, OverflowError)
 """What pyarrow raises over a damaged file that `open_input` opened."""
 
 

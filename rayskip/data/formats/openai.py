@@ -33,6 +33,9 @@ SCHEMA = pa.schema(
 
 # Requests of one batch may differ in these only; the job decides the model.
 _SAMPLING = frozenset(SamplingParams.model_fields) - {"logprobs"}
+_EFFORT = "reasoning_effort"
+"""For the chat template, which may read it."""
+
 _ELSEWHERE = {
     "messages",
     "prompt",
@@ -41,6 +44,7 @@ _ELSEWHERE = {
     "top_logprobs",
     "response_format",
     TEMPLATE_KWARGS,
+    _EFFORT,
 }
 _NO_EFFECT = {
     "model",
@@ -52,7 +56,6 @@ _NO_EFFECT = {
     "prompt_cache_key",
     "prompt_cache_retention",
     "parallel_tool_calls",
-    "reasoning_effort",
     "verbosity",
     "stream_options",
 }
@@ -158,6 +161,9 @@ def _params(body: dict[str, Any]) -> dict[str, Any]:
     """The body's sampling fields under rayskip's names."""
     kept = _SAMPLING | {TEMPLATE_KWARGS}
     params = {name: value for name, value in body.items() if name in kept and value is not None}
+    given = params.get(TEMPLATE_KWARGS, {})
+    if body.get(_EFFORT) is not None and isinstance(given, dict):
+        params[TEMPLATE_KWARGS] = {_EFFORT: body[_EFFORT]} | given
     if body.get("max_completion_tokens") is not None:
         params["max_tokens"] = body["max_completion_tokens"]
     if constraint := _constraint(body.get("response_format")):

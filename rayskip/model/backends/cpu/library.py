@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from rayskip.errors import ModelError
-from rayskip.user_cache import cache_root, is_own, publish
+from rayskip.user_cache import cache_root, is_own, publish, used
 
 SOURCES = sorted((Path(__file__).parent / "kernels").glob("*.[ch]"))
 """Headers and the one file to compile."""
@@ -282,6 +282,7 @@ def _compiled(defines: tuple[str, ...]) -> Path:
             if not _is_whole(target):  # nobody else has compiled it meanwhile
                 shutil.rmtree(target, ignore_errors=True)
                 publish(target, compile_into)
+    used(target)
     return target / LIBRARY
 
 
