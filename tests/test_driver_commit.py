@@ -16,11 +16,12 @@ from rayskip.data.folder import MANIFEST
 from rayskip.data.records import Shard, ShardResult
 from rayskip.data.storage import LocalStorage
 from rayskip.driver.commit import commit, finish, load_commits
-from rayskip.driver.lease import open_job
+from rayskip.driver.heartbeat import beating
+from rayskip.driver.lease import adopt, open_job
 from rayskip.driver.record_store import read, read_commits, scan_commits
 from rayskip.driver.records import CommitRecord, JobRecord, Manifest, fold, to_commit
 from rayskip.driver.report import total
-from rayskip.errors import OutputError, TakenOver
+from rayskip.errors import JobFailed, OutputError, TakenOver
 from rayskip.stats import Stats
 
 SHARDS = [Shard(i, "/in/a.jsonl", "a.jsonl", i * 10, i * 10 + 10) for i in range(4)]
@@ -135,6 +136,22 @@ def test_another_job_is_refused_before_its_driver_is_fenced(storage: LocalStorag
     with pytest.raises(OutputError, match=r"another job, 'j', 0 of 4 .*; different: model\. .*--fresh"):
         open_job(storage, job("f2", other), fresh=False)
     lease.check()
+
+
+def test_a_job_that_ended_before_anything_was_done_gives_way(storage: LocalStorage) -> None:
+    """As of a run that was refused its cluster: the mended config needs no --fresh."""
+    lease = open_job(storage, job("f1"), fresh=False)
+    other = {"input files": "i", "model": "n"}
+    with pytest.raises(JobFailed), beating(storage, lease.epoch, lambda _: None):
+        raise JobFailed("no such cluster")
+    assert adopt(storage, job("f2", other)).fingerprint == "f2"
+    began = open_job(storage, job("f2", other), fresh=False)
+    assert began.job.fingerprint == "f2"
+    commit(storage, began, SHARDS[0], attempt(storage, 0))
+    with pytest.raises(JobFailed), beating(storage, began.epoch, lambda _: None):
+        raise JobFailed("later")
+    with pytest.raises(OutputError, match="holds another job"):
+        open_job(storage, job("f1"), fresh=False)
 
 
 def test_the_keys_that_differ_are_named_with_both_values_where_they_decide(storage: LocalStorage) -> None:

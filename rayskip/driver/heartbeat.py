@@ -1,6 +1,7 @@
 """What a driver says of itself while it runs, in a file beside its epoch, and how that is read.
 
-For people: nothing decides by it, so that clocks which disagree cost at most a wrong word. Does not know what runs.
+For people: nothing decides by when it was written, so that clocks which disagree cost at most a wrong word.
+Does not know what runs.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from pathlib import PurePosixPath
 import rayskip
 from rayskip.data.folder import JOB, MANIFEST, RECORDS, REPORT
 from rayskip.data.storage import Storage, probe
+from rayskip.driver.heartbeat import last_driver
 from rayskip.driver.identity import as_chosen, differences
 from rayskip.driver.record_store import Damaged, commit_keys, data_files, epoch_keys, of_another_job, read
 from rayskip.driver.records import CommitRecord, EpochRecord, JobRecord, epoch_key
@@ -71,14 +72,16 @@ class Lease:
 def open_job(storage: Storage, record: JobRecord, fresh: bool) -> Lease:
     """Make the folder this job's and this driver's; job.json is created when there is none.
 
-    fresh: an earlier job's files are deleted. Raises OutputError when the folder holds another job, or with `fresh`
-    what is no job's, before a driver that may still run it is fenced; TakenOver when another run starts it over at
-    this moment.
+    fresh: an earlier job's files are deleted; so is another job of which nothing was done. Raises OutputError when
+    the folder holds another job, or with `fresh` what is no job's, before a driver that may still run it is fenced;
+    TakenOver when another run starts it over at this moment.
     """
     if fresh:
         refuse_strangers(storage)
     elif (existing := read(storage, JOB, JobRecord)) is not None:
-        _same_job(storage, existing, record)
+        fresh = _yields(storage, existing, record)
+        if not fresh:
+            _same_job(storage, existing, record)
     else:
         record = _recovered(storage, record)
     probe(storage)
@@ -165,6 +168,8 @@ def adopt(storage: Storage, record: JobRecord) -> JobRecord:
     existing = read(storage, JOB, JobRecord)
     if existing is None:
         return _recovered(storage, record)
+    if _yields(storage, existing, record):
+        return record
     return _same_job(storage, existing, record)
 
 
@@ -181,6 +186,15 @@ def _recovered(storage: Storage, record: JobRecord) -> JobRecord:
                 break
     refuse_strangers(storage, record.fingerprint)
     return record
+
+
+def _yields(storage: Storage, existing: JobRecord, record: JobRecord) -> bool:
+    """Whether the folder's job is another one of which nothing was done, and whose last driver said that it has
+    ended: of a run that was refused its cluster, say."""
+    if commit_keys(storage) or data_files(storage) or storage.get(MANIFEST) is not None:
+        return False
+    _, last_word = last_driver(storage)
+    return last_word is not None and last_word.ended is not None and bool(differences(existing, record))
 
 
 def _same_job(storage: Storage, existing: JobRecord, record: JobRecord) -> JobRecord:
