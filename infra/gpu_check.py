@@ -134,7 +134,7 @@ def environment(report: Report) -> None:
     memory = round(about.total_memory / 1e9, 1)
     sm = f"{about.major}.{about.minor}"
     processors = about.multi_processor_count
-    report.add("GPU", True, name=about.name, sm=sm, processors=processors, memory_gb=memory)
+    report.add("GPU", True, gpu=about.name, sm=sm, processors=processors, memory_gb=memory)
     with report.case("rates"):
         size = 1024 if report.small else 8192
         a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))

@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from rayskip.decode.draft import NEWEST
 from rayskip.decode.randomness import uniform
 from rayskip.decode.sampling import Choice, Draw
@@ -59,9 +62,10 @@ def verify(choices: Seq[Choice], places: Seq[tuple[Sequence, int]]) -> dict[Sequ
 def draw(row: Sequence, node: int) -> Draw:
     """What the model's token after a node of the row's draft (or NEWEST) depends on, besides its logits."""
     params, path = row.params, row.draft.path(node)
-    seen: list[int] = []
+    seen: ArrayLike = ()
     if params.repetition_penalty != 1:
-        seen = [*row.tokens(0, row.length), *(row.draft.tokens[at] for at in path)]
+        later = [*row.generated, *(row.draft.tokens[at] for at in path)]
+        seen = np.concatenate([row.prompt.token_array, np.array(later, np.int64)])
     position = len(row.generated) + len(path)
     chance = uniform(row.prompt.key, row.sample, position) if params.temperature else 0.0
     return Draw(params, chance, seen)

@@ -221,11 +221,17 @@ class Worker:
             row for row, verdict in verdicts.items() if row.draft and verdict.choices[-1].token_id is None
         ]:
             hidden = self._run_without_drafts(poisoned, verdicts, hidden)
-        for row, verdict in verdicts.items():
-            if verdict.choices[-1].token_id is None:
-                continue  # it ends, and its pages will be cleared
-            if verdict.path != list(range(verdict.accepted)):
-                self._cache.move(row.table_row, [row.length + node for node in verdict.path], row.length)
+        # of those that end, pages will be cleared
+        going = {row: own for row, own in verdicts.items() if own.choices[-1].token_id is not None}
+        self._cache.move(
+            [
+                (row.table_row, row.length + node, row.length + at)
+                for row, verdict in going.items()
+                for at, node in enumerate(verdict.path)
+                if at != node
+            ]
+        )
+        for row, verdict in going.items():
             if None in verdict.guesses:
                 self._cache.clear_row(row.table_row, row.length + verdict.accepted, row.places)
         self._drafter.observe(verdicts, hidden)
@@ -268,9 +274,13 @@ class Worker:
         decoder = self._decoder
         if states is None:
             return decoder.hidden(batch, self._cache)
-        at = [
-            states.rows[chunk.sequence, place] for chunk in chunks for place in range(chunk.start, chunk.stop)
-        ]
+        at = decoder.backend.tensor(
+            [
+                states.rows[chunk.sequence, place]
+                for chunk in chunks
+                for place in range(chunk.start, chunk.stop)
+            ]
+        )
         x = decoder.run_layers(states.x[at], batch, self._cache, states.layer, decoder.depth)
         return x[batch.outputs]
 
