@@ -25,7 +25,7 @@ from rayskip.driver.plan import Plan, adopted, make_plan, settled
 from rayskip.driver.records import JobRecord
 from rayskip.driver.report import commonest_first, error_lines
 from rayskip.errors import JobFailed, OutputError, RayskipError, RowError, counted, shown
-from rayskip.model.checkpoint import read_spec, resolve, suggested_sampling
+from rayskip.model.checkpoint import read_spec, resolve, suggested_sampling, weight_bytes
 
 SAMPLE_ROWS = 10_000
 PROMPTS_SHOWN = 3
@@ -37,10 +37,11 @@ BAR = 40
 class DryRun:
     """rows: rows looked at. prompts: the first ones as text. lengths: tokens of each good prompt.
 
-    completion_tokens: the most that the good rows looked at may generate. errors: the rows that cannot run, by
-    error_type. committed: shards that earlier runs of this job finished. refused: why a run would not write into
-    that folder, or that none of the rows can run; None if all is well. suggested: sampling parameters that the
-    model's generation_config.json has and the job has otherwise. continued: rows whose last message is continued.
+    weights_gb: memory that the weights take, in 10^9 bytes. completion_tokens: the most that the good rows looked
+    at may generate. errors: the rows that cannot run, by error_type. committed: shards that earlier runs of this
+    job finished. refused: why a run would not write into that folder, or that none of the rows can run; None if all
+    is well. suggested: sampling parameters that the model's generation_config.json has and the job has otherwise.
+    continued: rows whose last message is continued.
     """
 
     job: JobConfig
@@ -48,6 +49,7 @@ class DryRun:
     committed: int
     refused: RayskipError | None
     max_model_len: int
+    weights_gb: float = 0.0
     continued: int = 0
     suggested: dict[str, Any] = field(default_factory=dict)
     rows: int = 0
@@ -80,7 +82,8 @@ def dry_run(job: JobConfig) -> DryRun:
     sampling = job.sampling.model_dump()
     suggested = {name: value for name, value in suggested_sampling(folder).items() if value != sampling[name]}
     max_model_len = min(job.engine.max_model_len or longest, longest)
-    seen = DryRun(job, plan, committed, refused, max_model_len, suggested=suggested)
+    weights_gb = round(weight_bytes(folder, job.model.dtype) / 1e9, 2)
+    seen = DryRun(job, plan, committed, refused, max_model_len, weights_gb, suggested=suggested)
     builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len, templates)
     columns = prompt_columns(job.input, templates)
     for shard in sample(plan.shards, SAMPLE_ROWS):
@@ -133,6 +136,7 @@ def facts(seen: DryRun) -> dict[str, Any]:
         "name": record.name,
         "model": seen.job.model.path,
         "max_model_len": seen.max_model_len,
+        "weights_gb": seen.weights_gb,
         "rows": record.rows,
         "shards": record.shards,
         "shard_rows": record.shard_rows,
@@ -157,7 +161,8 @@ def format_dry_run(seen: DryRun) -> str:
     parts = [
         f"{record.name}: {counted(record.rows, 'row')} in {counted(record.shards, 'shard')}, "
         f"{seen.committed:,} committed",
-        f"model {seen.job.model.path}, context {seen.max_model_len:,} tokens",
+        f"model {seen.job.model.path}, {seen.weights_gb} GB in {seen.job.model.dtype}, context "
+        f"{seen.max_model_len:,} tokens",
     ]
     source = seen.plan.source
     if source.format == "csv" or source.partitions.names:
