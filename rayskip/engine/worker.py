@@ -301,18 +301,22 @@ class Worker:
         fewer than verification allowed; none where it had ended before."""
         rule = self._decoder.backend.row_rule
         got = {ran.row: gained[ran.row] for ran in result.decoded}
-        useful = in_vain = 0
         newest: Counter[int] = Counter()
         drafted_by: Counter[str] = Counter()
         accepted_by: Counter[str] = Counter()
+        every = [self._policy.depth(ran.row.skip_position(ran.position)) for ran in result.decoded]
+        newest.update(depth for depth, count in zip(every, got.values(), strict=True) if count)
+        useful = sum(depth * rows for depth, rows in newest.items())
+        in_vain = sum(every) - useful
         for ran in result.decoded:
+            if not ran.draft:
+                continue
             depths = [
                 self._policy.depth(ran.row.skip_position(ran.position + offset))
-                for offset in (0, *ran.draft.depths)
+                for offset in ran.draft.depths
             ]
             held = ran.path[: max(got[ran.row] - 1, 0)]
-            good = (depths[0] if got[ran.row] else 0) + sum(depths[1 + node] for node in held)
-            newest[depths[0]] += got[ran.row] > 0
+            good = sum(depths[node] for node in held)
             useful += good
             in_vain += sum(depths) - good
             drafted_by.update(ran.draft.drafters)
