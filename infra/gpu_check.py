@@ -268,31 +268,108 @@ def family_parity(report: Report, model_type: str, folder: Path) -> None:
         _, weights = load(folder, dtype, device())
         backend = choose_backend(spec, dtype, device())
         variants = [("", backend)]
-        if backend.name == "varlen":
-            variants = [(" with graphs", backend), (" without graphs", ungraphed(spec, dtype))]
+        if backend.name != "torch" and backend.name in ATTENTIONS:
+            variants = [(" with graphs", backend), (" without graphs", ungraphed(backend))]
+            variants += [("", other) for other in attentions(spec, dtype) if other.name != backend.name]
         for how, own in variants:
-            name = f"{model_type} {str(dtype).removeprefix('torch.')}{how}"
+            name = f"{model_type} {str(dtype).removeprefix('torch.')} {own.name}{how}"
             with report.case(name):
                 decoder = Decoder(spec, weights, own)
                 found = forced_logits(decoder, tokens, prompt)
                 off = float((found - expected).norm() / expected.norm())
-                facts = {"ops": own.name, "off": round(off, 6), "warnings": own.warnings}
-                if how:
+                facts = {"off": round(off, 6), "warnings": own.warnings}
+                if "graphs" in how:
                     same = graphed is None or torch.equal(found, graphed)
                     facts["same_bits_with_and_without"] = same
                     off, graphed = off if same else float("inf"), found
                 report.add(name, bool(off <= limit), **facts)
 
 
-def ungraphed(spec: Any, dtype: Any) -> Any:
-    """The GPU's backend, layers launched operation by operation."""
-    from rayskip.model.backends.cuda.backend import CudaBackend
+ATTENTIONS = ("varlen", "triton")
+
+
+def attentions(spec: Any, dtype: Any) -> list[Any]:
+    """The GPU's backends that have kernels for such a model."""
+    from rayskip.model.backends.cuda.backend import CudaBackend, PagedBackend
+
+    return [
+        kind(spec, dtype, device()) for kind in (CudaBackend, PagedBackend) if not kind.unfit(spec, dtype)
+    ]
+
+
+def ungraphed(backend: Any) -> Any:
+    """The same, its layers launched operation by operation."""
     from rayskip.model.backends.torch import TorchBackend
 
-    class Ungraphed(CudaBackend):
-        stack = TorchBackend.stack
+    kind = type(backend)
+    return type("Ungraphed", (kind,), {"stack": TorchBackend.stack})(backend.spec, backend.dtype, device())
 
-    return Ungraphed(spec, dtype, device())
+
+def attention_seconds(backend: Any, rows: int, length: int, width: int) -> float:
+    """Of attention of the last `width` tokens of rows of `length`, many of them in one CUDA graph."""
+    import torch
+
+    from rayskip.model.backends.cuda.backend import Stored
+    from rayskip.model.backends.cuda.graphs import cuda_graphs
+    from rayskip.model.cache.kv_cache import KVCache, key_blocks
+    from rayskip.model.token_batch import Span, TokenBatch
+
+    spec, where, calls = backend.spec, backend.device, 10
+    cache = KVCache(spec, 1, backend)
+    cache.fill(rows, length)
+    index = torch.arange(rows, device=where)
+    at = torch.arange(length - width, length, device=where).repeat(rows)
+    spans = [Span(0, width, index, key_blocks(length))]
+    batch = TokenBatch(at, at, index.repeat_interleave(width), spans, index)
+    q = torch.randn(rows * width, spec.heads, spec.head_dim, device=where, dtype=backend.dtype)
+    stored = Stored(cache.keys.normal_(), cache.values.normal_(), cache.table[0])
+
+    def several() -> Any:
+        for _ in range(calls):
+            out = backend.attend(q, batch, spans, stored, None)
+        return out
+
+    several()
+    _, again = cuda_graphs()(several)
+    return gpu_seconds(again, 5) / calls
+
+
+def attention(report: Report) -> None:
+    """Both kernels for decode steps and prompts of Llama 3 8B's heads: which reads keys faster."""
+    import torch
+
+    from rayskip.model.backends.cuda.backend import _fault
+    from rayskip.model.cache.kv_cache import KVCache
+    from rayskip.model.spec import Spec
+
+    spec = Spec("llama", 4096, 32, 8, 128, 128256, 8192, 128**-0.5)
+    shapes = [
+        (1, 128, 1),
+        (1, 4096, 1),
+        (16, 1024, 1),
+        (64, 128, 1),
+        (64, 1024, 1),
+        (256, 512, 1),
+        (512, 256, 1),
+    ]
+    shapes += [(8, 512, 512), (64, 80, 80), (1, 4096, 4096)]
+    for backend in attentions(spec, torch.bfloat16):
+        if reason := _fault(backend):
+            report.add(backend.name, None, note=reason)
+            continue
+        for rows, length, width in shapes[:2] if report.small else shapes:
+            name = f"{backend.name}: {rows} rows of {length}" + (", prompts" if width > 1 else "")
+            if not report.has_time(name, 2):
+                continue
+            with report.case(name), torch.inference_mode():
+                seconds = attention_seconds(backend, rows, length, width)
+                read = rows * length * KVCache.bytes_per_position(spec, 1, torch.bfloat16)
+                facts = {"us": round(seconds * 1e6, 1), "gb_s": round(read / seconds / 1e9, 1)}
+                if width > 1:
+                    work = 4 * 32 * 128 * rows * width * (length - width / 2)
+                    facts = {"us": facts["us"], "tflop_s": round(work / seconds / 1e12, 1)}
+                report.add(name, None, **facts)
+            free(torch)
 
 
 @dataclass(frozen=True)
@@ -658,11 +735,12 @@ def bench_8b(report: Report) -> None:
 
 PARTS: dict[str, tuple[Callable[[Report], None], float]] = {
     "environment": (environment, 40),
-    "parity": (parity, 120),
+    "parity": (parity, 130),
     "bench_8b": (bench_8b, 130),
-    "invariance": (invariance, 80),
-    "decode": (decode, 80),
-    "bench_small": (bench_small, 90),
+    "attention": (attention, 40),
+    "invariance": (invariance, 70),
+    "decode": (decode, 70),
+    "bench_small": (bench_small, 80),
 }
 """What is done, and the seconds that it may take; the most wanted first."""
 

@@ -32,8 +32,8 @@ TILE = KEY_BLOCK
 CHUNK = 1024
 """Keys that are added up one after another; a row that sees more has several multiprocessors work for it."""
 VARYING = ["count", "table_row"]
-"""Numbers, and addresses, that change from step to step: a kernel of its own for each kind of them would be compiled
-in mid-run."""
+"""Numbers, and addresses, that change from step to step: a kernel of its own for each kind of them would be
+compiled in mid-run."""
 ANYWHERE = ["table", "rows", "firsts", "widths", "positions"]
 
 
