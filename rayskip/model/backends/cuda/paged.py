@@ -11,6 +11,9 @@ Does not know layers or what a graph is. Runs on CPU under TRITON_INTERPRET=1, t
 Shapes: N queries, Hq = Hkv * G query heads, D head dim, T tiles of queries, S stretches.
 """
 
+# Triton compiles what is written here, and knows types of its own.
+# mypy: allow-untyped-defs, allow-untyped-decorators, allow-untyped-calls
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -50,7 +53,7 @@ class Tiles:
 
 def queries_of_a_tile(shared: int) -> int:
     """How many, where so many heads share keys."""
-    return ROWS // triton.next_power_of_2(shared)
+    return ROWS // int(triton.next_power_of_2(shared))
 
 
 def split_spans(starts: list[int], widths: list[int], stop: int, most: int) -> tuple[Any, Any]:
