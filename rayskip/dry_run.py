@@ -22,7 +22,7 @@ from rayskip.driver.plan import Plan, plan_in_folder
 from rayskip.driver.record_store import lost_files, sizes
 from rayskip.driver.report import commonest_first, error_lines
 from rayskip.errors import OutputError, RayskipError, RowError, StorageBusy, counted, shown
-from rayskip.model.checkpoint import suggested_sampling
+from rayskip.model.checkpoint import suggested_sampling, weight_bytes
 
 PROMPTS_SHOWN = 3
 FILES_SHOWN = 3
@@ -33,10 +33,11 @@ BAR = 40
 class DryRun:
     """rows: rows looked at. prompts: the first ones as text. lengths: tokens of each good prompt.
 
-    completion_tokens: the most that the good rows looked at may generate. errors: the rows that cannot run, by
-    error_type. committed: shards that earlier runs of this job finished. refused: why a run would not write into
-    that folder, or that none of the rows can run; None if all is well. suggested: sampling parameters that the
-    model's generation_config.json has and the job has otherwise. continued: rows whose last message is continued.
+    weights_gb: memory that the weights take, in 10^9 bytes. completion_tokens: the most that the good rows looked
+    at may generate. errors: the rows that cannot run, by error_type. committed: shards that earlier runs of this
+    job finished. refused: why a run would not write into that folder, or that none of the rows can run; None if all
+    is well. suggested: sampling parameters that the model's generation_config.json has and the job has otherwise.
+    continued: rows whose last message is continued.
     """
 
     job: JobConfig
@@ -44,6 +45,7 @@ class DryRun:
     committed: int
     refused: RayskipError | None
     max_model_len: int
+    weights_gb: float = 0.0
     continued: int = 0
     suggested: dict[str, Any] = field(default_factory=dict)
     rows: int = 0
@@ -73,7 +75,8 @@ def dry_run(job: JobConfig) -> DryRun:
     sampling = job.sampling.model_dump()
     theirs = suggested_sampling(look.folder).items()
     suggested = {name: value for name, value in theirs if value != sampling[name]}
-    seen = DryRun(job, plan, committed, refused, look.max_model_len, suggested=suggested)
+    weights_gb = round(weight_bytes(look.folder, job.model.dtype) / 1e9, 2)
+    seen = DryRun(job, plan, committed, refused, look.max_model_len, weights_gb, suggested=suggested)
     for shard, index, made in look.rows(plan.shards):
         seen.rows += 1
         if isinstance(made, RowError):
@@ -110,6 +113,7 @@ def facts(seen: DryRun) -> dict[str, Any]:
         "name": record.name,
         "model": seen.job.model.path,
         "max_model_len": seen.max_model_len,
+        "weights_gb": seen.weights_gb,
         "rows": record.rows,
         "shards": record.shards,
         "shard_rows": record.shard_rows,
@@ -134,7 +138,8 @@ def format_dry_run(seen: DryRun) -> str:
     parts = [
         f"{record.name}: {counted(record.rows, 'row')} in {counted(record.shards, 'shard')}, "
         f"{seen.committed:,} committed",
-        f"model {seen.job.model.path}, context {seen.max_model_len:,} tokens",
+        f"model {seen.job.model.path}, {seen.weights_gb} GB in {seen.job.model.dtype}, context "
+        f"{seen.max_model_len:,} tokens",
     ]
     source = seen.plan.source
     if source.format == "csv" or source.partitions.names:

@@ -55,7 +55,7 @@ class SkipPolicy:
         """Whether some layer runs at some generated positions only."""
         return not set(self.until) <= {0, FOREVER}
 
-    @property
+    @cached_property
     def is_full(self) -> bool:
         """Whether no layer is ever skipped."""
         return set(self.until) == {FOREVER}
@@ -72,7 +72,8 @@ class SkipPolicy:
         """Layers run per generated token of a row with `tokens` of them; the last one never runs."""
         if tokens < 2:
             return None
-        return sum(self.depth(position) for position in range(tokens - 1)) / (tokens - 1)
+        known = self._depths[: tokens - 1]
+        return (sum(known) + (tokens - 1 - len(known)) * self._depths[-1]) / (tokens - 1)
 
     @cached_property
     def _depths(self) -> list[int]:

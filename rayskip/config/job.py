@@ -186,7 +186,9 @@ class EngineConfig(Section):
         gt=0,
         description="memory for the KV cache; null: memory_fraction of what is free after the load",
     )
-    memory_fraction: float = Field(0.4, gt=0, le=1, description="see kv_cache_gb")
+    memory_fraction: float | None = Field(
+        None, gt=0, le=1, description="see kv_cache_gb; null: 0.4 on a CPU, 0.85 on a GPU"
+    )
 
 
 class ClusterConfig(Section):

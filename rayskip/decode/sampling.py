@@ -13,10 +13,12 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from rayskip.config import SamplingParams
@@ -28,6 +30,9 @@ from rayskip.model.backends.transfer import ToHost, to_device
 NUCLEUS = 1024
 """Candidates sorted for top-p before the whole vocabulary is: a nucleus is rarely wider."""
 
+
+WIDE = 64
+"""Rows of whole vocabularies that are sorted at once: of 128,000 tokens, 8 million take some 200 MB."""
 
 BLOCK = 256
 """Weights that are added up before one of them is looked for."""
@@ -41,13 +46,14 @@ class Draw:
     """What one row's next token depends on, besides its logits.
 
     uniform: the row's random number for this position, in [0, 1).
-    seen: token ids of prompt and completion; read only under a repetition penalty. mask: tokens that its constraint
-    allows, if it has one. asked: tokens whose log-probabilities are asked for; then nothing is chosen.
+    seen: token ids of prompt and completion, which may occur several times; read only under a repetition penalty.
+    mask: tokens that its constraint allows, if it has one. asked: tokens whose log-probabilities are asked for; in
+    their place nothing is chosen.
     """
 
     params: SamplingParams
     uniform: float
-    seen: Sequence[int]
+    seen: ArrayLike
     mask: Mask | None = None
     asked: Sequence[int] = ()
 
@@ -169,12 +175,7 @@ def _by_width(draws: Sequence[Draw], vocab: int) -> dict[int, list[int]]:
 def _scores(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Penalised, tempered scores in float32, [R, V]."""
     scores = logits.to(torch.float32, copy=True).nan_to_num_()
-    for row, draw in enumerate(draws):
-        if draw.params.repetition_penalty != 1:
-            seen = to_device(sorted(set(draw.seen)), torch.long, scores.device)
-            score = scores[row, seen]
-            penalty = max(draw.params.repetition_penalty, LEAST)
-            scores[row, seen] = torch.where(score < 0, score * penalty, score / penalty)
+    _penalise(scores, draws)
     temperature = to_device(
         [max(draw.params.temperature, LEAST) if draw.params.temperature else 1.0 for draw in draws],
         torch.float32,
@@ -183,6 +184,21 @@ def _scores(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     scores.clamp_(-MOST, MOST)
     _forbid(scores, {row: draw.mask for row, draw in enumerate(draws) if draw.mask is not None})
     return scores.sub_(scores.amax(dim=-1, keepdim=True)).div_(temperature.unsqueeze(1))
+
+
+def _penalise(scores: Tensor, draws: Sequence[Draw]) -> None:
+    """Repetition penalties, in place, of all rows at once."""
+    rows = [row for row, draw in enumerate(draws) if draw.params.repetition_penalty != 1]
+    if not rows:
+        return
+    seen = [np.asarray(draws[row].seen, np.int64) for row in rows]
+    counts = list(map(len, seen))
+    at = to_device([np.repeat(rows, counts), np.concatenate(seen)], torch.long, scores.device)
+    penalties = [max(draws[row].params.repetition_penalty, LEAST) for row in rows]
+    penalty = to_device(np.repeat(penalties, counts), torch.float32, scores.device)
+    score = scores[at[0], at[1]]
+    # what was seen several times is written several times, as one number
+    scores[at[0], at[1]] = torch.where(score < 0, score * penalty, score / penalty)
 
 
 def _forbid(scores: Tensor, masks: Mapping[int, Mask]) -> None:
@@ -203,10 +219,12 @@ def _pick(scores: Tensor, draws: Sequence[Draw], width: int) -> Tensor:
         return _invert(probs, draws)
     kept, ids = probs.topk(width, dim=-1)  # [R, K], descending
     tokens = ids.gather(1, _invert(truncate(kept, draws), draws)[:, None])[:, 0]
-    for row in _nucleus_too_wide(kept, draws, probs.shape[-1]):
-        order = probs[row : row + 1].sort(dim=-1, descending=True, stable=True)
-        index = _invert(truncate(order.values, draws[row : row + 1]), draws[row : row + 1])
-        tokens[row] = order.indices[0, index[0]]
+    wide = iter(_nucleus_too_wide(kept, draws, probs.shape[-1]))
+    while rows := list(islice(wide, WIDE)):
+        own, at = [draws[row] for row in rows], to_device(rows, torch.long, probs.device)
+        order = probs[at].sort(dim=-1, descending=True, stable=True)
+        index = _invert(truncate(order.values, own), own)
+        tokens = tokens.index_copy(0, at, order.indices.gather(1, index[:, None])[:, 0])
     return tokens
 
 
@@ -235,7 +253,7 @@ def _nucleus_too_wide(kept: Tensor, draws: Sequence[Draw], vocab: int) -> list[i
     }
     if kept.shape[1] == vocab or not limits:
         return []
-    mass = kept.double().sum(dim=-1).tolist()
+    mass = ToHost(kept.double().sum(dim=-1)).tolist()
     return [row for row, top_p in limits.items() if mass[row] < top_p]
 
 

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from rayskip.config import SamplingParams
 from rayskip.decode.candidates import asked, scores
 from rayskip.decode.draft import NEWEST
@@ -84,9 +87,10 @@ def draw(row: Sequence, node: int) -> Draw:
     if row.prompt.candidates:
         return Draw(GREEDY, 0.0, (), asked=asked(row.prompt.candidates, row.draft)[node])
     params, path = row.params, row.draft.path(node)
-    seen: list[int] = []
+    seen: ArrayLike = ()
     if params.repetition_penalty != 1:
-        seen = [*row.tokens(0, row.length), *(row.draft.tokens[at] for at in path)]
+        later = [*row.generated, *(row.draft.tokens[at] for at in path)]
+        seen = np.concatenate([row.prompt.token_array, np.array(later, np.int64)])
     position = len(row.generated) + len(path)
     chance = uniform(row.prompt.key, row.sample, position) if params.temperature else 0.0
     mask = None if row.matcher is None else row.matcher.masks.get(node)

@@ -15,6 +15,7 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,9 +33,10 @@ from rayskip.engine.requests import Completion, Requests
 from rayskip.engine.scheduler import StepPlan
 from rayskip.engine.sizes import choose_sizes
 from rayskip.engine.worker import Step, StepResult, Worker
-from rayskip.errors import RowError
+from rayskip.errors import ModelError, RowError
 from rayskip.model.backends.choose import open_device, prepare_backend
-from rayskip.model.checkpoint import load, resolve, trained_policy
+from rayskip.model.backends.memory import free_bytes
+from rayskip.model.checkpoint import load, resolve, trained_policy, weight_bytes
 from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
 from rayskip.skip import skip_policy
@@ -106,8 +108,8 @@ class Engine:
         model: "smollm2-135m-instruct", a local folder or a hub id; or, as engine and decode, a section of a job, as
         a dict or as its class: {"path": "my-model", "dtype": "float32"}, {"max_batch_rows": 64},
         {"draft": {"kind": "auto"}}.
-        Raises ConfigError for a section with a fault, ModelError when the checkpoint is missing, unsafe or of an
-        unknown family.
+        Raises ConfigError for a section with a fault, ModelError when the checkpoint is missing, unsafe, of an
+        unknown family or too large for the GPU.
         """
         given = {"path": model} if isinstance(model, str | os.PathLike) else model
         model = as_section(ModelConfig, given, "model")
@@ -115,6 +117,7 @@ class Engine:
         decode = as_section(DecodeConfig, decode or {}, "decode")
         folder = resolve(model.path, model.revision)
         place = open_device(device)
+        _check_room(folder, model.dtype, place)
         dtype = getattr(torch, model.dtype)
         with ThreadPoolExecutor() as aside:
             prepared = aside.submit(prepare_backend, dtype, place)
@@ -369,6 +372,16 @@ class Engine:
         completions = self._requests.complete(ended)
         self._stats.seconds["sample"] += time.perf_counter() - began
         return completions
+
+
+def _check_room(folder: Path, dtype: str, place: torch.device) -> None:
+    """Raises ModelError where a GPU has no room for the weights. (A CPU's memory may be more than what is free.)"""
+    needed, free = weight_bytes(folder, dtype), free_bytes(place)
+    if place.type == "cuda" and needed > free:
+        raise ModelError(
+            f"model.path: {folder} needs {needed / 1e9:.1f} GB for its weights in {dtype}, and {free / 1e9:.1f} GB "
+            f"of the GPU's memory are free; a smaller model is wanted, or a GPU with more memory"
+        )
 
 
 @contextmanager

@@ -160,21 +160,22 @@ class Scheduler:
             for block in row.blocks[row.computed // size :]
         )
 
-    def _held(self, share: int) -> list[Sequence]:
+    def _held(self, share: int) -> dict[Sequence, None]:
         """Rows of a cohort that are prefilled wait for its others, so that all begin to decode in one step."""
         if self.cohort == 1:
-            return []
+            return {}
         joins = self._joining and bool(self.waiting) and self._has_row(share) and self._has_pages()
         if not joins and not any(row.prefilling for row in self.running):
-            return []
-        return [row for row in self.running if len(row.generated) == 1]
+            return {}
+        return dict.fromkeys(row for row in self.running if len(row.generated) == 1)
 
     def _extend(self, plan: StepPlan, row: Sequence, budget: int) -> int:
-        if row.length >= row.limit or row not in self.running:
-            return 0  # its last token is on its way, or it has just given its pages up
-        stop = min(row.length, row.computed + budget)
+        length = row.length
+        if row.ended or length >= row.limit:
+            return 0  # it has just given its pages up, or its last token is on its way
+        stop = min(length, row.computed + budget)
         asked = tree_size(row.prompt.candidates)
-        if asked and stop == row.length and stop - row.computed + asked > budget and plan.chunks:
+        if asked and stop == length and stop - row.computed + asked > budget and plan.chunks:
             stop -= 1  # what is asked goes with the last token into a step with more room
         if stop <= row.computed:
             return 0
@@ -184,7 +185,7 @@ class Scheduler:
         if not self._reach(plan, row, stop + len(row.draft)):
             return 0
         drafts = self._drafts + (MOST_FORCED if row.matcher is not None else 0)
-        if stop == row.length and drafts and row.generated:
+        if drafts and stop == length and row.generated:
             self._reach_further(plan, row, min(stop + drafts, row.limit + drafts))
         plan.chunks.append(Chunk(row, row.computed, stop))
         return stop - row.computed + len(row.draft)
@@ -205,6 +206,8 @@ class Scheduler:
     def _give_up_layers(self, plan: StepPlan, row: Sequence) -> None:
         """Pages of layers that a row runs no more, but for those of the token before, which may be on its way and
         not be finite. (What a drafter has missed it runs through layers that every token runs.)"""
+        if self._policy.is_full:
+            return
         layers = self._layers_at(row, row.computed - 1)
         if layers >= min(row.layers, len(self._shape.layers)):
             return

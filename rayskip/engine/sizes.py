@@ -14,7 +14,7 @@ from rayskip.model.decoder import Decoder
 from rayskip.model.token_batch import Span, TokenBatch
 from rayskip.skip import SkipPolicy
 
-CANDIDATES = (32, 64, 128, 256)
+CANDIDATES = (32, 64, 128, 256, 512, 1024)
 WORTH = 1.1
 """A batch twice as large must make this many times the tokens per second: past that it only adds memory and a
 longer tail."""
@@ -65,7 +65,8 @@ def choose_sizes(
     workers = _workers(traits.worker_threads, threads, config.max_batch_rows)
     layout, layers = backend.layout, decoder.depth + cache_layers
     page_bytes = layout.page * KVCache.bytes_per_position(decoder.spec, 1, backend.dtype)
-    room = config.kv_cache_gb * 1e9 if config.kv_cache_gb else config.memory_fraction * backend.free_bytes()
+    share = config.memory_fraction or traits.memory_fraction
+    room = config.kv_cache_gb * 1e9 if config.kv_cache_gb else share * backend.free_bytes()
     rows = (
         -(-config.max_batch_rows // workers)
         if config.max_batch_rows
@@ -97,6 +98,8 @@ def best_rows(decoder: Decoder, threads: int) -> int:
     with decoder.backend.threads(threads):
         chosen, rate = 0, 0.0
         for rows in CANDIDATES:
+            if rows > decoder.backend.traits.most_rows:
+                break
             measured = rows / timings.seconds(rows, partial(_step_seconds, decoder, rows))
             if measured < rate * WORTH:
                 break

@@ -249,11 +249,17 @@ class Worker:
             row for row, verdict in verdicts.items() if row.draft and verdict.choices[-1].token_id is None
         ]:
             hidden = self._run_without_drafts(poisoned, verdicts, hidden)
-        for row, verdict in verdicts.items():
-            if verdict.choices[-1].token_id is None:
-                continue  # it ends, and its pages will be cleared
-            if verdict.path != list(range(verdict.accepted)):
-                self._cache.move(row.table_row, [row.length + node for node in verdict.path], row.length)
+        # of those that end, pages will be cleared
+        going = {row: own for row, own in verdicts.items() if own.choices[-1].token_id is not None}
+        self._cache.move(
+            [
+                (row.table_row, row.length + node, row.length + at)
+                for row, verdict in going.items()
+                for at, node in enumerate(verdict.path)
+                if at != node
+            ]
+        )
+        for row, verdict in going.items():
             if None in verdict.guesses:
                 self._cache.clear_row(row.table_row, row.length + verdict.accepted, row.places)
         self._drafter.observe(verdicts, hidden)
@@ -296,9 +302,13 @@ class Worker:
         decoder = self._decoder
         if states is None:
             return decoder.hidden(batch, self._cache)
-        at = [
-            states.rows[chunk.sequence, place] for chunk in chunks for place in range(chunk.start, chunk.stop)
-        ]
+        at = decoder.backend.tensor(
+            [
+                states.rows[chunk.sequence, place]
+                for chunk in chunks
+                for place in range(chunk.start, chunk.stop)
+            ]
+        )
         x = decoder.run_layers(states.x[at], batch, self._cache, states.layer, decoder.depth)
         return x[batch.outputs]
 
@@ -319,18 +329,22 @@ class Worker:
         fewer than verification allowed; none where it had ended before."""
         rule = self._decoder.backend.row_rule
         got = {ran.row: gained[ran.row] for ran in result.decoded}
-        useful = in_vain = 0
         newest: Counter[int] = Counter()
         drafted_by: Counter[str] = Counter()
         accepted_by: Counter[str] = Counter()
+        every = [self._policy.depth(ran.row.skip_position(ran.position)) for ran in result.decoded]
+        newest.update(depth for depth, count in zip(every, got.values(), strict=True) if count)
+        useful = sum(depth * rows for depth, rows in newest.items())
+        in_vain = sum(every) - useful
         for ran in result.decoded:
+            if not ran.draft:
+                continue
             depths = [
                 self._policy.depth(ran.row.skip_position(ran.position + offset))
-                for offset in (0, *ran.draft.depths)
+                for offset in ran.draft.depths
             ]
             held = ran.path[: max(got[ran.row] - 1, 0)]
-            good = (depths[0] if got[ran.row] else 0) + sum(depths[1 + node] for node in held)
-            newest[depths[0]] += got[ran.row] > 0
+            good = sum(depths[node] for node in held)
             useful += good
             in_vain += sum(depths) - good
             drafted_by.update(ran.draft.drafters)

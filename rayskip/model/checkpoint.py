@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 LABEL = "rayskip.json"
 """File beside a checkpoint's weights that says how rayskip trained it."""
 
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+
 SUGGESTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Sampling parameters that a generation_config.json may have under the names of a job's."""
 
@@ -71,9 +73,14 @@ def check(folder: Path, adapter: Path | None = None) -> Spec:
     return _checked(folder, adapter)[2]
 
 
-def _checked(folder: Path, adapter: Path | None) -> tuple[Config, Family, Spec]:
-    """`check`, and what it read. What was found good once is not checked again: torch, which that needs, takes
-    seconds to import."""
+def weight_bytes(folder: Path, dtype: str) -> int:
+    """Memory that the weights of a folder take in `dtype`, as a config names it. Raises ModelError as `check`."""
+    return _checked(folder, None)[3] * DTYPE_BYTES[dtype]
+
+
+def _checked(folder: Path, adapter: Path | None) -> tuple[Config, Family, Spec, int]:
+    """`check`, what it read, and how many weights there are. What was found good once is not checked again: torch,
+    which that needs, takes seconds to import."""
     read = _config_and_spec(folder)
     headers = read_headers(weight_files(folder))
     looked_at: list[bytes | str] = [headers_text(headers), (folder / "config.json").read_bytes()]
@@ -81,8 +88,8 @@ def _checked(folder: Path, adapter: Path | None) -> tuple[Config, Family, Spec]:
         _check_base(adapter, folder)
         settings, weights = adapter_files(adapter)
         looked_at += [headers_text(read_headers([weights])), settings.read_bytes()]
-    recall("checks", lambda: [*reader(), *looked_at], lambda: _check(folder, adapter, *read, headers))
-    return read
+    count = recall("checks", lambda: [*reader(), *looked_at], lambda: _check(folder, adapter, *read, headers))
+    return *read, count
 
 
 def _check(
@@ -92,8 +99,8 @@ def _check(
     own: Family,
     spec: Spec,
     headers: Mapping[str, Header],
-) -> bool:
-    """True; raises ModelError when something does not fit."""
+) -> int:
+    """How many weights there are; raises ModelError when something does not fit."""
     import torch
 
     if spec.heads % spec.kv_heads:
@@ -102,12 +109,14 @@ def _check(
         )
     try:
         with torch.device("meta"):
-            _check_shapes(folder, spec, _weights(folder, config, own, spec, _Shapes(headers)))
+            weights = _weights(folder, config, own, spec, _Shapes(headers))
+        _check_shapes(folder, spec, weights)
     except (RuntimeError, IndexError) as error:  # of shapes that cannot even be put together
         raise ModelError(f"{folder}: its tensors do not fit each other ({error})") from error
     if adapter is not None:
         check_fit(read_adapter(adapter, own.prefixes), headers, own.prefixes)
-    return True
+    distinct = {id(tensor): tensor for _, tensor, _ in _shapes(spec, weights) if tensor is not None}
+    return sum(tensor.numel() for tensor in distinct.values())
 
 
 def load(
@@ -117,7 +126,7 @@ def load(
 
     adapter: folder of a LoRA adapter to merge. Raises ModelError as `check` does, before the first weight is read.
     """
-    config, own, spec = _checked(folder, adapter)
+    config, own, spec, _ = _checked(folder, adapter)
     with ExitStack() as opened:
         stored: Mapping[str, torch.Tensor] = _Stored(weight_files(folder), dtype, device, opened)
         if adapter is not None:

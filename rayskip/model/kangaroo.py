@@ -14,6 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rayskip.model.backends.transfer import ToHost
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.decoder import Decoder
 from rayskip.model.spec import Attention, Dense, Layer, Norm
@@ -51,7 +52,8 @@ class Kangaroo:
         """
         x = self._decoder.embed(batch)
         places, chances = self._draft.run(x, batch, cache, after, count)
-        return x, self.token_ids[places].tolist(), chances.tolist()
+        tokens, sure = ToHost(self.token_ids[places]), ToHost(chances)
+        return x, tokens.tolist(), sure.tolist()
 
 
 def adapter_shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
+from rayskip.model.backends.transfer import ToHost
 from rayskip.model.decoder import Decoder
 from rayskip.model.spec import Dense
 from rayskip.model.trained import MedusaLabel, check_shapes, load_trained
@@ -39,7 +40,7 @@ class Medusa:
         x = self._backend.normalise(hidden, self._norm)
         blocks = F.silu(self._blocks(x)).view(len(x), -1, x.shape[1])
         best = self._head.logits((x.unsqueeze(1) + blocks).flatten(0, 1)).topk(count).indices
-        tokens: list[list[list[int]]] = self.token_ids[best].view(len(x), -1, count).tolist()
+        tokens: list[list[list[int]]] = ToHost(self.token_ids[best].view(len(x), -1, count)).tolist()
         return tokens
 
 

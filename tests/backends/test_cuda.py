@@ -16,14 +16,14 @@ from torch import Tensor
 
 from rayskip.cluster.replica import device_for
 from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
-from rayskip.engine import Engine
-from rayskip.errors import ConfigError
+from rayskip.engine import Engine, engine
+from rayskip.errors import ConfigError, ModelError
 from rayskip.model.backends.choose import BACKENDS
 from rayskip.model.backends.cuda import backend as cuda
 from rayskip.model.backends.cuda.backend import cuda_backend
 from rayskip.model.backends.cuda.compiled import compile_pieces
 from rayskip.model.backends.torch import TorchBackend
-from rayskip.model.checkpoint import load, tensors_fingerprint
+from rayskip.model.checkpoint import load, tensors_fingerprint, weight_bytes
 from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
 from rayskip.model.spec import Spec, Weights
@@ -167,6 +167,21 @@ def test_the_job_chooses_between_cpu_and_gpu() -> None:
             device_for(0.5)
 
 
+def test_a_model_too_large_for_a_gpu_is_one_message_before_it_loads(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_llama("large", 0, vocab_size=199)
+    weights = 199 * 64 + 64 + 4 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96 + 2 * 64)
+    assert weight_bytes(folder, "bfloat16") == 2 * weights
+    assert weight_bytes(folder, "float32") == 4 * weights
+    monkeypatch.setattr(engine, "open_device", torch.device)  # there need be none
+    monkeypatch.setattr(engine, "free_bytes", lambda place: 2 * weights - 1)
+    with pytest.raises(
+        ModelError, match=r"needs 0\.0 GB for its weights in bfloat16, and 0\.0 GB .* are free"
+    ):
+        Engine.load(folder, device="cuda")
+
+
 @pytest.fixture(scope="module")
 def fused(tiny_llama: Callable[..., Path]) -> tuple[Decoder, Decoder]:
     """A model with compiled pieces, and the same without."""
@@ -205,7 +220,7 @@ def test_compiled_pieces_are_torchs_for_any_number_of_tokens(fused: tuple[Decode
     every = pieces(_torch_backend(decoder), slice(None))
     for found, expected in zip(every, pieces(_torch_backend(plain), slice(None)), strict=True):
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
-    for tokens in (slice(4, 5), slice(2, 4), slice(0, 8)):
+    for tokens in (slice(4, 5), slice(2, 4), slice(0, 8), slice(3, 3)):
         for found, together in zip(pieces(_torch_backend(decoder), tokens), every, strict=True):
             assert torch.equal(found, together[tokens])
 

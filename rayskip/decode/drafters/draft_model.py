@@ -14,6 +14,7 @@ from rayskip.decode.batch import Chunk, span_key, token_batch
 from rayskip.decode.draft import NEWEST
 from rayskip.decode.drafters.drafter import MISSED, Drafter
 from rayskip.decode.sequence import Sequence
+from rayskip.model.backends.transfer import ToHost
 from rayskip.model.cache.blocks import Block, BlockPool
 from rayskip.model.cache.kv_cache import Assignment, KVCache
 from rayskip.model.decoder import Decoder
@@ -104,7 +105,7 @@ class DraftModelDrafter(Drafter):
         ordered = sorted(chunks, key=span_key)
         batch = token_batch(ordered, self._full, self._model.backend)
         logits = self._model.logits(self._model.hidden(batch, self._cache))
-        tokens = logits[:, : self._vocab].argmax(-1).tolist()
+        tokens = ToHost(logits[:, : self._vocab].argmax(-1)).tolist()
         further = []
         for chunk, token in zip([chunk for chunk in ordered if chunk.last], tokens, strict=True):
             row = chunk.sequence

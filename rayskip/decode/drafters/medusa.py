@@ -18,6 +18,7 @@ from rayskip.decode.draft import NEWEST
 from rayskip.decode.drafters.drafter import Drafter
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict
+from rayskip.model.backends.transfer import to_device
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.medusa import Medusa
 
@@ -42,6 +43,6 @@ class MedusaDrafter(Drafter):
         """Propose at once, from the states where the newest tokens were chosen."""
         going = [row for row, verdict in verdicts.items() if verdict.choices[-1].token_id is not None]
         if going:
-            at = torch.tensor([verdicts[row].place for row in going], device=hidden.device)
+            at = to_device([verdicts[row].place for row in going], torch.long, hidden.device)
             tokens = self._medusa.propose(hidden[at], self._config.branches)
             self._next.update(zip(going, tokens, strict=True))

@@ -37,7 +37,9 @@ class Traits:
     threads serve workers of their own, each with rows and a cache of its own; else one worker has all.
     step_tokens: tokens in a forward past which a prefill is no faster per token. timed_tokens: tokens in a forward
     past which its time is a straight line. rerun_tokens: as many tokens take little longer than one, so that a
-    draft's last ones run again in the verification rather than by themselves.
+    draft's last ones run again in the verification rather than by themselves. most_rows: a batch of more is not
+    faster. memory_fraction: of the memory that is free after the load, for keys and values; a GPU's is for nobody
+    else.
     """
 
     plans_ahead: bool
@@ -45,10 +47,28 @@ class Traits:
     step_tokens: int
     timed_tokens: int
     rerun_tokens: int
+    most_rows: int
+    memory_fraction: float
 
 
-HOST = Traits(plans_ahead=False, worker_threads=True, step_tokens=1024, timed_tokens=128, rerun_tokens=16)
-DEVICE = Traits(plans_ahead=True, worker_threads=False, step_tokens=8192, timed_tokens=4096, rerun_tokens=0)
+HOST = Traits(
+    plans_ahead=False,
+    worker_threads=True,
+    step_tokens=1024,
+    timed_tokens=128,
+    rerun_tokens=16,
+    most_rows=256,
+    memory_fraction=0.4,
+)
+DEVICE = Traits(
+    plans_ahead=True,
+    worker_threads=False,
+    step_tokens=8192,
+    timed_tokens=4096,
+    rerun_tokens=0,
+    most_rows=1024,
+    memory_fraction=0.85,
+)
 
 
 @dataclass(frozen=True)

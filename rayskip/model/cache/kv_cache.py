@@ -186,17 +186,16 @@ class KVCache:
         )
         return keys.contiguous(), values.contiguous()
 
-    def move(self, row: int, sources: Seq[int], target: int) -> None:
-        """Copy a row's positions `sources` to those from `target` on, in every layer. sources: ascending, and none
-        before its target."""
+    def move(self, moves: Seq[tuple[int, int, int]]) -> None:
+        """Copy positions of rows to others in every layer: (row, from, to). All are read before any is written."""
+        if not moves:
+            return
         size = self.layout.page
-        for to, source in enumerate(sources, target):
-            if to == source:
-                continue
-            old, new = (self.table[:, row, place // size].long() for place in (source, to))
-            places = [self._at(torch.tensor(place % size)) for place in (source, to)]
-            for (stored, from_at), (_, to_at) in zip(*places, strict=True):
-                stored[_index(new, ALL, *to_at)] = stored[_index(old, ALL, *from_at)]
+        rows, sources, targets = self._memory.tensor(moves).T
+        old, new = (self.table[:, rows, places // size].long() for places in (sources, targets))  # [L, M]
+        places = (self._at(places % size) for places in (sources, targets))
+        for (stored, from_at), (_, to_at) in zip(*places, strict=True):
+            stored[_index(new, ALL, *to_at)] = stored[_index(old, ALL, *from_at)]
 
     def copy(self, pairs: Seq[tuple[int, int]]) -> None:
         """Copy whole pages, each from one to another; all are read before any is written."""

@@ -1,15 +1,16 @@
-"""A GPU's backend: attention is one call for all rows of a step, whatever their lengths, over the cache's pages;
+"""A GPU's backends: attention is one call for all rows of a step, whatever their lengths, over the cache's pages;
 steps whose rows bring one token are CUDA graphs; what lies between products and attention is compiled.
 
-torch.nn.attention.varlen calls FlashAttention. `num_splits=1` adds over a row's keys in one order, whoever shares
-the batch. Attention does nothing that graphs forbid where every row brings one token.
+Attention is FlashAttention's, by torch.nn.attention.varlen, where that reads pages; `num_splits=1` adds over a
+row's keys in one order, whoever shares the batch. Else it is a kernel of our own (paged.py). Neither does what
+graphs forbid where every row brings one token.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
 from rayskip.model.backends.base import Backend, Head, Stack
+from rayskip.model.backends.cuda import paged
 from rayskip.model.backends.cuda.compiled import compile_pieces
 from rayskip.model.backends.cuda.graphs import GraphedLayers, cuda_graphs
 from rayskip.model.backends.torch import TorchBackend, TorchStack
@@ -37,7 +39,19 @@ OPTIONS = frozenset(inspect.signature(varlen_attn).parameters)
 """What torch's call can be told. Where it cannot be told of splits or grouped heads (torch 2.11), it makes none,
 and takes any heads."""
 PAGED = "block_table" in OPTIONS
-"""Whether it reads keys where they lie. Else they are first brought together, one row's after the other's."""
+"""Whether it reads keys where they lie. Else they are first brought together, one row's after the other's, and our
+own kernel goes before it."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What some tokens attend to: keys, values [pages, Hkv, page, D]. table: pages [rows, blocks], of the block
+    table's rows; of the tokens, one by one, where their keys were `gathered`."""
+
+    keys: Tensor
+    values: Tensor
+    table: Tensor
+    gathered: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,22 +122,32 @@ class CudaBackend(TorchBackend):
     ) -> Tensor:
         q = self.turn_and_store(q, k, v, own.rope, layer, batch, cache)
         ran = [span for span in batch.spans if span.start < len(q)]
+        stored = Stored(cache.keys, cache.values, cache.table[layer])
         if batch.paths is None:
-            segments = batch.once(("segments", len(ran)), partial(segments_of, batch, ran))
-            table = cache.table[layer, segments.rows, : segments.blocks]
-            return self._attend_pages(q, cache.keys, cache.values, table, segments, own.window)
+            return self.attend(q, batch, ran, stored, own.window)
         parts = []
-        for index, span in enumerate(ran):
-            queries = q[span.start : span.stop]
-            segments = batch.once(("segment", index), partial(segments_of, batch, [span]))
-            keys, values = cache.keys, cache.values
-            table = cache.table[layer, segments.rows, : segments.blocks]
+        for span in ran:
+            read = stored
             if span.width == 1:  # drafted tokens come one by one
-                places = batch.paths.keys(batch.positions, span.start, span.stop, segments.blocks * PAGE)
-                keys, values = (_in_pages(x) for x in cache.read_places(layer, span.table_rows, places))
-                table = torch.arange(len(keys), device=q.device, dtype=torch.int32).view(span.rows, -1)
-            parts.append(self._attend_pages(queries, keys, values, table, segments, own.window))
+                length = self.layout.blocks(span.keys) * self.layout.page
+                places = batch.paths.keys(batch.positions, span.start, span.stop, length)
+                keys, values = (
+                    _in_pages(x, self.layout.page) for x in cache.read_places(layer, span.table_rows, places)
+                )
+                pages = torch.arange(len(keys), device=q.device, dtype=torch.int32)
+                read = Stored(keys, values, pages.view(span.rows, -1), gathered=True)
+            parts.append(self.attend(q[span.start : span.stop], batch, [span], read, own.window))
         return torch.cat(parts)
+
+    def attend(
+        self, q: Tensor, batch: TokenBatch, spans: Sequence[Span], stored: Stored, window: int | None
+    ) -> Tensor:
+        """q [N, Hq, D], the tokens of some spans side by side -> [N, Hq * D]."""
+        segments = batch.once(
+            ("segments", spans[0].start, spans[-1].stop), partial(segments_of, batch, spans)
+        )
+        table = stored.table if stored.gathered else stored.table[segments.rows, : segments.blocks]
+        return self._attend_pages(q, stored.keys, stored.values, table, segments, window)
 
     def _attend_pages(
         self, q: Tensor, keys: Tensor, values: Tensor, table: Tensor, segments: Segments, window: int | None
@@ -151,6 +175,52 @@ class CudaBackend(TorchBackend):
         )
         return cast(Tensor, out).flatten(1)
 
+    @staticmethod
+    def unfit(spec: Spec, dtype: torch.dtype) -> str | None:
+        """What of a model it has no kernel for."""
+        if dtype not in (torch.bfloat16, torch.float16):
+            return f"FlashAttention has no {str(dtype).removeprefix('torch.')}"
+        if spec.head_dim % 8 or spec.head_dim > WIDEST_HEAD:
+            return f"FlashAttention has no heads of {spec.head_dim} elements"
+        return None if spec.attn_softcap is None else "FlashAttention has no softcap on scores"
+
+
+class PagedBackend(CudaBackend):
+    """By our own kernel, which has softcaps, and heads of any size."""
+
+    name = "triton"
+    layout = Layout()
+
+    def attend(
+        self, q: Tensor, batch: TokenBatch, spans: Sequence[Span], stored: Stored, window: int | None
+    ) -> Tensor:
+        first, stop = spans[0].start, spans[-1].stop
+
+        def tiles() -> paged.Tiles:
+            starts, widths = [span.start - first for span in spans], [span.width for span in spans]
+            shared, blocks = (
+                self.spec.heads // self.spec.kv_heads,
+                self.layout.blocks(max(span.keys for span in spans)),
+            )
+            return paged.tiles_of(batch.table_rows[first:stop], starts, widths, stop - first, shared, blocks)
+
+        own = batch.once(("tiles", first, stop), tiles)
+        if stored.gathered:
+            own = replace(own, rows=torch.arange(stop - first, device=q.device))
+        scale, cap = self.spec.scale, self.spec.attn_softcap
+        positions = batch.positions[first:stop]
+        out = paged.attend_pages(
+            q, stored.keys, stored.values, stored.table, own, positions, scale, window, cap
+        )
+        return out.flatten(1)
+
+    @staticmethod
+    def unfit(spec: Spec, dtype: torch.dtype) -> str | None:
+        if dtype not in (torch.bfloat16, torch.float16):
+            return CudaBackend.unfit(spec, dtype)
+        fits = spec.heads // spec.kv_heads <= paged.ROWS and spec.head_dim <= WIDEST_HEAD
+        return None if fits else f"our kernel has no {spec.heads} heads of {spec.head_dim} elements"
+
 
 class GraphedStack(TorchStack):
     """Runs a step's layers as a CUDA graph, where there is one of its kind."""
@@ -166,42 +236,38 @@ class GraphedStack(TorchStack):
         return super().run(x, batch, cache, first, last) if done is None else done
 
 
-def _in_pages(stored: Tensor) -> Tensor:
-    """[B, Hkv, blocks * PAGE, D] -> [B * blocks, Hkv, PAGE, D]."""
+def _in_pages(stored: Tensor, page: int) -> Tensor:
+    """[B, Hkv, blocks * page, D] -> [B * blocks, Hkv, page, D]."""
     rows, heads, length, dim = stored.shape
-    return stored.view(rows, heads, length // PAGE, PAGE, dim).transpose(1, 2).flatten(0, 1)
+    return stored.view(rows, heads, length // page, page, dim).transpose(1, 2).flatten(0, 1)
 
 
 def cuda_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> Backend:
-    """FlashAttention where it serves the model on this device and agrees with torch's attention, else that."""
-    if reason := _unfit(spec, dtype):
-        return _torchs(spec, dtype, device, f"FlashAttention has no {reason}")
-    fast = CudaBackend(spec, dtype, device)
+    """The first whose attention serves the model on this device and agrees with torch's, else torch's."""
+    kinds = (CudaBackend, PagedBackend) if PAGED else (PagedBackend, CudaBackend)
+    reasons = []
+    for kind in kinds:
+        if (reason := kind.unfit(spec, dtype)) is None:
+            fast = kind(spec, dtype, device)
+            if (reason := _fault(fast)) is None:
+                return fast
+        reasons.append(reason)
+    said = "; ".join(dict.fromkeys(reasons))
+    return TorchBackend(spec, dtype, device, [f"attention is torch's, which is slower: {said}"])
+
+
+def _fault(fast: CudaBackend) -> str | None:
+    """Why a backend's attention does not serve here, if it does not."""
+    what = {"varlen": "torch's varlen_attn", "triton": "our kernel"}[fast.name]
     try:
-        expected, found = (_probe(backend) for backend in (TorchBackend(spec, dtype, device), fast))
+        expected, found = (_probe(own) for own in (TorchBackend(fast.spec, fast.dtype, fast.device), fast))
     except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:  # no kernel for this processor, or another interface
-        return _torchs(spec, dtype, device, f"its varlen_attn does not serve here ({error})")
+        Exception
+    ) as error:  # no kernel for this processor, another interface, whatever a compiler may raise
+        return f"{what} does not serve here ({error})"
     if torch.allclose(found, expected, atol=TOLERANCE):
-        return fast
-    most = float((found - expected).abs().max())
-    return _torchs(spec, dtype, device, f"its varlen_attn is off by up to {most:.2g} here")
-
-
-def _torchs(spec: Spec, dtype: torch.dtype, device: torch.device, reason: str) -> Backend:
-    return TorchBackend(spec, dtype, device, [f"attention is torch's, which is slower: {reason}"])
-
-
-def _unfit(spec: Spec, dtype: torch.dtype) -> str | None:
-    """What of a model FlashAttention has no kernel for."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return str(dtype).removeprefix("torch.")
-    if spec.head_dim % 8 or spec.head_dim > WIDEST_HEAD:
-        return f"heads of {spec.head_dim} elements"
-    return None if spec.attn_softcap is None else "softcap on scores"
+        return None
+    return f"{what} is off by up to {float((found - expected).abs().max()):.2g} here"
 
 
 def _probe(backend: TorchBackend) -> Tensor:
