@@ -9,6 +9,7 @@ import pytest
 import torch
 from reference import reference_logits
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3Config,
@@ -51,6 +52,13 @@ ROPE_LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+ROPE_MINISTRAL3 = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 128,
+    "llama_4_scaling_beta": 0.1,
+}
 ROPE_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 WINDOWS = ["sliding_attention", "full_attention"] * 2
 PLAIN = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
@@ -59,6 +67,11 @@ OPT_SIZES = {
     "ffn_dim": 80,
     "init_std": 0.3,
 }
+
+
+def _config(model_type: str, **own: Any) -> PreTrainedConfig:
+    return AutoConfig.for_model(model_type, **{**SIZES, **own})
+
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES),
@@ -101,6 +114,35 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt_neox": GPTNeoXConfig(**PLAIN, rotary_pct=0.5),
     "gpt_neox-sequential": GPTNeoXConfig(**PLAIN, use_parallel_residual=False),
     "opt": OPTConfig(**OPT_SIZES, word_embed_proj_dim=96),
+    "arcee": _config("arcee"),
+    "cohere": _config("cohere", logit_scale=0.3),
+    "cohere2": _config("cohere2", sliding_window=8, layer_types=WINDOWS),
+    "ernie4_5": _config("ernie4_5", head_dim=32),
+    "exaone4": _config("exaone4", sliding_window=8, layer_types=WINDOWS),
+    "gemma": _config("gemma", head_dim=32),
+    "glm": _config("glm", head_dim=32),
+    "glm4": _config("glm4", head_dim=32),
+    "granite": _config(
+        "granite",
+        attention_multiplier=0.2,
+        embedding_multiplier=3.0,
+        logits_scaling=1.7,
+        residual_multiplier=0.6,
+    ),
+    "helium": _config("helium", head_dim=16),
+    "hunyuan_v1_dense": _config("hunyuan_v1_dense", head_dim=32),
+    "ministral": _config("ministral", sliding_window=8, layer_types=WINDOWS, head_dim=32),
+    "ministral3": _config("ministral3", sliding_window=8, head_dim=32, rope_parameters=ROPE_MINISTRAL3),
+    "nemotron": _config("nemotron"),
+    "olmo": _config("olmo"),
+    "olmo2": _config("olmo2"),
+    "olmo3": _config("olmo3", sliding_window=8, layer_types=WINDOWS),
+    "phi": _config("phi"),
+    "phi3": _config("phi3", sliding_window=8),
+    "seed_oss": _config("seed_oss", head_dim=32),
+    "smollm3": _config("smollm3", no_rope_layers=[1, 0, 1, 0]),
+    "stablelm": _config("stablelm"),
+    "starcoder2": _config("starcoder2", sliding_window=8),
 }
 GEMMA3: Any = CONFIGS["gemma3"]
 ROPE_YARN = {
