@@ -11,6 +11,7 @@ from reference import reference_logits
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -30,6 +31,7 @@ from rayskip.model.backends.torch import TorchBackend
 from rayskip.model.checkpoint import load
 from rayskip.model.decoder import Decoder
 from rayskip.model.families import FAMILIES
+from rayskip.model.invariance import is_batch_invariant
 
 SIZES: dict[str, Any] = {
     "vocab_size": 199,
@@ -59,7 +61,23 @@ ROPE_MINISTRAL3 = {
     "original_max_position_embeddings": 128,
     "llama_4_scaling_beta": 0.1,
 }
+ROPE_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+ROPE_IMAGES = {**ROPE_PLAIN, "mrope_section": [4, 2, 2]}
 ROPE_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "depth": 1,
+    "embed_dim": 16,
+    "num_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "out_hidden_size": 96,
+    "deepstack_visual_indexes": [0],
+    "fullatt_block_indexes": [0],
+}
 WINDOWS = ["sliding_attention", "full_attention"] * 2
 PLAIN = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 OPT_SIZES = {
@@ -71,6 +89,13 @@ OPT_SIZES = {
 
 def _config(model_type: str, **own: Any) -> PreTrainedConfig:
     return AutoConfig.for_model(model_type, **{**SIZES, **own})
+
+
+def _wrapping(model_type: str, text_type: str, **own: Any) -> PreTrainedConfig:
+    """A model that also sees images."""
+    return AutoConfig.for_model(
+        model_type, text_config={"model_type": text_type, **SIZES, **own}, vision_config=VISION
+    )
 
 
 CONFIGS: dict[str, PreTrainedConfig] = {
@@ -119,7 +144,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "cohere2": _config("cohere2", sliding_window=8, layer_types=WINDOWS),
     "ernie4_5": _config("ernie4_5", head_dim=32),
     "exaone4": _config("exaone4", sliding_window=8, layer_types=WINDOWS),
+    "falcon": _config("falcon", rope_parameters=ROPE_PLAIN),
+    "falcon-new": _config("falcon", new_decoder_architecture=True, num_kv_heads=2),
     "gemma": _config("gemma", head_dim=32),
+    "gpt2": _config("gpt2"),
+    "gptj": _config("gptj", rotary_dim=8),
+    "mistral3": _wrapping("mistral3", "ministral3", rope_parameters=ROPE_MINISTRAL3, head_dim=32),
+    "qwen2_5_vl": _wrapping("qwen2_5_vl", "qwen2_5_vl_text", rope_parameters=ROPE_IMAGES),
+    "qwen2_vl": _wrapping("qwen2_vl", "qwen2_vl_text", rope_parameters=ROPE_IMAGES),
+    "qwen3_vl": _wrapping("qwen3_vl", "qwen3_vl_text", head_dim=16, rope_parameters=ROPE_IMAGES),
     "glm": _config("glm", head_dim=32),
     "glm4": _config("glm4", head_dim=32),
     "granite": _config(
@@ -167,17 +200,23 @@ VARIANTS: dict[str, PreTrainedConfig] = {
     "opt-no-biases": OPTConfig(**OPT_SIZES, enable_bias=False),
 }
 """Switches of the configs, whose logits alone are compared."""
+ON_TORCH = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "opt")
+"""What runs on torch's operations alone too; tests/backends compares the rest of the parts."""
 PROMPT_LENGTHS = (1, 5, 17, 33, 40)
 NEW_TOKENS = 24
 
 
 def test_every_family_is_covered() -> None:
-    assert {config.model_type for config in CONFIGS.values()} == set(FAMILIES)
+    configs = [own for config in CONFIGS.values() for own in (config, config.get_text_config())]
+    assert {config.model_type for config in configs} >= set(FAMILIES)
 
 
-def _peer(config: PreTrainedConfig) -> Any:
+def new_peer(config: PreTrainedConfig) -> Any:
+    """transformers' model with random weights, in float32."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    kind = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    model = kind.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # norms and biases start as ones and zeros, which would hide a swap
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -187,7 +226,7 @@ def _peer(config: PreTrainedConfig) -> Any:
 
 @pytest.mark.parametrize("name", [*CONFIGS, *VARIANTS])
 def test_reference_logits_equal_transformers(name: str, tmp_path: Path) -> None:
-    peer = _peer((CONFIGS | VARIANTS)[name])
+    peer = new_peer((CONFIGS | VARIANTS)[name])
     peer.save_pretrained(tmp_path)
     token_ids = torch.randint(3, 190, (45,), generator=torch.Generator().manual_seed(2)).tolist()
 
@@ -198,10 +237,11 @@ def test_reference_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(reference_logits(spec, weights, token_ids), expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("ops", ["native", "torch"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "ops"), [*((name, "native") for name in CONFIGS), *((name, "torch") for name in ON_TORCH)]
+)
 def test_greedy_tokens_equal_transformers(name: str, ops: str, tmp_path: Path) -> None:
-    peer = _peer(CONFIGS[name])
+    peer = new_peer(CONFIGS[name])
     peer.save_pretrained(tmp_path)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, 190, (length,), generator=generator).tolist() for length in PROMPT_LENGTHS]
@@ -219,20 +259,22 @@ def test_greedy_tokens_equal_transformers(name: str, ops: str, tmp_path: Path) -
     ours = engine.generate(prompts, params)
 
     for prompt, (generation,) in zip(prompts, ours, strict=True):
-        theirs = peer.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            eos_token_id=None,
-        )[0, len(prompt) :].tolist()
-        assert generation.token_ids == theirs
-        with torch.no_grad():
-            logits = peer(torch.tensor([prompt + theirs[:-1]])).logits[0, len(prompt) - 1 :]
-        expected = torch.log_softmax(logits, -1).gather(1, torch.tensor(theirs)[:, None])[:, 0]
+        with (
+            torch.no_grad()
+        ):  # what is greedy after every token is what generating token by token would have chosen
+            logits = peer(torch.tensor([prompt + generation.token_ids[:-1]])).logits[0, len(prompt) - 1 :]
+        theirs = logits.argmax(-1)
+        assert generation.token_ids == theirs.tolist()
+        expected = torch.log_softmax(logits, -1).gather(1, theirs[:, None])[:, 0]
         assert generation.logprobs is not None
         measured = torch.tensor([entry.logprob for entry in generation.logprobs])
         torch.testing.assert_close(measured, expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cohere2", "granite", "hunyuan_v1_dense", "nemotron", "olmo3", "smollm3"])
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(name: str, tmp_path: Path) -> None:
+    new_peer(CONFIGS[name]).save_pretrained(tmp_path)
+    assert is_batch_invariant(Decoder(*load(tmp_path, torch.bfloat16, torch.device("cpu"))))
 
 
 @pytest.mark.parametrize(

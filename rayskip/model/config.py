@@ -79,13 +79,16 @@ def _by_transformers(file: Path, rotary: Callable[[str], RotaryModule | None]) -
 
 
 def _values(config: Any) -> dict[str, Any]:
-    """What of a config JSON can hold: what decides a decoder is numbers, texts, and lists and objects of them."""
+    """What of a config JSON can hold: what decides a decoder is numbers, texts, and lists and objects of them. What
+    a model has a name of its own for is there by the common one too."""
     values = {"model_type": config.model_type}
     for name, value in vars(config).items():
         try:
             values[name] = json.loads(json.dumps(value))
         except (TypeError, ValueError):
             continue
+    for common, own in config.attribute_map.items():
+        values.setdefault(common, values.get(own))
     return values
 
 

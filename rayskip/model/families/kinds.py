@@ -217,3 +217,12 @@ KINDS: dict[str, Kind] = {
     ),
 }
 """By model_type."""
+
+WRAPPED: dict[str, tuple[str, ...]] = {
+    "mistral3": ("ministral3", "mistral"),
+    "qwen2_5_vl": ("qwen2_5_vl_text",),
+    "qwen2_vl": ("qwen2_vl_text",),
+    "qwen3_vl": ("qwen3_vl_text",),
+}
+"""What model_types the language models of those that also see images may have. On text alone a token has one
+position in all three directions that Qwen's rope knows, which makes it a plain one."""

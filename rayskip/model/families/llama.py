@@ -1,12 +1,13 @@
 """Llama and what shares its shape: attention and an MLP in every layer, and norms around them. What each model_type
-has of its own stands in kinds.py."""
+has of its own stands in kinds.py. Of a model that also sees images only the language model is read."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from rayskip.model.families.kinds import KINDS
+from rayskip.errors import ModelError, shown
+from rayskip.model.families.kinds import KINDS, WRAPPED
 from rayskip.model.families.parts import (
     FULL,
     Tensors,
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 
 
 def spec(config: Config) -> Spec:
+    known = WRAPPED.get(config.model_type, (config.model_type,))
+    config = config.get_text_config()
+    if config.model_type not in known:
+        raise ModelError(
+            f"config.json: text_config has model_type {shown(config.model_type)}; known: {', '.join(known)}"
+        )
     kind = KINDS[config.model_type]
     refuse_set(config, *kind.refused)
     if config.model_type == "llama":  # transformers' has neither key, and sees everything whatever they say
@@ -46,6 +53,10 @@ def spec(config: Config) -> Spec:
 
 
 def weights(config: Config, spec: Spec, named: Tensors) -> Weights:
+    tied = (
+        config.tie_word_embeddings
+    )  # of a model that also sees images, its own word and not its text model's
+    config = config.get_text_config()
     kind = KINDS[config.model_type]
     embed = named["embed_tokens.weight"]
     ropes = rope_tables(config, spec)
@@ -54,7 +65,7 @@ def weights(config: Config, spec: Spec, named: Tensors) -> Weights:
     types = config.layer_types if "default" not in ropes else ["default"] * len(windows)
     return Weights(
         embed=embed,
-        head=named.head(embed, config.tie_word_embeddings, bias=kind.head_bias),
+        head=named.head(embed, tied, bias=kind.head_bias),
         layers=[
             reader.layer(index, window, rope if has_rope else None)
             for index, (window, rope, has_rope) in enumerate(zip(windows, types, turned, strict=True))
@@ -137,4 +148,9 @@ def rotary(model_type: str) -> RotaryModule:
     return found
 
 
-FAMILY = Family(spec, weights, prefixes=("model.",), rotary=rotary)
+FAMILY = Family(
+    spec,
+    weights,
+    prefixes=("model.language_model.", "language_model.model.", "language_model.", "model."),
+    rotary=rotary,
+)

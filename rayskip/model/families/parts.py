@@ -145,6 +145,20 @@ def rope_table(inverse: Sequence[float], positions: int, scaling: float = 1.0) -
     return Rope(angles.cos() * scaling, angles.sin() * scaling)
 
 
+def by_kind(fused: Dense, spec: Spec) -> Dense:
+    """Queries of a key-value head, its key and its value, one head after the other -> queries, keys, values."""
+    import torch
+
+    groups = spec.heads // spec.kv_heads
+
+    def sort(tensor: Tensor) -> Tensor:
+        by_head = tensor.view(spec.kv_heads, groups + 2, spec.head_dim, *tensor.shape[1:])
+        kinds = by_head.split((groups, 1, 1), dim=1)
+        return torch.cat([own.flatten(0, 2) for own in kinds])
+
+    return Dense(sort(fused.weight), None if fused.bias is None else sort(fused.bias))
+
+
 def in_halves(qkv: Dense, spec: Spec, turned: int) -> Dense:
     """Queries and keys whose neighbouring dims rope turns, put in the order in which it turns dims half of `turned`
     apart: products of queries and keys are the same."""
