@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from reference import reference_logits
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -24,7 +27,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from rayskip.config import EngineConfig, SamplingParams
+from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
 from rayskip.engine import Engine
 from rayskip.errors import ModelError
 from rayskip.model.backends.torch import TorchBackend
@@ -32,6 +35,9 @@ from rayskip.model.checkpoint import load
 from rayskip.model.decoder import Decoder
 from rayskip.model.families import FAMILIES
 from rayskip.model.invariance import is_batch_invariant
+from rayskip.skip import skip_policy
+from rayskip.train.examples import Example, collate
+from rayskip.train.skip import answer_logits
 
 SIZES: dict[str, Any] = {
     "vocab_size": 199,
@@ -64,6 +70,14 @@ ROPE_MINISTRAL3 = {
 ROPE_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 ROPE_IMAGES = {**ROPE_PLAIN, "mrope_section": [4, 2, 2]}
 ROPE_DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+ROPE_ALPHA = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 50.0}
+ROPE_LONG = {
+    **ROPE_PLAIN,
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0] * 8,
+    "long_factor": [2.0] * 8,
+}
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -185,6 +199,19 @@ ROPE_YARN = {
     "original_max_position_embeddings": 24,
 }
 VARIANTS: dict[str, PreTrainedConfig] = {
+    "falcon-one-norm": _config(
+        "falcon", new_decoder_architecture=True, num_kv_heads=3, num_ln_in_parallel_attn=1, bias=True
+    ),
+    "falcon-sequential": _config("falcon", multi_query=False, parallel_attn=False),
+    "exaone4-full": _config("exaone4", sliding_window=None, layer_types=["full_attention"] * 4),
+    "hunyuan-alpha": _config("hunyuan_v1_dense", head_dim=32, rope_parameters=ROPE_ALPHA),
+    "llama-dynamic-rope": LlamaConfig(**SIZES, rope_parameters=ROPE_DYNAMIC),
+    "llama-linear-rope": LlamaConfig(**SIZES, rope_parameters={**ROPE_DYNAMIC, "rope_type": "linear"}),
+    "mistral3-mistral": _wrapping("mistral3", "mistral", head_dim=32),
+    "nemotron-biases": _config("nemotron", attention_bias=True, mlp_bias=True),
+    "phi-head-norms": _config("phi", qk_layernorm=True),
+    "stablelm-parallel": _config("stablelm", use_parallel_residual=True, use_qkv_bias=True),
+    "starcoder2-no-biases": _config("starcoder2", use_bias=False),
     "llama-biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "llama-yarn": LlamaConfig(**{**SIZES, "max_position_embeddings": 24}, rope_parameters=ROPE_YARN),
     "qwen3-biases": Qwen3Config(**SIZES, head_dim=48, attention_bias=True),
@@ -202,6 +229,9 @@ VARIANTS: dict[str, PreTrainedConfig] = {
 """Switches of the configs, whose logits alone are compared."""
 ON_TORCH = ("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "opt")
 """What runs on torch's operations alone too; tests/backends compares the rest of the parts."""
+TRAINED = ("cohere2", "falcon", "gpt2", "gpt_neox", "gptj", "olmo3", "opt", "qwen2_5_vl")
+"""Models whose layers transformers calls in ways of their own."""
+SCHEDULE = {"kind": "skipdecode", "speedup": 2, "horizon": 8}
 PROMPT_LENGTHS = (1, 5, 17, 33, 40)
 NEW_TOKENS = 24
 
@@ -211,10 +241,17 @@ def test_every_family_is_covered() -> None:
     assert {config.model_type for config in configs} >= set(FAMILIES)
 
 
+def test_the_table_of_models_is_that_of_the_families() -> None:
+    table = Path(__file__).parents[1] / "docs/models.md"
+    rows = dict(re.findall(r"^\| `(\w+)` \| (own|refused) \|", table.read_text(), re.MULTILINE))
+    assert {name for name, road in rows.items() if road == "own"} == set(FAMILIES)
+    assert rows.keys() <= set(CONFIG_MAPPING)
+
+
 def new_peer(config: PreTrainedConfig) -> Any:
     """transformers' model with random weights, in float32."""
     torch.manual_seed(0)
-    causal = type(config) in AutoModelForCausalLM._model_mapping
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
     kind = AutoModelForCausalLM if causal else AutoModelForImageTextToText
     model = kind.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # norms and biases start as ones and zeros, which would hide a swap
@@ -277,13 +314,39 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(name: str, tmp_path: Path)
     assert is_batch_invariant(Decoder(*load(tmp_path, torch.bfloat16, torch.device("cpu"))))
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_under_a_schedule_runs_the_same_layers(name: str, tmp_path: Path) -> None:
+    peer = new_peer(CONFIGS[name])
+    peer.save_pretrained(tmp_path)
+    spec, weights = load(tmp_path, torch.float32, torch.device("cpu"))
+    policy = skip_policy(DecodeConfig.model_validate({"skip": SCHEDULE}).skip, len(weights.layers))
+    examples = [Example([5, 6, 7, 8, 9], list(range(10, 22)), ""), Example([5, 7], list(range(30, 38)), "")]
+    with torch.no_grad():
+        trained = answer_logits(peer, collate(examples, pad=0), policy)
+
+    for row, example in zip(trained, examples, strict=True):
+        first = len(example.prompt)
+
+        def runs(layer: int, position: int, first: int = first) -> bool:
+            return position < first or layer in policy.layers(position - first)
+
+        expected = reference_logits(spec, weights, example.prompt + example.answer[:-1], runs)[first - 1 :]
+        torch.testing.assert_close(row[: len(expected)], expected, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
         (OPTConfig(**OPT_SIZES, word_embed_proj_dim=48), "word_embed_proj_dim"),
         (OPTConfig(**OPT_SIZES, word_embed_proj_dim=96, do_layer_norm_before=False), "norms after"),
         (LlamaConfig(**SIZES, hidden_act="tanh"), "activation 'tanh'"),
-        (LlamaConfig(**SIZES, rope_parameters=ROPE_DYNAMIC), "rope_type 'dynamic'"),
+        (_config("cohere", use_qk_norm=True), "use_qk_norm"),
+        (_config("falcon", alibi=True), "alibi"),
+        (_config("gemma", use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (_config("gpt2", scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+        (_config("olmo", clip_qkv=8.0), "clip_qkv"),
+        (_config("phi3", rope_parameters=ROPE_LONG), "rope_type 'longrope'"),
+        (_config("stablelm", qk_layernorm=True), "qk_layernorm"),
         (Gemma3TextConfig(**SIZES, use_bidirectional_attention=True), "use_bidirectional_attention"),
         (Gemma2Config(**SIZES, use_bidirectional_attention=True), "use_bidirectional_attention"),
         (Gemma3TextConfig(**SIZES, attn_logit_softcapping=30.0), "attn_logit_softcapping"),
@@ -298,7 +361,13 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(name: str, tmp_path: Path)
         "projected-embeddings",
         "post-norm",
         "activation",
-        "dynamic-rope",
+        "cohere-head-norms",
+        "falcon-alibi",
+        "gemma-bidirectional",
+        "gpt2-scale",
+        "olmo-clip",
+        "longrope",
+        "stablelm-head-norms",
         "gemma3-bidirectional",
         "gemma2-bidirectional",
         "gemma3-softcap",

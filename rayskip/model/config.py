@@ -16,7 +16,8 @@ from typing import Any
 from rayskip.errors import ModelError, shown
 from rayskip.user_cache import recall
 
-LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
+LENGTH_DEPENDENT_ROPES = ("longrope",)
+"""Of which angles change with the text's length. Those of `dynamic` do so past max_position_embeddings alone."""
 
 Frequencies = dict[str, Any]
 """inverse: of each pair of turned dimensions, radians a position. scaling: of cosines and sines."""

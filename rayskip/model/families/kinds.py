@@ -70,7 +70,7 @@ def _up_to_scaling(config: Config) -> int:
     longest = max_positions(config)
     if not own.get("llama_4_scaling_beta"):
         return longest
-    return min(longest, own["original_max_position_embeddings"])
+    return min(longest, int(own["original_max_position_embeddings"]))
 
 
 BEFORE = ("input_layernorm", None, "post_attention_layernorm", None)

@@ -86,7 +86,9 @@ class _Layers:
     def layer(self, index: int, window: int | None, rope: str | None) -> Layer:
         at, kind, parallel = f"layers.{index}", self._kind, self._says(self._kind.parallel)
         names = kind.norms[:2] if parallel else kind.norms
-        norms = [name and kind.norm(self._named, self._config, f"{at}.{name}") for name in names]
+        norms = [
+            None if name is None else kind.norm(self._named, self._config, f"{at}.{name}") for name in names
+        ]
         attn_norm, post_attn_norm, mlp_norm, post_mlp_norm = [*norms, norms[0], None] if parallel else norms
         return Layer(
             self._attention(f"{at}.self_attn", window, rope),

@@ -153,7 +153,7 @@ def by_kind(fused: Dense, spec: Spec) -> Dense:
 
     def sort(tensor: Tensor) -> Tensor:
         by_head = tensor.view(spec.kv_heads, groups + 2, spec.head_dim, *tensor.shape[1:])
-        kinds = by_head.split((groups, 1, 1), dim=1)
+        kinds = torch.split(by_head, [groups, 1, 1], dim=1)
         return torch.cat([own.flatten(0, 2) for own in kinds])
 
     return Dense(sort(fused.weight), None if fused.bias is None else sort(fused.bias))
@@ -168,7 +168,7 @@ def in_halves(qkv: Dense, spec: Spec, turned: int) -> Dense:
     order = [*range(0, turned, 2), *range(1, turned, 2), *range(turned, dim)]
 
     def sort(stacked: Tensor) -> Tensor:
-        heads = stacked.unflatten(0, (-1, dim))  # [Hq + 2 Hkv, D, ...]
+        heads = stacked.view(-1, dim, *stacked.shape[1:])  # [Hq + 2 Hkv, D, ...]
         values = heads[-spec.kv_heads :]
         return torch.cat((heads[: -spec.kv_heads, order], values)).flatten(0, 1)
 

@@ -144,16 +144,17 @@ def step_tokens(batch: TokenBatch, cache: KVCache) -> StepTokens:
 def _native(layer: Layer, linears: Sequence[CpuLinear], ropes: Mapping[str, Rope]) -> NativeLayer:
     attention = layer.attention
     rope = None if attention.rope is None else ropes[attention.rope]
-    mlp_norm = layer.mlp_norm
+    attn_norm, mlp_norm = layer.attn_norm, layer.mlp_norm
+    assert attn_norm is not None
     return NativeLayer(
         *(linear.struct for linear in linears),
         *(Product() for _ in range(PRODUCTS - len(linears))),
-        layer.attn_norm.weight.data_ptr(),
+        attn_norm.weight.data_ptr(),
         None if mlp_norm is None else mlp_norm.weight.data_ptr(),
         *(None if norm is None else norm.weight.data_ptr() for norm in (attention.q_norm, attention.k_norm)),
         *((None, None, 0) if rope is None else (rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[1])),
         attention.window or 0,
-        layer.attn_norm.eps,
+        attn_norm.eps,
         0.0 if mlp_norm is None else mlp_norm.eps,
         0.0 if attention.q_norm is None else attention.q_norm.eps,
     )
