@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rayskip.errors import ModelError
 from rayskip.model.families.parts import FULL, Tensors, max_positions, windows
 from rayskip.model.spec import Norm
 
@@ -56,12 +57,21 @@ def _all_turned(config: Config) -> list[bool]:
 
 
 def _turned_as_listed(config: Config) -> list[bool]:
-    return [bool(own) for own in config.no_rope_layers[: config.num_hidden_layers]]
+    listed, layers = config.no_rope_layers, config.num_hidden_layers
+    if len(listed) < layers:
+        raise ModelError(f"config.json: no_rope_layers has {len(listed)} entries for {layers} layers")
+    return [bool(own) for own in listed[:layers]]
 
 
 def _turned_in_windows(config: Config) -> list[bool]:
     """If there are windows at all, layers that see everything have no rope."""
     return [config.sliding_window is None or kind != FULL for kind in config.layer_types]
+
+
+def _logit_scale(config: Config) -> float:
+    if config.logit_scale is None:
+        raise ModelError("config.json: logit_scale is null; a number above 0 is wanted")
+    return float(config.logit_scale)
 
 
 def _up_to_scaling(config: Config) -> int:
@@ -132,7 +142,7 @@ COHERE = replace(
     parallel=True,
     norm=_layer_norm_without_bias,
     interleaved=True,
-    logit_scale=lambda config: config.logit_scale,
+    logit_scale=_logit_scale,
     refused=("use_qk_norm",),
 )
 
