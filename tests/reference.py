@@ -35,7 +35,8 @@ def reference_logits(
         between = x if layer.parallel else x + attended
         fed = _norm(_mlp(layer.mlp, _norm(between, layer.mlp_norm)), layer.post_mlp_norm)
         x = torch.where(skipped[:, None], x, x + attended + fed)
-    return _softcap(_dense(_norm(x, weights.final_norm), weights.head), spec.logit_softcap)
+    logits = _dense(_norm(x, weights.final_norm), weights.head) * spec.logit_scale
+    return _softcap(logits, spec.logit_softcap)
 
 
 def _attention(spec: Spec, layer: Attention, rope: Rope | None, x: Tensor, skipped: Tensor) -> Tensor:
@@ -43,11 +44,15 @@ def _attention(spec: Spec, layer: Attention, rope: Rope | None, x: Tensor, skipp
     queries, keys, values = (
         part.unflatten(-1, (-1, spec.head_dim)) for part in _dense(x, layer.qkv).split(sizes, dim=-1)
     )
+    if layer.norms_turned:
+        queries, keys = _rotate_heads(queries, rope), _rotate_heads(keys, rope)
+    queries, keys = _norm_heads(queries, layer.q_norm), _norm_heads(keys, layer.k_norm)
+    if not layer.norms_turned:
+        queries, keys = _rotate_heads(queries, rope), _rotate_heads(keys, rope)
     outputs = []
     for head in range(spec.heads):
         group = head // (spec.heads // spec.kv_heads)
-        query = _rotate(_norm(queries[:, head], layer.q_norm), rope)  # [T, D]
-        key = _rotate(_norm(keys[:, group], layer.k_norm), rope)
+        query, key = queries[:, head], keys[:, group]  # [T, D]
         scores = _softcap(query @ key.T * spec.scale, spec.attn_softcap)  # [T, T]
         for position in range(len(x)):
             first = 0 if layer.window is None else max(0, position - layer.window + 1)
@@ -72,6 +77,8 @@ def _activate(activation: str, x: Tensor) -> Tensor:
         return x * x.sigmoid()
     if activation == "relu":
         return x.clamp(min=0)
+    if activation == "relu2":
+        return x.clamp(min=0) ** 2
     if activation == "gelu":
         return x * (1 + torch.erf(x / 2**0.5)) / 2
     return x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))) / 2
@@ -89,6 +96,17 @@ def _norm(x: Tensor, norm: Norm | None) -> Tensor:
         x = x - x.mean(dim=-1, keepdim=True)
     x = x / (x.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt() * norm.weight
     return x if norm.bias is None else x + norm.bias
+
+
+def _norm_heads(x: Tensor, norm: Norm | None) -> Tensor:
+    """x [T, H, D], over each head or over all together."""
+    if norm is None or len(norm.weight) == x.shape[-1]:
+        return _norm(x, norm)
+    return _norm(x.flatten(1), norm).view(x.shape)
+
+
+def _rotate_heads(x: Tensor, rope: Rope | None) -> Tensor:
+    return torch.stack([_rotate(head, rope) for head in x.unbind(1)], dim=1)
 
 
 def _rotate(x: Tensor, rope: Rope | None) -> Tensor:

@@ -344,7 +344,10 @@ def _shapes(spec: Spec, weights: Weights) -> Iterator[tuple[str, torch.Tensor | 
         norms = [
             (norm, d) for norm in (layer.attn_norm, layer.post_attn_norm, layer.mlp_norm, layer.post_mlp_norm)
         ]
-        for norm, size in [*norms, (attention.q_norm, spec.head_dim), (attention.k_norm, spec.head_dim)]:
+        for norm, together in ((attention.q_norm, queries), (attention.k_norm, keys)):
+            all_heads = norm is not None and len(norm.weight) == together
+            norms.append((norm, together if all_heads else spec.head_dim))
+        for norm, size in norms:
             if norm is not None:
                 yield f"layer {index} norm", norm.weight, (size,)
                 yield f"layer {index} norm bias", norm.bias, (size,)

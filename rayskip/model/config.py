@@ -16,7 +16,8 @@ from typing import Any
 from rayskip.errors import ModelError, shown
 from rayskip.user_cache import recall
 
-LENGTH_DEPENDENT_ROPES = ("dynamic", "longrope")
+LENGTH_DEPENDENT_ROPES = ("longrope",)
+"""Of which angles change with the text's length. Those of `dynamic` do so past max_position_embeddings alone."""
 
 Frequencies = dict[str, Any]
 """inverse: of each pair of turned dimensions, radians a position. scaling: of cosines and sines."""
@@ -79,13 +80,16 @@ def _by_transformers(file: Path, rotary: Callable[[str], RotaryModule | None]) -
 
 
 def _values(config: Any) -> dict[str, Any]:
-    """What of a config JSON can hold: what decides a decoder is numbers, texts, and lists and objects of them."""
+    """What of a config JSON can hold: what decides a decoder is numbers, texts, and lists and objects of them. What
+    a model has a name of its own for is there by the common one too."""
     values = {"model_type": config.model_type}
     for name, value in vars(config).items():
         try:
             values[name] = json.loads(json.dumps(value))
         except (TypeError, ValueError):
             continue
+    for common, own in config.attribute_map.items():
+        values.setdefault(common, values.get(own))
     return values
 
 

@@ -33,7 +33,8 @@ class Kangaroo:
         self.token_ids = own["token_ids"].long()
         like = decoder.weights.layers[label.exit_layer]
         attn_norm, final_norm = (
-            Norm("rms", own[name].to(dtype), None, like.attn_norm.eps) for name in ("attn_norm", "final_norm")
+            Norm("rms", own[name].to(dtype), None, decoder.weights.final_norm.eps)
+            for name in ("attn_norm", "final_norm")
         )
         attention = Attention(
             Dense(own["qkv"].to(dtype)), Dense(own["out"].to(dtype)), rope=like.attention.rope

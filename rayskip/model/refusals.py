@@ -16,7 +16,10 @@ from rayskip.model.adapter import SETTINGS
 from rayskip.model.families import FAMILIES
 from rayskip.model.files import FLOATS, Header, find_key, read_json
 
-WRAPPERS = frozenset({"Gemma3ForConditionalGeneration"})
+WRAPPERS = frozenset({
+    "Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration", "Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration", "Qwen3VLForConditionalGeneration",
+})  # fmt: skip
 """Architectures beside *ForCausalLM whose text model generates."""
 
 CODE_KEYS = ("auto_map", "custom_pipelines")
@@ -47,10 +50,17 @@ SIZES = {
     "hidden_size": MOST,
     "intermediate_size": MOST,
     "ffn_dim": MOST,
+    "ffn_hidden_size": MOST,
     "word_embed_proj_dim": MOST,
     "head_dim": MOST,
     "num_attention_heads": MOST,
     "num_key_value_heads": MOST,
+    "num_kv_heads": MOST,
+    "n_embd": MOST,
+    "n_inner": MOST,
+    "n_head": MOST,
+    "n_layer": MOST_LAYERS,
+    "n_positions": MOST_POSITIONS,
     "num_hidden_layers": MOST_LAYERS,
     "max_position_embeddings": MOST_POSITIONS,
     "sliding_window": MOST,
@@ -58,7 +68,9 @@ SIZES = {
 """Keys of whole numbers from 1, and the most of each."""
 
 POSITIVE = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "rope_theta",
-            "rope_local_base_freq", "rotary_emb_base", "rms_norm_eps", "layer_norm_eps")  # fmt: skip
+            "rope_local_base_freq", "rotary_emb_base", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
+            "norm_epsilon", "norm_eps", "logits_scaling", "logit_scale", "attention_multiplier",
+            "embedding_multiplier", "residual_multiplier")  # fmt: skip
 
 
 def check_configs(folder: Path) -> None:

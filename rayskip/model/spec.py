@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from rayskip.model.config import Config, RotaryModule
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,17 @@ class Rope:
 class Attention:
     """Causal attention of one layer.
 
-    qkv: query, key and value stacked on the out axis (Hq*D + 2*Hkv*D). q_norm, k_norm: per head, over D (Qwen3,
-    Gemma 3). window: it sees the last so many positions, the token's own included; None: all. rope: key into
-    Weights.ropes; None where positions are learned (OPT).
+    qkv: query, key and value stacked on the out axis (Hq*D + 2*Hkv*D). q_norm, k_norm: as wide as their weights,
+    over each head's D (Qwen3, Gemma 3) or over all heads' together (OLMo 2); they come before the turn by rope, or
+    after it (`norms_turned`, Hunyuan). window: it sees the last so many positions, the token's own included; None:
+    all. rope: key into Weights.ropes; None where positions are learned (OPT) or not told at all (SmolLM3).
     """
 
     qkv: Dense
     out: Dense
     q_norm: Norm | None = None
     k_norm: Norm | None = None
+    norms_turned: bool = False
     window: int | None = None
     rope: str | None = "default"
 
@@ -79,14 +81,15 @@ class MLP:
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer, by its parts. mlp, mlp_norm: None in a layer of attention alone (Kangaroo's adapter).
+    """One decoder layer, by its parts. mlp: None in a layer of attention alone (Kangaroo's adapter).
 
     attn_norm, mlp_norm: on the input of attention and of the MLP. post_attn_norm, post_mlp_norm: on their output,
-    before it is added (Gemma). parallel: attention and MLP both read the layer's input (GPT-NeoX).
+    before it is added. A layer may have both (Gemma 2) or the latter alone (OLMo 2). parallel: attention and MLP
+    both read the layer's input, through a norm each (GPT-NeoX) or one for both (Cohere).
     """
 
     attention: Attention
-    attn_norm: Norm
+    attn_norm: Norm | None = None
     mlp: MLP | None = None
     mlp_norm: Norm | None = None
     post_attn_norm: Norm | None = None
@@ -109,8 +112,8 @@ class Layer:
 class Spec:
     """A decoder's sizes and switches.
 
-    scale: multiplies q.k. embed_scale: multiplies token embeddings (Gemma: sqrt d).
-    attn_softcap, logit_softcap: x -> c * tanh(x / c) (Gemma 2).
+    scale: multiplies q.k. embed_scale: multiplies token embeddings (Gemma: sqrt d). logit_scale: multiplies logits
+    (Granite, Cohere). attn_softcap, logit_softcap: x -> c * tanh(x / c) (Gemma 2).
     eos_token_ids: generation ends at any of them.
     """
 
@@ -123,6 +126,7 @@ class Spec:
     max_positions: int
     scale: float
     embed_scale: float = 1.0
+    logit_scale: float = 1.0
     attn_softcap: float | None = None
     logit_softcap: float | None = None
     eos_token_ids: tuple[int, ...] = ()

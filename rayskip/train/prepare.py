@@ -15,6 +15,7 @@ from rayskip.model.checkpoint import read_spec, resolve
 from rayskip.train.examples import Example, read_examples, split
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 
@@ -54,9 +55,21 @@ def prepare(model: ModelConfig, data: DataConfig, least: int, logprobs: bool = F
 
 def frozen(folder: Path) -> Any:
     """A checkpoint as a transformers model that learns nothing: a teacher, a target."""
-    from transformers import AutoModelForCausalLM
-
     from rayskip.train.precision import fast_dtype
 
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=fast_dtype(), trust_remote_code=False)
-    return model.eval().requires_grad_(False)
+    return transformers_model(folder, fast_dtype()).eval().requires_grad_(False)
+
+
+def transformers_model(folder: Path, dtype: torch.dtype) -> Any:
+    """A checkpoint as transformers has it: a causal LM, or what also sees images."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+    )
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    made = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    return made.from_pretrained(folder, dtype=dtype, trust_remote_code=False)

@@ -15,7 +15,7 @@ from rayskip.model.checkpoint import LABEL, resolve, tensors_fingerprint
 from rayskip.skip import full_depth, skip_policy
 from rayskip.train.examples import Example, collate
 from rayskip.train.loop import Point, train
-from rayskip.train.prepare import frozen, prepare
+from rayskip.train.prepare import frozen, prepare, transformers_model
 from rayskip.train.skip import answer_logits, answer_loss, distillation_loss
 
 
@@ -27,11 +27,9 @@ def train_skip(
 
     Raises UserError for what the config names and is not there.
     """
-    from transformers import AutoModelForCausalLM
-
     ready = prepare(config.model, config.data, config.batch_size)
     folder, training = ready.folder, ready.training
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    model: Any = transformers_model(folder, torch.float32)
     policy = skip_policy(config.skip, model.config.get_text_config().num_hidden_layers)
     full = full_depth(len(policy.until))
     teacher = None

@@ -4,11 +4,12 @@ Schedules are nested, so the positions that a layer runs are the prompt and the 
 prompts padded on the left they are a prefix of the batch's columns. A layer is given that prefix and the rest
 passes by, so skipped work is not computed in training either (SkipDecode, arXiv 2307.02628, section 3).
 
-Works on any transformers decoder whose layers take hidden_states, attention_mask and position arguments.
+Works on any transformers decoder whose layers take hidden states first, and masks and positions by those names.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,13 +25,9 @@ from rayskip.train.examples import IGNORED, TrainBatch
 
 def decoder_layers(model: Any) -> nn.ModuleList:
     """The list of decoder layers in a transformers causal LM, wrapped by peft or not."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if (
-            isinstance(module, nn.ModuleList)
-            and len(module) == count
-            and "DecoderLayer" in repr(type(module[0]))
-        ):
+    decoder, count = model.get_decoder(), model.config.get_text_config().num_hidden_layers
+    for module in decoder.children():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ModelError(f"{type(model).__name__}: its decoder layers cannot be found")
 
@@ -58,19 +55,21 @@ class _Columns:
         self._rest: Tensor | None = None
 
     def cut(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden, count = args[0], self._count
+        (_, hidden), *others = inspect.signature(layer.forward).bind(*args, **kwargs).arguments.items()
+        count = self._count
         if count >= hidden.shape[1]:
             self._rest = None
             return None
         self._rest = hidden[:, count:]
-        kwargs = dict(kwargs)
+        kwargs = dict(others)
+        kwargs |= kwargs.pop("kwargs", {})  # what a layer takes by no name of its own
         if (mask := kwargs.get("attention_mask")) is not None:  # [B, 1, T, T]
             kwargs["attention_mask"] = mask[:, :, :count, :count]
         if (positions := kwargs.get("position_ids")) is not None:
             kwargs["position_ids"] = positions[:, :count]
         if (turns := kwargs.get("position_embeddings")) is not None:
             kwargs["position_embeddings"] = tuple(part[:, :count] for part in turns)
-        return (hidden[:, :count], *args[1:]), kwargs
+        return (hidden[:, :count],), kwargs
 
     def restore(self, layer: nn.Module, args: Any, output: Any) -> Any:
         if self._rest is None:

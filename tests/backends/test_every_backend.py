@@ -12,6 +12,7 @@ import pytest
 import torch
 from cuda_double import CudaOnCpu, flash_attention_on_cpu
 from reference import reference_logits
+from test_families import CONFIGS, new_peer
 
 from rayskip.config import DecodeConfig, EngineConfig, SamplingParams
 from rayskip.engine import Engine
@@ -126,6 +127,26 @@ def test_logits_equal_a_forward_without_a_cache(
         tokens.tolist(),
         lambda layer, position: position < prompt or layer in policy.layers(position - prompt),
     )
+    torch.testing.assert_close(torch.cat(found), expected, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["cohere2", "granite", "hunyuan_v1_dense", "olmo3"])
+def test_every_part_of_a_layer_is_served(name: str, new_backend: NewBackend, tmp_path: Path) -> None:
+    """Norms before and after, over each head and over all, before rope and after it, or shared by two branches;
+    layers without rope; windows; scaled logits."""
+    new_peer(CONFIGS[name]).save_pretrained(tmp_path)
+    tokens = torch.randint(3, 190, (80,), generator=torch.Generator().manual_seed(2))
+    decoder = _decoder(tmp_path, new_backend)
+    cache = decoder.new_cache()
+    cache.fill(2, len(tokens))
+    found = []
+    for start, stop in ((0, 70), *((at, at + 1) for at in range(70, 80))):
+        row, places = torch.ones(stop - start, dtype=torch.long), torch.arange(start, stop)
+        batch = TokenBatch(
+            tokens[start:stop], places, row, [Span(0, stop - start, torch.tensor([1]), 128)], places - start
+        )
+        found.append(decoder.logits(decoder.hidden(batch, cache)))
+    expected = reference_logits(decoder.spec, decoder.weights, tokens.tolist())
     torch.testing.assert_close(torch.cat(found), expected, atol=2e-4, rtol=2e-4)
 
 

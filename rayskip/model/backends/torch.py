@@ -9,6 +9,7 @@ outputs, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -56,16 +57,16 @@ class TorchBackend(Backend):
         return TorchStack(self, layers, stored_at)
 
     def head(self, dense: Dense, norm: Norm | None, exact: bool = True) -> Head:
-        return TorchHead(self, self.linear(dense), norm, self.spec.logit_softcap if exact else None)
+        return TorchHead(self, self.linear(dense), norm, exact)
 
     def linear(self, dense: Dense) -> Linear:
         return TorchLinear(dense)
 
-    def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm) -> Tensor:
-        """Add branch to x in place, and return that normalised; all [N, d]."""
+    def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm | None) -> Tensor:
+        """Add branch to x in place, and return that normalised, or as it is without a norm; all [N, d]."""
         if branch is not None:
             x += branch
-        return self.normalise(x, norm)
+        return x if norm is None else self.normalise(x, norm)
 
     def normalise(self, x: Tensor, norm: Norm) -> Tensor:
         return normalise(x, norm)
@@ -190,10 +191,12 @@ class TorchStack(Stack):
         attention = self._attention(ready, index, normed, batch, cache)
         if layer.post_attn_norm is not None:
             attention = normalise(attention, layer.post_attn_norm)
-        if layer.mlp is None or layer.mlp_norm is None:
+        if layer.mlp is None:
             return attention
         if layer.parallel:
-            return attention + self._mlp(ready, layer.mlp, normalise(x, layer.mlp_norm))
+            if layer.mlp_norm is not layer.attn_norm:
+                normed = backend.add_normalise(x, None, layer.mlp_norm)
+            return attention + self._mlp(ready, layer.mlp, normed)
         mlp = self._mlp(ready, layer.mlp, backend.add_normalise(x, attention, layer.mlp_norm))
         return mlp if layer.post_mlp_norm is None else normalise(mlp, layer.post_mlp_norm)
 
@@ -202,8 +205,11 @@ class TorchStack(Stack):
         qkv, out = ready.linears[:2]
         heads = qkv(x).view(len(x), -1, spec.head_dim)  # [N, Hq + 2 Hkv, D]
         q, k, v = torch.split(heads, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
+        if own.norms_turned and own.rope is not None:
+            q, k = self._backend.turn(q, k, self._backend.ropes[own.rope], batch.positions[: len(q)])
+            own = replace(own, rope=None)
         if own.q_norm is not None and own.k_norm is not None:
-            q, k = normalise(q, own.q_norm), normalise(k, own.k_norm)
+            q, k = normalise_heads(q, own.q_norm), normalise_heads(k, own.k_norm)
         return out(self._backend.attention(q, k, v, own, self._stored_at + index, batch, cache))
 
     def _mlp(self, ready: _Ready, mlp: MLP, x: Tensor) -> Tensor:
@@ -221,11 +227,13 @@ class _Ready:
 class TorchHead(Head):
     """All logits, whatever is asked for."""
 
-    def __init__(
-        self, backend: TorchBackend, linear: Linear, norm: Norm | None, softcap: float | None
-    ) -> None:
+    def __init__(self, backend: TorchBackend, linear: Linear, norm: Norm | None, exact: bool) -> None:
+        """exact: logits are scaled and capped as the model's are."""
         self.linear, self.norm = linear, norm
-        self._backend, self._softcap = backend, softcap
+        self._backend = backend
+        self._scale, self._softcap = (
+            (backend.spec.logit_scale, backend.spec.logit_softcap) if exact else (1.0, None)
+        )
 
     def logits(self, x: Tensor) -> Tensor:
         return self.logits_of(self.normed(x))
@@ -243,6 +251,8 @@ class TorchHead(Head):
     def logits_of(self, normed: Tensor) -> Tensor:
         """Logits [R, V] of normalised states [R, d]."""
         logits = self.linear(normed)
+        if self._scale != 1.0:
+            logits = logits * self._scale
         return logits if self._softcap is None else softcap(logits, self._softcap)
 
     def output_of(self, logits: Tensor) -> HeadOutput:
@@ -287,6 +297,11 @@ def normalise(x: Tensor, norm: Norm) -> Tensor:
     return F.rms_norm(x.to(norm.weight.dtype), norm.weight.shape, norm.weight, norm.eps).to(x.dtype)
 
 
+def normalise_heads(x: Tensor, norm: Norm) -> Tensor:
+    """x [N, H, D] normalised over each head, or over all together, as wide as the norm's weight is."""
+    return normalise(x.reshape(len(x), -1, len(norm.weight)), norm).view(x.shape)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding (arXiv 2104.09864, halves layout) of the first R dims of x [N, H, D].
 
@@ -309,3 +324,5 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
             return F.gelu(x, approximate="tanh")
         case "relu":
             return F.relu(x)
+        case "relu2":
+            return F.relu(x).square()

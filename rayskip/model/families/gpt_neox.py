@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rayskip.model.families.parts import Tensors, activation, max_positions, rope
-from rayskip.model.spec import MLP, Attention, Dense, Family, Layer, Spec, Weights
+from rayskip.model.families.parts import Tensors, activation, by_kind, max_positions, rope
+from rayskip.model.spec import MLP, Attention, Family, Layer, Spec, Weights
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rayskip.model.config import Config, RotaryModule
 
 
@@ -41,12 +39,9 @@ def weights(config: Config, spec: Spec, named: Tensors) -> Weights:
 def _layer(config: Config, spec: Spec, named: Tensors, index: int) -> Layer:
     at, eps = f"layers.{index}", config.layer_norm_eps
     bias = config.attention_bias
-    fused = named.dense(f"{at}.attention.query_key_value", bias)
     return Layer(
         Attention(
-            qkv=Dense(
-                _by_kind(fused.weight, spec), None if fused.bias is None else _by_kind(fused.bias, spec)
-            ),
+            qkv=by_kind(named.dense(f"{at}.attention.query_key_value", bias), spec),
             out=named.dense(f"{at}.attention.dense", bias),
         ),
         named.layer_norm(f"{at}.input_layernorm", eps),
@@ -59,12 +54,6 @@ def _layer(config: Config, spec: Spec, named: Tensors, index: int) -> Layer:
         named.layer_norm(f"{at}.post_attention_layernorm", eps),
         parallel=config.use_parallel_residual,
     )
-
-
-def _by_kind(fused: Tensor, spec: Spec) -> Tensor:
-    """[(head, q|k|v, D), …] as stored -> [(q|k|v, head, D), …]."""
-    by_head = fused.view(spec.heads, 3, spec.head_dim, *fused.shape[1:])
-    return by_head.transpose(0, 1).reshape(fused.shape)
 
 
 def rotary(model_type: str) -> RotaryModule:

@@ -1,29 +1,39 @@
-"""Llama and what shares its shape: SmolLM, Vicuna, Mistral, Qwen2 (biases) and Qwen3 (head norms)."""
+"""Llama and what shares its shape: attention and an MLP in every layer, and norms around them. What each model_type
+has of its own stands in kinds.py. Of a model that also sees images only the language model is read."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING
 
+from rayskip.errors import ModelError, shown
+from rayskip.model.families.kinds import KINDS, WRAPPED
 from rayskip.model.families.parts import (
     FULL,
     Tensors,
     activation,
     head_dim,
-    max_positions,
+    in_halves,
     refuse_set,
-    rope,
-    windows,
+    rope_tables,
+    scaled,
 )
-from rayskip.model.spec import MLP, Attention, Family, Layer, Spec, Weights, stacked
+from rayskip.model.spec import MLP, Attention, Dense, Family, Layer, Norm, Spec, Weights, stacked
 
 if TYPE_CHECKING:
     from rayskip.model.config import Config, RotaryModule
 
 
 def spec(config: Config) -> Spec:
-    if (
-        config.model_type == "llama"
-    ):  # in transformers it has neither key, and sees everything whatever they say
+    known = WRAPPED.get(config.model_type, (config.model_type,))
+    config = config.get_text_config()
+    if config.model_type not in known:
+        raise ModelError(
+            f"config.json: text_config has model_type {shown(config.model_type)}; known: {', '.join(known)}"
+        )
+    kind = KINDS[config.model_type]
+    refuse_set(config, *kind.refused)
+    if config.model_type == "llama":  # transformers' has neither key, and sees everything whatever they say
         refuse_set(config, "sliding_window")
         if set(getattr(config, "layer_types", None) or [FULL]) != {FULL}:
             refuse_set(config, "layer_types")
@@ -35,74 +45,114 @@ def spec(config: Config) -> Spec:
         kv_heads=config.num_key_value_heads,
         head_dim=dim,
         vocab=config.vocab_size,
-        max_positions=max_positions(config),
-        scale=dim**-0.5,
+        max_positions=kind.positions(config),
+        scale=kind.scale(config) if kind.scale else dim**-0.5,
+        embed_scale=kind.embed_scale(config) if kind.embed_scale else 1.0,
+        logit_scale=kind.logit_scale(config) if kind.logit_scale else 1.0,
     )
 
 
 def weights(config: Config, spec: Spec, named: Tensors) -> Weights:
+    tied = (
+        config.tie_word_embeddings
+    )  # of a model that also sees images, its own word and not its text model's
+    config = config.get_text_config()
+    kind = KINDS[config.model_type]
     embed = named["embed_tokens.weight"]
+    ropes = rope_tables(config, spec)
+    reader = _Layers(config, spec, named, next(iter(ropes.values())).cos.shape[1])
+    windows, turned = kind.windows(config), kind.turned(config)
+    types = config.layer_types if "default" not in ropes else ["default"] * len(windows)
     return Weights(
         embed=embed,
-        head=named.head(embed, config.tie_word_embeddings),
+        head=named.head(embed, tied, bias=kind.head_bias),
         layers=[
-            _layer(config, named, index, window)
-            for index, window in zip(range(config.num_hidden_layers), _windows(config), strict=True)
+            reader.layer(index, window, rope if has_rope else None)
+            for index, (window, rope, has_rope) in enumerate(zip(windows, types, turned, strict=True))
         ],
-        final_norm=named.rms_norm("norm", config.rms_norm_eps),
-        ropes={"default": rope(config, spec)},
+        final_norm=kind.norm(named, config, kind.final_norm),
+        ropes=ropes,
     )
 
 
-def _layer(config: Config, named: Tensors, index: int, window: int | None) -> Layer:
-    at, eps = f"layers.{index}", config.rms_norm_eps
-    attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-    has_head_norms = config.model_type == "qwen3"
-    qkv_bias, out_bias, mlp_bias = _biases(config)
-    return Layer(
-        Attention(
-            qkv=stacked(*(named.dense(f"{attention}.{part}_proj", qkv_bias) for part in "qkv")),
-            out=named.dense(f"{attention}.o_proj", out_bias),
-            q_norm=named.rms_norm(f"{attention}.q_norm", eps) if has_head_norms else None,
-            k_norm=named.rms_norm(f"{attention}.k_norm", eps) if has_head_norms else None,
-            window=window,
-        ),
-        named.rms_norm(f"{at}.input_layernorm", eps),
-        MLP(
-            up=stacked(*(named.dense(f"{mlp}.{part}_proj", mlp_bias) for part in ("gate", "up"))),
-            down=named.dense(f"{mlp}.down_proj", mlp_bias),
-            activation=activation(config.hidden_act),
-            gated=True,
-        ),
-        named.rms_norm(f"{at}.post_attention_layernorm", eps),
-    )
+class _Layers:
+    """Reads a model's layers. turned: dims of a head that rope turns."""
 
+    def __init__(self, config: Config, spec: Spec, named: Tensors, turned: int) -> None:
+        self._config, self._spec, self._named, self._turned = config, spec, named, turned
+        self._kind = KINDS[config.model_type]
+        self._residual = self._kind.residual(config) if self._kind.residual else 1.0
 
-def _biases(config: Config) -> tuple[bool, bool, bool]:
-    """Whether query, key and value, the attention's output and the MLP have biases."""
-    match config.model_type:
-        case "llama":
-            return config.attention_bias, config.attention_bias, config.mlp_bias
-        case "qwen3":
-            return config.attention_bias, config.attention_bias, False
-        case "qwen2":
-            return True, False, False
-        case _:
-            return False, False, False
+    def layer(self, index: int, window: int | None, rope: str | None) -> Layer:
+        at, kind, parallel = f"layers.{index}", self._kind, self._says(self._kind.parallel)
+        names = kind.norms[:2] if parallel else kind.norms
+        norms = [
+            None if name is None else kind.norm(self._named, self._config, f"{at}.{name}") for name in names
+        ]
+        attn_norm, post_attn_norm, mlp_norm, post_mlp_norm = [*norms, norms[0], None] if parallel else norms
+        return Layer(
+            self._attention(f"{at}.self_attn", window, rope),
+            attn_norm,
+            self._mlp(f"{at}.mlp"),
+            mlp_norm,
+            post_attn_norm,
+            post_mlp_norm,
+            parallel,
+        )
 
+    def _attention(self, at: str, window: int | None, rope: str | None) -> Attention:
+        kind, bias = self._kind, self._says(self._kind.qkv_bias)
+        q_norm, k_norm = self._head_norms(at)
+        qkv = stacked(*(self._named.dense(f"{at}.{name}", bias) for name in kind.qkv))
+        return Attention(
+            in_halves(qkv, self._spec, self._turned) if kind.interleaved else qkv,
+            self._added(f"{at}.{kind.out}", kind.out_bias),
+            q_norm,
+            k_norm,
+            kind.norms_turned,
+            window,
+            rope,
+        )
 
-def _windows(config: Config) -> list[int | None]:
-    """Positions that each layer sees: Mistral sets one number for all, Qwen one for some."""
-    if config.model_type in ("qwen2", "qwen3"):
-        return windows(config)
-    window = config.sliding_window if config.model_type == "mistral" else None
-    return [window] * config.num_hidden_layers
+    def _head_norms(self, at: str) -> tuple[Norm | None, Norm | None]:
+        kind = self._kind
+        if kind.head_norms is None or not self._says(kind.has_head_norms):
+            return None, None
+        queries, keys = kind.head_norms
+        return (
+            kind.norm(self._named, self._config, f"{at}.{queries}"),
+            kind.norm(self._named, self._config, f"{at}.{keys}"),
+        )
+
+    def _mlp(self, at: str) -> MLP:
+        kind, bias = self._kind, self._says(self._kind.mlp_bias)
+        return MLP(
+            up=stacked(*(self._named.dense(f"{at}.{name}", bias) for name in kind.up)),
+            down=self._added(f"{at}.{kind.down}", kind.mlp_bias),
+            activation=activation(self._config.hidden_act),
+            gated=kind.gated,
+        )
+
+    def _added(self, name: str, bias: bool | str) -> Dense:
+        """A product whose result is added to the states: what multiplies that (Granite) is folded into the weights,
+        which rounds them once more where they are not float32."""
+        return scaled(self._named.dense(name, self._says(bias)), self._residual)
+
+    def _says(self, answer: bool | str) -> bool:
+        """A Kind's answer, or the config's by its key."""
+        return bool(getattr(self._config, answer)) if isinstance(answer, str) else answer
 
 
 def rotary(model_type: str) -> RotaryModule:
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    folder, name = KINDS[model_type].rotary
+    module = import_module(f"transformers.models.{folder}.modeling_{folder}")
+    found: RotaryModule = getattr(module, f"{name}RotaryEmbedding")
+    return found
 
-    return LlamaRotaryEmbedding
 
-
-FAMILY = Family(spec, weights, prefixes=("model.",), rotary=rotary)
+FAMILY = Family(
+    spec,
+    weights,
+    prefixes=("model.language_model.", "language_model.model.", "language_model.", "model."),
+    rotary=rotary,
+)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rayskip.errors import ModelError, shown
@@ -22,10 +23,16 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
+    "relu2": "relu2",
 }
 
-BUFFERS = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
+BUFFERS = (
+    "rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias", ".attn.bias", ".attn.masked_bias",
+)  # fmt: skip
 """Ends of names of what older checkpoints hold though it follows from the config."""
+
+LIST = re.compile(r"\w+\.(?=\d+\.)")
+"""How names of layers' tensors begin."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -56,8 +63,10 @@ class Tensors:
         """Raises ModelError for a tensor of a layer, or of a module that was read, which the family does not know:
         a bias, norm, scale or layer too many, without which the model would be another one."""
         modules = {name.rpartition(".")[0] for name in self._read}
+        lists = {match[0] for name in self._read if (match := LIST.match(name))}
         for name in self._names.keys() - self._read:
-            within = name.startswith("layers.") or name.rpartition(".")[0] in modules
+            match = LIST.match(name)
+            within = (match and match[0] in lists) or name.rpartition(".")[0] in modules
             if within and not name.endswith(BUFFERS):
                 raise ModelError(
                     f"the checkpoint has {self._names[name]}, for which there is no place in a model "
@@ -68,17 +77,19 @@ class Tensors:
         """The linear layer `name`. bias: whether the config gives it one."""
         return Dense(self[f"{name}.weight"], self[f"{name}.bias"] if bias else None)
 
-    def head(self, embed: Tensor, tied: bool, name: str = "lm_head") -> Dense:
+    def head(self, embed: Tensor, tied: bool, name: str = "lm_head", bias: bool = False) -> Dense:
         """The output layer. tied: the config says that it is the embedding, which holds unless the checkpoint has
-        another one, as transformers has it."""
+        another one, as transformers has it. bias: whether the model_type has one."""
         own = f"{name}.weight"
+        added = self[f"{name}.bias"] if bias else None
         if own in self:
             import torch
 
             head = self[own]
-            return Dense(embed if tied and not head.is_meta and torch.equal(head, embed) else head)
+            same = tied and not head.is_meta and torch.equal(head, embed)
+            return Dense(embed if same else head, added)
         if tied:
-            return Dense(embed)
+            return Dense(embed, added)
         raise ModelError(
             f"the checkpoint has no {own}, and config.json does not tie it to the embedding (tie_word_embeddings): "
             "a base model without its output layer generates no text"
@@ -93,34 +104,86 @@ class Tensors:
         return Norm("layer", self[f"{name}.weight"], self[f"{name}.bias"], eps)
 
 
+def rope_tables(config: Config, spec: Spec) -> dict[str, Rope]:
+    """The tables of all layers: "default" where they share one, else by layer type."""
+    types = {"default"} if "default" in config.ropes else set(config.layer_types)
+    return {each: rope(config, spec, each) for each in types}
+
+
 def rope(config: Config, spec: Spec, layer_type: str = "default") -> Rope:
     """The table of the layers of one type, bit by bit that of transformers' rotary module.
 
     Raises ModelError for parameters that transformers cannot read, and for a kind whose angles change with the
     length of the text: cached keys, and rows of other lengths, would have been turned by other angles.
     """
-    import torch
-
     missing = f"rope_parameters say nothing of {layer_type}"
     own = config.ropes.get(layer_type) or config.ropes.get("default") or missing
     if isinstance(own, str):
         raise ModelError(f"config.json: {own}")
-    with torch.device("cpu"):
-        each = torch.arange(spec.max_positions)[:, None].float() * torch.tensor(own["inverse"])
-    angles = torch.cat((each, each), dim=-1)
-    cos, sin = angles.cos() * own["scaling"], angles.sin() * own["scaling"]
-    if not (cos[-1].isfinite().all() and sin[-1].isfinite().all()):
+    table = rope_table(own["inverse"], spec.max_positions, own["scaling"])
+    if not (table.cos[-1].isfinite().all() and table.sin[-1].isfinite().all()):
         raise ModelError(
             f"config.json: transformers makes no rope of {shown(config.rope_parameters)}: its angles are not finite"
         )
     parameters = config.rope_parameters.get(layer_type, config.rope_parameters)
     turned = int(spec.head_dim * (parameters.get("partial_rotary_factor") or 1.0))
-    if cos.shape[-1] != turned:
+    if table.cos.shape[-1] != turned:
         raise ModelError(
             f"config.json: partial_rotary_factor asks for {turned} turned dimensions of a head, and transformers "
-            f"turns {cos.shape[-1]} in a {config.model_type}; it is not supported"
+            f"turns {table.cos.shape[-1]} in a {config.model_type}; it is not supported"
         )
-    return Rope(cos, sin)
+    return table
+
+
+def rope_table(inverse: Sequence[float], positions: int, scaling: float = 1.0) -> Rope:
+    """inverse: of each pair of turned dimensions, radians a position. scaling: of cosines and sines."""
+    import torch
+
+    with torch.device("cpu"):
+        each = torch.arange(positions)[:, None].float() * torch.tensor(inverse)
+    angles = torch.cat((each, each), dim=-1)
+    return Rope(angles.cos() * scaling, angles.sin() * scaling)
+
+
+def by_kind(fused: Dense, spec: Spec) -> Dense:
+    """Queries of a key-value head, its key and its value, one head after the other -> queries, keys, values."""
+    import torch
+
+    groups = spec.heads // spec.kv_heads
+
+    def sort(tensor: Tensor) -> Tensor:
+        by_head = tensor.view(spec.kv_heads, groups + 2, spec.head_dim, *tensor.shape[1:])
+        kinds = torch.split(by_head, [groups, 1, 1], dim=1)
+        return torch.cat([own.flatten(0, 2) for own in kinds])
+
+    return Dense(sort(fused.weight), None if fused.bias is None else sort(fused.bias))
+
+
+def in_halves(qkv: Dense, spec: Spec, turned: int) -> Dense:
+    """Queries and keys whose neighbouring dims rope turns, put in the order in which it turns dims half of `turned`
+    apart: products of queries and keys are the same."""
+    import torch
+
+    dim = spec.head_dim
+    order = [*range(0, turned, 2), *range(1, turned, 2), *range(turned, dim)]
+
+    def sort(stacked: Tensor) -> Tensor:
+        heads = stacked.view(-1, dim, *stacked.shape[1:])  # [Hq + 2 Hkv, D, ...]
+        values = heads[-spec.kv_heads :]
+        return torch.cat((heads[: -spec.kv_heads, order], values)).flatten(0, 1)
+
+    return Dense(sort(qkv.weight), None if qkv.bias is None else sort(qkv.bias))
+
+
+def scaled(dense: Dense, by: float) -> Dense:
+    """The product times a number, which its weights take, rounded to their type."""
+    if by == 1.0:
+        return dense
+
+    def times(tensor: Tensor) -> Tensor:
+        return (tensor.float() * by).to(tensor.dtype)
+
+    return Dense(times(dense.weight), None if dense.bias is None else times(dense.bias))
 
 
 def max_positions(config: Config) -> int:

@@ -54,7 +54,7 @@ class CpuBackend(TorchBackend):
         if sum(layer.size for layer in layers) <= MOST_COMPRESSED:
             for linear in linears:
                 linear.compress()
-        if not fits(layers) or len(linears) < len(by_torch.linears):
+        if not fits(layers, self.spec) or len(linears) < len(by_torch.linears):
             return by_torch
         each = iter(linears)
         own = [[next(each) for _ in layer.products] for layer in layers]
@@ -62,8 +62,7 @@ class CpuBackend(TorchBackend):
 
     def head(self, dense: Dense, norm: Norm | None, exact: bool = True) -> Head:
         linear = None if exact else int8_linear(dense)
-        softcap = self.spec.logit_softcap if exact else None
-        return CpuHead(self, linear or self.linear(dense), dense, norm, softcap)
+        return CpuHead(self, linear or self.linear(dense), dense, norm, exact)
 
     def linear(self, dense: Dense) -> Linear:
         return cpu_linear(dense) or super().linear(dense)
@@ -87,8 +86,8 @@ class CpuBackend(TorchBackend):
             finally:
                 native.use_threads(None)
 
-    def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm) -> Tensor:
-        if norm.kind != "rms" or norm.weight.dtype != x.dtype or x.shape[-1] % LANES:
+    def add_normalise(self, x: Tensor, branch: Tensor | None, norm: Norm | None) -> Tensor:
+        if norm is None or norm.kind != "rms" or norm.weight.dtype != x.dtype or x.shape[-1] % LANES:
             return super().add_normalise(x, branch, norm)
         out = torch.empty_like(x)
         added = None if branch is None else branch.data_ptr()
@@ -154,10 +153,11 @@ class CpuHead(TorchHead):
     few rows most are not computed (kernels/bounded_argmax.h)."""
 
     def __init__(
-        self, backend: CpuBackend, linear: Linear, dense: Dense, norm: Norm | None, softcap: float | None
+        self, backend: CpuBackend, linear: Linear, dense: Dense, norm: Norm | None, exact: bool
     ) -> None:
-        super().__init__(backend, linear, norm, softcap)
-        self._argmax = argmax_linear(linear, dense) if softcap is None else None
+        super().__init__(backend, linear, norm, exact)
+        plain = self._scale == 1.0 and self._softcap is None
+        self._argmax = argmax_linear(linear, dense) if plain else None
 
     def output(self, x: Tensor, full: Sequence[int]) -> HeadOutput:
         others = len(x) - len(full)

@@ -85,24 +85,24 @@ class CpuStack(Stack):
         )
 
 
-def fits(layers: Sequence[Layer]) -> bool:
+def fits(layers: Sequence[Layer], spec: Spec) -> bool:
     """Whether kernels.c has all that the layers do: RMS norms before attention and a SiLU-gated MLP (or none), each
     added to its own input."""
-    widths = {len(layer.attn_norm.weight) for layer in layers}
+    widths = {layer.attention.qkv.weight.shape[1] for layer in layers}
     inner = {layer.mlp.down.weight.shape[1] for layer in layers if layer.mlp is not None}
     with_mlp = sum(layer.mlp is not None for layer in layers)
     return (
         len(inner) == (1 if with_mlp else 0)
         and with_mlp in (0, len(layers))
         and not any(width % LANES for width in (*widths, *inner))
-        and all(_fits(layer) for layer in layers)
+        and all(_fits(layer, spec) for layer in layers)
     )
 
 
-def _fits(layer: Layer) -> bool:
+def _fits(layer: Layer, spec: Spec) -> bool:
     attention, mlp = layer.attention, layer.mlp
     per_head = [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
-    before = [norm for norm in (layer.attn_norm, layer.mlp_norm) if norm is not None]
+    before = [layer.attn_norm, *([] if mlp is None else [layer.mlp_norm])]
     dtype = attention.qkv.weight.dtype
     return (
         layer.post_attn_norm is None
@@ -110,7 +110,12 @@ def _fits(layer: Layer) -> bool:
         and not layer.parallel
         and (mlp is None or (mlp.gated and mlp.activation == "silu"))
         and len(per_head) != 1
-        and all(norm.kind == "rms" and norm.weight.dtype == dtype for norm in (*before, *per_head))
+        and not attention.norms_turned
+        and not any(len(norm.weight) != spec.head_dim for norm in per_head)
+        and all(
+            norm is not None and norm.kind == "rms" and norm.weight.dtype == dtype
+            for norm in (*before, *per_head)
+        )
     )
 
 
@@ -139,16 +144,17 @@ def step_tokens(batch: TokenBatch, cache: KVCache) -> StepTokens:
 def _native(layer: Layer, linears: Sequence[CpuLinear], ropes: Mapping[str, Rope]) -> NativeLayer:
     attention = layer.attention
     rope = None if attention.rope is None else ropes[attention.rope]
-    mlp_norm = layer.mlp_norm
+    attn_norm, mlp_norm = layer.attn_norm, layer.mlp_norm
+    assert attn_norm is not None
     return NativeLayer(
         *(linear.struct for linear in linears),
         *(Product() for _ in range(PRODUCTS - len(linears))),
-        layer.attn_norm.weight.data_ptr(),
+        attn_norm.weight.data_ptr(),
         None if mlp_norm is None else mlp_norm.weight.data_ptr(),
         *(None if norm is None else norm.weight.data_ptr() for norm in (attention.q_norm, attention.k_norm)),
         *((None, None, 0) if rope is None else (rope.cos.data_ptr(), rope.sin.data_ptr(), rope.cos.shape[1])),
         attention.window or 0,
-        layer.attn_norm.eps,
+        attn_norm.eps,
         0.0 if mlp_norm is None else mlp_norm.eps,
         0.0 if attention.q_norm is None else attention.q_norm.eps,
     )

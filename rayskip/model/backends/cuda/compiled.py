@@ -27,7 +27,7 @@ def compile_pieces(backend: TorchBackend) -> str | None:
         (len(mlp.up.weight), mlp.activation, mlp.gated) for layer in layers if (mlp := layer.mlp) is not None
     }
     examples: dict[str, list[tuple[Any, ...]]] = {
-        "normalise": [(new(3, spec.hidden), layers[0].attn_norm)],
+        "normalise": [(new(3, spec.hidden), backend.weights.final_norm)],
         "gate": [(new(3, width), activation, gated) for width, activation, gated in gates],
         "turn": [(q, k, rope, new(3, dtype=torch.long)) for rope in backend.ropes.values()],
     }
