@@ -19,8 +19,15 @@ FAMILIES: dict[str, str] = {
     "gemma2": "rayskip.model.families.gemma",
     "gemma3": "rayskip.model.families.gemma",
     "gemma3_text": "rayskip.model.families.gemma",
+    "glm4_moe": "rayskip.model.families.moe",
     "gpt_neox": "rayskip.model.families.gpt_neox",
+    "gpt_oss": "rayskip.model.families.gpt_oss",
+    "granitemoe": "rayskip.model.families.moe",
+    "mixtral": "rayskip.model.families.moe",
+    "olmoe": "rayskip.model.families.moe",
     "opt": "rayskip.model.families.opt",
+    "qwen2_moe": "rayskip.model.families.moe",
+    "qwen3_moe": "rayskip.model.families.moe",
 }
 
 

@@ -56,25 +56,41 @@ def weights(config: Config, spec: Spec, named: Tensors) -> Weights:
 
 def _layer(config: Config, named: Tensors, index: int, window: int | None) -> Layer:
     at, eps = f"layers.{index}", config.rms_norm_eps
-    attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-    has_head_norms = config.model_type == "qwen3"
     qkv_bias, out_bias, mlp_bias = _biases(config)
     return Layer(
-        Attention(
-            qkv=stacked(*(named.dense(f"{attention}.{part}_proj", qkv_bias) for part in "qkv")),
-            out=named.dense(f"{attention}.o_proj", out_bias),
-            q_norm=named.rms_norm(f"{attention}.q_norm", eps) if has_head_norms else None,
-            k_norm=named.rms_norm(f"{attention}.k_norm", eps) if has_head_norms else None,
-            window=window,
+        attention(
+            named,
+            f"{at}.self_attn",
+            qkv_bias,
+            out_bias,
+            window,
+            norm_eps=eps if config.model_type == "qwen3" else None,
         ),
         named.rms_norm(f"{at}.input_layernorm", eps),
-        MLP(
-            up=stacked(*(named.dense(f"{mlp}.{part}_proj", mlp_bias) for part in ("gate", "up"))),
-            down=named.dense(f"{mlp}.down_proj", mlp_bias),
-            activation=activation(config.hidden_act),
-            gated=True,
-        ),
+        mlp(named, f"{at}.mlp", mlp_bias, config.hidden_act),
         named.rms_norm(f"{at}.post_attention_layernorm", eps),
+    )
+
+
+def attention(
+    named: Tensors, at: str, qkv_bias: bool, out_bias: bool, window: int | None, norm_eps: float | None
+) -> Attention:
+    """norm_eps: of the norms of queries and keys; None where there are none."""
+    return Attention(
+        qkv=stacked(*(named.dense(f"{at}.{part}_proj", qkv_bias) for part in "qkv")),
+        out=named.dense(f"{at}.o_proj", out_bias),
+        q_norm=None if norm_eps is None else named.rms_norm(f"{at}.q_norm", norm_eps),
+        k_norm=None if norm_eps is None else named.rms_norm(f"{at}.k_norm", norm_eps),
+        window=window,
+    )
+
+
+def mlp(named: Tensors, at: str, bias: bool, hidden_act: str) -> MLP:
+    return MLP(
+        up=stacked(*(named.dense(f"{at}.{part}_proj", bias) for part in ("gate", "up"))),
+        down=named.dense(f"{at}.down_proj", bias),
+        activation=activation(hidden_act),
+        gated=True,
     )
 
 

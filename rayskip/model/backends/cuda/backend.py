@@ -24,7 +24,7 @@ from rayskip.model.backends.cuda.graphs import GraphedLayers, cuda_graphs
 from rayskip.model.backends.torch import TorchBackend, TorchStack
 from rayskip.model.backends.transfer import to_device
 from rayskip.model.cache.kv_cache import KVCache, Layout
-from rayskip.model.spec import Attention, Dense, Layer, Spec, Weights
+from rayskip.model.spec import Attention, Dense, Experts, Layer, Spec, Weights
 from rayskip.model.token_batch import Span, TokenBatch
 
 PAGE = 256
@@ -94,6 +94,8 @@ class CudaBackend(TorchBackend):
         return loaded
 
     def stack(self, layers: Sequence[Layer], stored_at: int = 0) -> Stack:
+        if any(isinstance(layer.mlp, Experts) for layer in layers):
+            return TorchStack(self, layers, stored_at)  # how many rows an expert runs is no graph's to know
         return GraphedStack(self, layers, stored_at, GraphedLayers(cuda_graphs()))
 
     def attention(
@@ -201,6 +203,8 @@ def _unfit(spec: Spec, dtype: torch.dtype) -> str | None:
         return str(dtype).removeprefix("torch.")
     if spec.head_dim % 8 or spec.head_dim > WIDEST_HEAD:
         return f"heads of {spec.head_dim} elements"
+    if spec.attn_sinks:
+        return "attention sinks"
     return None if spec.attn_softcap is None else "softcap on scores"
 
 
