@@ -69,9 +69,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         "num_key_value_heads": 2,
         "initializer_range": 0.3,
     }
-    experts = {"num_experts": 6, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 32}
+    experts = {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 32,
+    }
     config = (
-        Qwen2MoeConfig(**sizes, **experts, mlp_only_layers=[0])
+        Qwen2MoeConfig(**sizes, **experts)
         if request.param == "experts"
         else MistralConfig(**sizes, sliding_window=13 if request.param == "windows" else None)
     )
