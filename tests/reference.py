@@ -8,11 +8,24 @@ Shapes: T tokens, d hidden, D head dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from rayskip.model.spec import MLP, Attention, Dense, Norm, Rope, Spec, Weights
+from rayskip.model.spec import (
+    MLP,
+    Activation,
+    Attention,
+    ClampedSwiGLU,
+    Dense,
+    Experts,
+    Norm,
+    Rope,
+    Router,
+    Spec,
+    Weights,
+)
 
 
 @torch.no_grad()
@@ -50,6 +63,10 @@ def _attention(spec: Spec, layer: Attention, rope: Rope | None, x: Tensor, skipp
     if not layer.norms_turned:
         queries, keys = _rotate_heads(queries, rope), _rotate_heads(keys, rope)
     outputs = []
+    if layer.q_norm is not None and len(layer.q_norm.weight) != spec.head_dim:
+        queries = _norm(queries.flatten(1), layer.q_norm).view(queries.shape)
+        keys = _norm(keys.flatten(1), layer.k_norm).view(keys.shape)
+        layer = replace(layer, q_norm=None, k_norm=None)
     for head in range(spec.heads):
         group = head // (spec.heads // spec.kv_heads)
         query, key = queries[:, head], keys[:, group]  # [T, D]
@@ -59,20 +76,57 @@ def _attention(spec: Spec, layer: Attention, rope: Rope | None, x: Tensor, skipp
             scores[position, :first] = -torch.inf
             scores[position, position + 1 :] = -torch.inf
             scores[position, :position][skipped[:position]] = -torch.inf
-        outputs.append(scores.softmax(dim=-1) @ values[:, group])
+        weights = scores.exp()
+        beside = 0 if layer.sinks is None else layer.sinks[head].exp()
+        outputs.append(weights / (weights.sum(dim=-1, keepdim=True) + beside) @ values[:, group])
     return _dense(torch.cat(outputs, dim=-1), layer.out)
 
 
-def _mlp(mlp: MLP | None, x: Tensor) -> Tensor:
+def _mlp(mlp: MLP | Experts | None, x: Tensor) -> Tensor:
     assert mlp is not None
+    if isinstance(mlp, Experts):
+        return torch.stack([_experts(mlp, token) for token in x])
     up = _dense(x, mlp.up)
     if not mlp.gated:
         return _dense(_activate(mlp.activation, up), mlp.down)
     gate, up = up.chunk(2, dim=-1)
+    if isinstance(mlp.activation, ClampedSwiGLU):
+        most = mlp.activation.limit
+        gate, up = gate.clamp(max=most), up.clamp(min=-most, max=most)
+        return _dense(gate / (1 + torch.exp(-mlp.activation.alpha * gate)) * (up + 1), mlp.down)
     return _dense(_activate(mlp.activation, gate) * up, mlp.down)
 
 
-def _activate(activation: str, x: Tensor) -> Tensor:
+def _experts(experts: Experts, token: Tensor) -> Tensor:
+    """One token [d] through the experts that it goes to."""
+    total = torch.zeros_like(token)
+    for index, weight in _chosen(experts.router, token).items():
+        up, down = (
+            Dense(dense.weight[index], None if dense.bias is None else dense.bias[index])
+            for dense in (experts.up, experts.down)
+        )
+        total += weight * _mlp(MLP(up, down, experts.activation, gated=True), token)
+    if experts.shared is not None:
+        gate = 1.0 if experts.shared_gate is None else (experts.shared_gate[0] @ token).sigmoid()
+        total += gate * _mlp(experts.shared, token)
+    return total
+
+
+def _chosen(router: Router, token: Tensor) -> dict[int, float]:
+    """Experts and their weights."""
+    logits = _dense(token, router.dense)
+    scores = (logits.sigmoid() if router.scores == "sigmoid" else logits.exp() / logits.exp().sum()).tolist()
+    ranked = torch.tensor(scores) + (0 if router.correction is None else router.correction)
+    size = len(scores) // router.groups
+    groups = [range(first, first + size) for first in range(0, len(scores), size)]
+    groups.sort(key=lambda group: -sum(sorted(ranked[group].tolist())[-2:]))
+    open_to = [index for group in groups[: router.top_groups] for index in group]
+    best = sorted(open_to, key=lambda index: -ranked[index])[: router.top_k]
+    divisor = sum(scores[index] for index in best) if router.normalised else 1.0
+    return {index: scores[index] / divisor * router.scale for index in best}
+
+
+def _activate(activation: Activation, x: Tensor) -> Tensor:
     if activation == "silu":
         return x * x.sigmoid()
     if activation == "relu":

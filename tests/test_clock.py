@@ -16,7 +16,8 @@ SPEC = Spec("llama", 64, 4, 4, 16, 100, 128, 0.25)
 
 
 def timings(machine: str = "one", threads: int = 2) -> Timings:
-    decoder: Any = SimpleNamespace(spec=SPEC, depth=2, backend=SimpleNamespace(machine=machine))
+    backend, weights = SimpleNamespace(machine=machine), SimpleNamespace(layers=[])
+    decoder: Any = SimpleNamespace(spec=SPEC, depth=2, backend=backend, weights=weights)
     return Timings(decoder, threads, "steps")
 
 

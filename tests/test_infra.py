@@ -120,7 +120,7 @@ def test_the_simulated_driver_commits_every_row_and_overloads_no_replica() -> No
 
 @pytest.mark.soak
 def test_growth_is_measured_on_a_random_model_of_any_size(tmp_path: Path) -> None:
-    sizes = ["--layers", "2", "--hidden", "64", "--intermediate", "96", "--heads", "4"]
+    sizes = ["--layers", "2", "--hidden", "64", "--intermediate", "96", "--heads", "4", "--experts", "6"]
     subprocess.run([sys.executable, "infra/random_llama.py", str(tmp_path), *sizes], cwd=ROOT, check=True)
     command = [sys.executable, "infra/measure_growth.py", "--model", str(tmp_path), "--rows", "9"]
     options = ["--prompts", "4", "40", "--outputs", "3", "--batch-rows", "2"]

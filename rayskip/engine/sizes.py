@@ -109,10 +109,11 @@ def best_rows(decoder: Decoder, threads: int) -> int:
 
 
 def _step_seconds(decoder: Decoder, rows: int) -> float:
-    """Of a greedy decode step of `rows` rows at one key block."""
+    """Of a greedy decode step of `rows` rows at one key block, with tokens of different ids: experts are chosen by
+    them."""
     cache = decoder.new_cache()
     cache.fill(rows, KEY_BLOCK)
     index = torch.arange(rows, device=decoder.backend.device)
     zeros = torch.zeros_like(index)
-    batch = TokenBatch(zeros, zeros, index, [Span(0, 1, index, KEY_BLOCK)], index)
+    batch = TokenBatch(index % decoder.spec.vocab, zeros, index, [Span(0, 1, index, KEY_BLOCK)], index)
     return greedy_seconds(decoder, batch, cache)

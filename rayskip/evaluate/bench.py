@@ -192,7 +192,7 @@ def allowed_speedup(engine: Engine, mean_layers: float) -> float:
     """How much faster a generated token's products are when `mean_layers` of the layers run and the head always
     does: their work is proportional to their parameters."""
     weights = engine.decoder.weights
-    layers, head = sum(layer.size for layer in weights.layers), weights.head.weight.numel()
+    layers, head = sum(layer.active_size for layer in weights.layers), weights.head.weight.numel()
     return (layers + head) / (layers * mean_layers / len(weights.layers) + head)
 
 

@@ -47,7 +47,8 @@ def measure_roofline(decoder: Decoder, rows: int, greedy: bool) -> Roofline:
 
     greedy: the highest logits are enough, which takes less than all of them (see Decoder.scores).
     The layers' products are timed one by one, and in a run of the layers over tokens that attend to themselves
-    alone: where that is one call and rows are few it takes less, although norms and gates are in it.
+    alone: where that is one call and rows are few it takes less, although norms and gates are in it, and so it does
+    where layers have experts, each of which runs some of the rows there.
     """
     backend, layers = decoder.backend, decoder.layers.linears
     inputs = {

@@ -22,6 +22,7 @@ from rayskip.model.config import Config, RotaryModule, read_config, reader
 from rayskip.model.families import FAMILIES, family
 from rayskip.model.files import (
     FLOATS,
+    PACKED,
     SMALL_FILES,
     Header,
     headers_text,
@@ -30,6 +31,7 @@ from rayskip.model.files import (
     weight_files,
 )
 from rayskip.model.refusals import check_configs, check_tensors
+from rayskip.model.spec import Dense, Experts
 from rayskip.user_cache import recall
 
 if TYPE_CHECKING:
@@ -109,7 +111,7 @@ def _check(
         )
     try:
         with torch.device("meta"):
-            weights = _weights(folder, config, own, spec, _Shapes(headers))
+            weights = _weights(folder, config, own, spec, _Shapes(headers), torch.float32)
         _check_shapes(folder, spec, weights)
     except (RuntimeError, IndexError) as error:  # of shapes that cannot even be put together
         raise ModelError(f"{folder}: its tensors do not fit each other ({error})") from error
@@ -128,19 +130,24 @@ def load(
     """
     config, own, spec, _ = _checked(folder, adapter)
     with ExitStack() as opened:
-        stored: Mapping[str, torch.Tensor] = _Stored(weight_files(folder), dtype, device, opened)
+        stored: Mapping[str, torch.Tensor] = _Stored(weight_files(folder), device, opened)
         if adapter is not None:
             stored = Merged(stored, read_adapter(adapter, own.prefixes), own.prefixes, opened)
-        return spec, _weights(folder, config, own, spec, stored)
+        return spec, _weights(folder, config, own, spec, stored, dtype)
 
 
 def _weights(
-    folder: Path, config: Config, own: Family, spec: Spec, stored: Mapping[str, torch.Tensor]
+    folder: Path,
+    config: Config,
+    own: Family,
+    spec: Spec,
+    stored: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
 ) -> Weights:
     from rayskip.model.families.parts import Tensors
 
     try:
-        named = Tensors(stored, own.prefixes)
+        named = Tensors(stored, own.prefixes, dtype)
         weights = own.weights(config, spec, named)
         named.check_all_read()
     except ModelError as error:
@@ -266,9 +273,10 @@ class _Shapes(Mapping[str, "torch.Tensor"]):
         import torch
 
         header = self._headers[name]
-        if header.dtype not in FLOATS:
+        if header.dtype not in FLOATS | {PACKED}:
             raise ModelError(f"{name} has the type {header.dtype}, which is no weight's")
-        return torch.empty(header.shape, device="meta")
+        dtype = torch.uint8 if header.dtype == PACKED else torch.float32
+        return torch.empty(header.shape, dtype=dtype, device="meta")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._headers)
@@ -281,19 +289,16 @@ class _Stored(Mapping[str, "torch.Tensor"]):
     """The tensors of safetensors files by name. A tensor is read when it is asked for, so that a model never
     lies in memory twice and a part that nobody asks for (a vision tower) never once."""
 
-    def __init__(
-        self, files: list[Path], dtype: torch.dtype, device: torch.device, opened: ExitStack
-    ) -> None:
+    def __init__(self, files: list[Path], device: torch.device, opened: ExitStack) -> None:
         from safetensors import safe_open
 
-        self._dtype = dtype
         self._device = device
         handles = [opened.enter_context(safe_open(file, framework="pt")) for file in files]
         self._handles = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._handles[name].get_tensor(name)
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._handles)
@@ -329,18 +334,27 @@ def _shapes(spec: Spec, weights: Weights) -> Iterator[tuple[str, torch.Tensor | 
     yield "position table", weights.positions, (spec.max_positions, d)
     yield "last norm", weights.final_norm.weight, (d,)
     for index, layer in enumerate(weights.layers):
-        attention, mlp = layer.attention, layer.mlp
-        products = {
+        attention = layer.attention
+        products: dict[str, tuple[Dense, tuple[int, ...]]] = {
             "qkv": (attention.qkv, (queries + 2 * keys, d)),
             "output": (attention.out, (d, queries)),
         }
+        mlp = layer.mlp.shared if isinstance(layer.mlp, Experts) else layer.mlp
         if mlp is not None:
             inner = mlp.down.weight.shape[-1]
             products["MLP up"] = mlp.up, (inner * (2 if mlp.gated else 1), d)
             products["MLP down"] = mlp.down, (d, inner)
+        if isinstance(layer.mlp, Experts):
+            count, inner = layer.mlp.router.count, layer.mlp.down.weight.shape[-1]
+            products["router"] = layer.mlp.router.dense, (count, d)
+            products["experts' up"] = layer.mlp.up, (count, 2 * inner, d)
+            products["experts' down"] = layer.mlp.down, (count, d, inner)
+            yield f"layer {index} router's correction", layer.mlp.router.correction, (count,)
+            yield f"layer {index} shared expert's gate", layer.mlp.shared_gate, (1, d)
+        yield f"layer {index} sinks", attention.sinks, (spec.heads,)
         for name, (product, shape) in products.items():
             yield f"layer {index} {name}", product.weight, shape
-            yield f"layer {index} {name} bias", product.bias, shape[:1]
+            yield f"layer {index} {name} bias", product.bias, shape[:-1]
         norms = [
             (norm, d) for norm in (layer.attn_norm, layer.post_attn_norm, layer.mlp_norm, layer.post_mlp_norm)
         ]

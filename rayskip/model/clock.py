@@ -34,7 +34,8 @@ class Timings:
 
     def __init__(self, decoder: Decoder, threads: int, kind: str) -> None:
         """kind: what the sizes are sizes of. threads: that a forward takes."""
-        model = json.dumps([asdict(decoder.spec), decoder.depth])
+        sizes = [(layer.size, layer.active_size) for layer in decoder.weights.layers[: decoder.depth]]
+        model = json.dumps([asdict(decoder.spec), sizes])
         self._file = fact_file("timings", [decoder.backend.machine, model, str(threads), kind])
         self._seconds: dict[str, float] = read_fact(self._file) or {}
 

@@ -26,6 +26,9 @@ DEEPEST_JSON = 64
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """What safetensors calls the types of weights that can be read as they are."""
 
+PACKED = "U8"
+"""And of bytes, in which MXFP4 is packed."""
+
 
 @dataclass(frozen=True)
 class Header:

@@ -14,7 +14,7 @@ from typing import Any
 from rayskip.errors import ModelError, shown
 from rayskip.model.adapter import SETTINGS
 from rayskip.model.families import FAMILIES
-from rayskip.model.files import FLOATS, Header, find_key, read_json
+from rayskip.model.files import FLOATS, PACKED, Header, find_key, read_json
 
 WRAPPERS = frozenset({
     "Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration", "Qwen2VLForConditionalGeneration",
@@ -40,6 +40,10 @@ QUANTISED_NAMES = (
 )  # fmt: skip
 """Ends of names of the tensors that belong to quantised weights: their scales, offsets, maps and packed forms."""
 
+MXFP4 = "mxfp4"
+"""The one quantisation that is read: gpt_oss's, as the bfloat16 that it stands for."""
+MXFP4_NAMES = ("_blocks", "_scales")
+
 WANTED = "give the checkpoint in bfloat16, float16 or float32"
 
 MOST_LAYERS = 10_000
@@ -61,6 +65,16 @@ SIZES = {
     "n_head": MOST,
     "n_layer": MOST_LAYERS,
     "n_positions": MOST_POSITIONS,
+    "num_experts": MOST,
+    "num_local_experts": MOST,
+    "n_routed_experts": MOST,
+    "num_experts_per_tok": MOST,
+    "moe_intermediate_size": MOST,
+    "shared_expert_intermediate_size": MOST,
+    "n_shared_experts": MOST,
+    "n_group": MOST,
+    "topk_group": MOST,
+    "decoder_sparse_step": MOST,
     "num_hidden_layers": MOST_LAYERS,
     "max_position_embeddings": MOST_POSITIONS,
     "sliding_window": MOST,
@@ -70,7 +84,8 @@ SIZES = {
 POSITIVE = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "rope_theta",
             "rope_local_base_freq", "rotary_emb_base", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
             "norm_epsilon", "norm_eps", "logits_scaling", "logit_scale", "attention_multiplier",
-            "embedding_multiplier", "residual_multiplier")  # fmt: skip
+            "embedding_multiplier", "residual_multiplier", "routed_scaling_factor", "swiglu_alpha",
+            "swiglu_limit")  # fmt: skip
 
 
 def check_configs(folder: Path) -> None:
@@ -96,7 +111,9 @@ def check_configs(folder: Path) -> None:
         )
     file = folder / "config.json"
     config = read_json(file)
-    if found := find_key(config, QUANTISED_KEYS):
+    found = find_key(config, QUANTISED_KEYS)
+    method = found[1].get("quant_method") if found and isinstance(found[1], dict) else None
+    if found and not (method == MXFP4 and config.get("model_type") == "gpt_oss"):
         raise ModelError(f"model.path: {folder} is quantised (config.json: {found[0]}); {WANTED}")
     if marked := next((name for name in QUANTISED_FILES if (folder / name).is_file()), None):
         raise ModelError(f"model.path: {folder} is quantised ({marked}); {WANTED}")
@@ -162,6 +179,16 @@ def check_tensors(headers: Mapping[str, Header], key: str = "model.path") -> Non
     key: of the job's config, for the message. Raises ModelError.
     """
     for name, header in headers.items():
+        if header.dtype == PACKED and _is_mxfp4(name, headers):
+            continue
         packed = name.endswith(".weight") and header.dtype not in FLOATS
         if packed or name.endswith(QUANTISED_NAMES) or ".quant_state." in name:
             raise ModelError(f"{key}: {header.file} is quantised ({name}, {header.dtype}); {WANTED}")
+
+
+def _is_mxfp4(name: str, headers: Mapping[str, Header]) -> bool:
+    """Whether bytes are MXFP4's: numbers, or scales of them, with the others beside them."""
+    start = next((name.removesuffix(end) for end in MXFP4_NAMES if name.endswith(end)), None)
+    return start is not None and all(
+        start + end in headers and headers[start + end].dtype == PACKED for end in MXFP4_NAMES
+    )

@@ -2,7 +2,7 @@
 
 Knows neither checkpoints nor how tokens are batched. Importing this loads no torch.
 
-Shapes: d hidden, Hq query heads, Hkv key-value heads, D head dim, f feed-forward, V vocabulary.
+Shapes: d hidden, Hq query heads, Hkv key-value heads, D head dim, f feed-forward, E experts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
     from rayskip.model.config import Config, RotaryModule
 
+
+@dataclass(frozen=True)
+class ClampedSwiGLU:
+    """GPT-OSS's gate: (up + 1) * gate * sigmoid(alpha * gate), after both were clamped to at most `limit`, and up
+    to at least -limit. Only of what is gated."""
+
+    alpha: float
+    limit: float
+
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Gate = Activation | ClampedSwiGLU
 
 
 @dataclass(frozen=True)
@@ -33,7 +44,8 @@ class Norm:
 
 @dataclass(frozen=True)
 class Dense:
-    """y = x @ weight.T + bias; weight [out, in]."""
+    """y = x @ weight.T + bias; weight [out, in], bias [out]; of experts one after the other, [E, out, in] and
+    [E, out]."""
 
     weight: Tensor
     bias: Tensor | None = None
@@ -54,7 +66,8 @@ class Attention:
     qkv: query, key and value stacked on the out axis (Hq*D + 2*Hkv*D). q_norm, k_norm: as wide as their weights,
     over each head's D (Qwen3, Gemma 3) or over all heads' together (OLMo 2); they come before the turn by rope, or
     after it (`norms_turned`, Hunyuan). window: it sees the last so many positions, the token's own included; None:
-    all. rope: key into Weights.ropes; None where positions are learned (OPT) or not told at all (SmolLM3).
+    all. rope: key into Weights.ropes; None where positions are learned (OPT) or not told at all (SmolLM3). sinks
+    [Hq], in float32: a score of each head to which no value belongs, beside those of the keys (GPT-OSS).
     """
 
     qkv: Dense
@@ -64,6 +77,7 @@ class Attention:
     norms_turned: bool = False
     window: int | None = None
     rope: str | None = "default"
+    sinks: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,8 +89,70 @@ class MLP:
 
     up: Dense
     down: Dense
-    activation: Activation
+    activation: Gate
     gated: bool
+
+
+@dataclass(frozen=True)
+class Router:
+    """Which experts a token goes to, and with what weights; all of it in float32.
+
+    Its scores are the softmax, or the sigmoid, of what `dense` [E, d] makes of the token. The `top_k` highest are
+    chosen, `correction` [E] in float32 added for the choice alone; of `groups` equal parts of the experts, only
+    from the `top_groups` whose two highest sum up to the most. A chosen expert's weight is its score, divided by
+    the sum of the chosen ones' where they are `normalised` (a softmax over all is one over these then), times
+    `scale`.
+    """
+
+    dense: Dense
+    top_k: int
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalised: bool = True
+    scale: float = 1.0
+    correction: Tensor | None = None
+    groups: int = 1
+    top_groups: int = 1
+
+    @property
+    def count(self) -> int:
+        """Experts to choose from."""
+        return len(self.dense.weight)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts: the weighted sum of what the router's choice of gated MLPs say of a token.
+
+    up [E, 2f, d], down [E, d, f]: as MLP's, of all experts. shared: an MLP that every token runs, added to the sum.
+    shared_gate [1, d]: the sigmoid of what it makes of the token multiplies that; None: nothing does.
+    """
+
+    router: Router
+    up: Dense
+    down: Dense
+    activation: Gate
+    shared: MLP | None = None
+    shared_gate: Tensor | None = None
+
+    @property
+    def scores(self) -> Dense:
+        """The router's product, [E, d], and the shared expert's gate as one output more, where there is one."""
+        own = self.router.dense
+        if self.shared_gate is None:
+            return own
+        return stacked(own, Dense(self.shared_gate, None if own.bias is None else own.bias.new_zeros(1)))
+
+    @property
+    def each(self) -> list[MLP]:
+        """The experts one by one; their tensors are parts of `up` and `down`."""
+
+        def one(dense: Dense, index: int) -> Dense:
+            return Dense(dense.weight[index], None if dense.bias is None else dense.bias[index])
+
+        return [
+            MLP(one(self.up, index), one(self.down, index), self.activation, gated=True)
+            for index in range(self.router.count)
+        ]
 
 
 @dataclass(frozen=True)
@@ -90,22 +166,32 @@ class Layer:
 
     attention: Attention
     attn_norm: Norm | None = None
-    mlp: MLP | None = None
+    mlp: MLP | Experts | None = None
     mlp_norm: Norm | None = None
     post_attn_norm: Norm | None = None
     post_mlp_norm: Norm | None = None
     parallel: bool = False
 
     @property
-    def products(self) -> list[Dense]:
-        """In the order in which they run."""
-        mlp = [] if self.mlp is None else [self.mlp.up, self.mlp.down]
-        return [self.attention.qkv, self.attention.out, *mlp]
+    def size(self) -> int:
+        """Weights of its products, those of all experts."""
+        return self._weights(of_all=True)
 
     @property
-    def size(self) -> int:
-        """Weights of its products."""
-        return sum(dense.weight.numel() for dense in self.products)
+    def active_size(self) -> int:
+        """Weights of the products that one token runs."""
+        return self._weights(of_all=False)
+
+    def _weights(self, of_all: bool) -> int:
+        products, experts = [self.attention.qkv, self.attention.out], 0
+        if isinstance(self.mlp, Experts):
+            each = self.mlp.up.weight[0].numel() + self.mlp.down.weight[0].numel()
+            experts = each * (self.mlp.router.count if of_all else self.mlp.router.top_k)
+            products.append(self.mlp.scores)
+        dense = self.mlp.shared if isinstance(self.mlp, Experts) else self.mlp
+        if dense is not None:
+            products += [dense.up, dense.down]
+        return experts + sum(product.weight.numel() for product in products)
 
 
 @dataclass(frozen=True)
@@ -113,7 +199,8 @@ class Spec:
     """A decoder's sizes and switches.
 
     scale: multiplies q.k. embed_scale: multiplies token embeddings (Gemma: sqrt d). logit_scale: multiplies logits
-    (Granite, Cohere). attn_softcap, logit_softcap: x -> c * tanh(x / c) (Gemma 2).
+    (Granite, Cohere). attn_softcap, logit_softcap: x -> c * tanh(x / c) (Gemma 2). attn_sinks: whether layers have
+    Attention.sinks.
     eos_token_ids: generation ends at any of them.
     """
 
@@ -129,6 +216,7 @@ class Spec:
     logit_scale: float = 1.0
     attn_softcap: float | None = None
     logit_softcap: float | None = None
+    attn_sinks: bool = False
     eos_token_ids: tuple[int, ...] = ()
 
 

@@ -12,12 +12,19 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GptOssConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+)
 
 from rayskip.errors import ModelError
 from rayskip.model.backends.cpu import backend as cpu
@@ -518,9 +525,10 @@ def test_every_instruction_set_gives_what_torch_does(
                 test_product(33, 130, True, dtype)
                 test_an_int8_product_is_that_of_weights_in_255_steps(33, 64, dtype)
                 test_the_highest_outputs_are_found(33, 64, dtype, 3, True)
-                test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
-                    "rows", Qwen2Config, dtype, tmp_path
-                )
+                for config in (Qwen2Config, Qwen2MoeConfig):
+                    test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
+                        "rows", config, dtype, tmp_path / config.model_type
+                    )
             if macro and library.compressed_rows():
                 test_compressed_weights_are_the_same_weights("of every size", 33, 130, True)
     finally:
@@ -636,7 +644,7 @@ def _steps(order: str) -> list[TokenBatch]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config])
+@pytest.mark.parametrize("config", [Qwen2Config, Qwen3Config, Qwen2MoeConfig, GptOssConfig])
 @pytest.mark.parametrize(
     "order",
     ["rows", "rows backwards", "positions", "a row's last token first", "one token a row", "a tree"],
@@ -644,12 +652,28 @@ def _steps(order: str) -> list[TokenBatch]:
 def test_all_layers_in_one_call_give_the_same_bits_as_one_operation_at_a_time(
     order: str, config: type[PreTrainedConfig], dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """With biases (Qwen 2), norms per head (Qwen 3; those are torch's when apart), tokens that skip layers, on
+    """With biases (Qwen 2), norms per head (Qwen 3; those are torch's when apart), shared experts behind gates and
+    dense layers in between (Qwen 2 MoE), sinks, windows and clamped gates (GPT-OSS), tokens that skip layers, on
     several threads, and wherever in the batch the tokens stand that another one sees."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 99, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16}
-    AutoModelForCausalLM.from_config(config(**sizes, **heads), dtype=dtype).save_pretrained(tmp_path)
+    experts: dict[type[PreTrainedConfig], dict[str, Any]] = {
+        Qwen2MoeConfig: {
+            "num_experts": 7,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "mlp_only_layers": [1],
+        },
+        GptOssConfig: {
+            "num_local_experts": 5,
+            "sliding_window": 50,
+            "swiglu_limit": 0.5,
+            "initializer_range": 0.2,
+        },
+    }
+    own = config(**sizes, **heads, **experts.get(config, {}))
+    AutoModelForCausalLM.from_config(own, dtype=dtype).save_pretrained(tmp_path)
     decoder = Decoder(*load(tmp_path, dtype, CPU))
     if not isinstance(decoder.layers, CpuStack):
         pytest.skip("a library's products are used on this processor")

@@ -32,6 +32,9 @@ VOCAB, LAYERS, WIDTH = 199, 4, 64
 SKIP = {"skip": {"kind": "skipdecode", "speedup": 2, "horizon": 12}}
 AT_HAND = ["torch", "cpu", "cuda on a cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 NewBackend = Callable[[Spec, Weights], Backend]
+with_experts = pytest.mark.parametrize(
+    "folder", ["full attention", "windows", "experts"], indirect=True, scope="module"
+)
 
 
 @pytest.fixture(params=AT_HAND)
@@ -52,21 +55,31 @@ def new_backend(request: pytest.FixtureRequest) -> Iterator[NewBackend]:
         yield make
 
 
-@pytest.fixture(scope="module", params=[None, 13], ids=["full attention", "windows"])
+@pytest.fixture(scope="module", params=["full attention", "windows"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and heads for trees of drafts."""
-    from transformers import AutoModelForCausalLM, MistralConfig
+    from transformers import AutoModelForCausalLM, MistralConfig, Qwen2MoeConfig
 
     torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=request.param,
-        initializer_range=0.3,
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.3,
+    }
+    experts = {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 32,
+    }
+    config = (
+        Qwen2MoeConfig(**sizes, **experts)
+        if request.param == "experts"
+        else MistralConfig(**sizes, sliding_window=13 if request.param == "windows" else None)
     )
     folder = tmp_path_factory.mktemp("model")
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
@@ -98,6 +111,7 @@ def _tokens(decoder: Decoder, decode: dict[str, Any], **sizes: Any) -> list[list
     return [samples[0].token_ids or [] for samples in engine.generate(_prompts(), params)]
 
 
+@with_experts
 @pytest.mark.parametrize("skipping", [False, True])
 def test_logits_equal_a_forward_without_a_cache(
     skipping: bool, folder: Path, new_backend: NewBackend
@@ -150,6 +164,7 @@ def test_every_part_of_a_layer_is_served(name: str, new_backend: NewBackend, tmp
     torch.testing.assert_close(torch.cat(found), expected, atol=2e-4, rtol=2e-4)
 
 
+@with_experts
 def test_a_row_has_the_same_bits_alone_and_in_a_batch(folder: Path, new_backend: NewBackend) -> None:
     """In float32 a library's products in attention may not have them, which a report says."""
     assert is_batch_invariant(_decoder(folder, new_backend, torch.bfloat16))

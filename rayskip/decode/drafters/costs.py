@@ -86,11 +86,12 @@ def measure_costs(decoder: Decoder, threads: int, rows: int, most: int) -> StepC
 
 
 def _seconds(decoder: Decoder, cache: KVCache, count: int, length: int) -> float:
-    """Of a forward of `count` tokens, a row's side by side as in verification."""
+    """Of a forward of `count` tokens, a row's side by side as in verification, of different ids: experts are chosen
+    by them."""
     index = torch.arange(count, device=decoder.backend.device)
     table_rows = (index % cache.table.shape[1]).sort().values
     positions = torch.full_like(index, length - 1)
     batch = TokenBatch(
-        torch.zeros_like(index), positions, table_rows, [Span(0, 1, table_rows, key_blocks(length))], index
+        index % decoder.spec.vocab, positions, table_rows, [Span(0, 1, table_rows, key_blocks(length))], index
     )
     return greedy_seconds(decoder, batch, cache)

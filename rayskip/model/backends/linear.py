@@ -54,6 +54,17 @@ class TorchLinear(Linear):
         return y
 
 
+class TorchScores(TorchLinear):
+    """In float32, whatever its weights and inputs are."""
+
+    def __init__(self, dense: Dense) -> None:
+        bias = None if dense.bias is None else dense.bias.float()
+        super().__init__(Dense(dense.weight.float(), bias))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x.float())
+
+
 def _reorders(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN can reorder such a weight here; its bf16 needs AVX-512 or better."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -71,9 +82,9 @@ def _reorder(weight: Tensor) -> Tensor:
 def row_rule(linears: Iterable[TorchLinear]) -> RowRule:
     """The cheapest of RULES under which every probed row count gives the same bits on this machine.
 
-    One product of each shape stands for all of that shape.
+    One product of each shape and type stands for all of that kind.
     """
-    by_shape = {(linear.out_features, linear.in_features): linear for linear in linears}
+    by_shape = {(linear.out_features, linear.in_features, linear.dtype): linear for linear in linears}
     least = max((_fewest_rows(linear) for linear in by_shape.values()), default=1)
     return next(rule for rule in RULES if rule.tile or rule.least >= least)
 

@@ -3,7 +3,7 @@
 Attention reads keys in spans of rows of one shape, see `Span`. The others inherit what they do not replace.
 
 Shapes: N tokens, d hidden, f feed-forward, Hq = Hkv * G query heads, D head dim, T key positions read, R rows of
-outputs, V vocabulary.
+outputs, V vocabulary, E experts, K that a token goes to, P pairs of a token and one of those.
 """
 
 from __future__ import annotations
@@ -16,13 +16,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rayskip.model.backends.base import Backend, Head, HeadOutput, Linear, Stack
-from rayskip.model.backends.linear import TorchLinear, row_rule
+from rayskip.model.backends.linear import TorchLinear, TorchScores, row_rule
 from rayskip.model.cache.kv_cache import KVCache
-from rayskip.model.spec import MLP, Activation, Attention, Dense, Layer, Norm, Rope, Weights
+from rayskip.model.spec import (
+    MLP,
+    Activation,
+    Attention,
+    ClampedSwiGLU,
+    Dense,
+    Experts,
+    Gate,
+    Layer,
+    Norm,
+    Rope,
+    Router,
+    Weights,
+)
 from rayskip.model.token_batch import TokenBatch
 
 BLOCK = 256
 """Logits that are taken together before one of them is looked for."""
+TINY = 1e-20
+"""Added to weights' sum, which may be zero where their scores are sigmoids."""
 
 
 class TorchBackend(Backend):
@@ -71,12 +86,26 @@ class TorchBackend(Backend):
     def normalise(self, x: Tensor, norm: Norm) -> Tensor:
         return normalise(x, norm)
 
-    def gate(self, up: Tensor, activation: Activation, gated: bool) -> Tensor:
+    def gate(self, up: Tensor, activation: Gate, gated: bool) -> Tensor:
         """An MLP's non-linearity: gate and up side by side [N, 2f] (or up alone [N, f]) -> [N, f]."""
+        if isinstance(activation, ClampedSwiGLU):
+            gate, up = up.chunk(2, dim=-1)
+            gate = gate.clamp(max=activation.limit)
+            up = up.clamp(-activation.limit, activation.limit)
+            return (up + 1) * gate * torch.sigmoid(activation.alpha * gate)
         if not gated:
             return activate(up, activation)
         gate, up = up.chunk(2, dim=-1)
         return activate(gate, activation) * up
+
+    def scores(self, dense: Dense) -> Linear:
+        """A router's product: x [N, d] -> [N, E] in float32."""
+        return TorchScores(dense)
+
+    def route(self, router: Router, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """What the router makes of its logits [N, E] and, behind those, that of the shared expert's gate, if it has
+        one: (experts [N, K], their weights, and the sigmoid of the gate's behind those, in float32)."""
+        return route(router, logits)
 
     def top_k(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Places of the `count` highest of logits [R, V], and their probabilities, both [R, count], descending."""
@@ -112,7 +141,7 @@ class TorchBackend(Backend):
         """
         q = self.turn_and_store(q, k, v, own.rope, layer, batch, cache) * self.spec.scale
         parts = [
-            self._attend_span(q[span.start : span.stop], own.window, layer, batch, index, cache)
+            self._attend_span(q[span.start : span.stop], own, layer, batch, index, cache)
             for index, span in enumerate(batch.spans)
             if span.start < len(q)
         ]
@@ -133,7 +162,7 @@ class TorchBackend(Backend):
         return rotate(q, cos, sin), rotate(k, cos, sin)
 
     def _attend_span(
-        self, q: Tensor, window: int | None, layer: int, batch: TokenBatch, index: int, cache: KVCache
+        self, q: Tensor, own: Attention, layer: int, batch: TokenBatch, index: int, cache: KVCache
     ) -> Tensor:
         """q [rows * width, Hq, D] of one span -> [rows * width, Hq * D].
 
@@ -151,9 +180,10 @@ class TorchBackend(Backend):
 
         def mask() -> Tensor:
             positions = batch.positions[span.start : span.stop].view(span.rows, span.width)
-            return causal_mask(positions.repeat_interleave(per_head, dim=1), span.keys, window, q.dtype)
+            return causal_mask(positions.repeat_interleave(per_head, dim=1), span.keys, own.window, q.dtype)
 
-        out = attend(q, keys, values, batch.once(("mask", index, window), mask), spec.attn_softcap)
+        sinks = None if own.sinks is None else own.sinks.view(-1, per_head).repeat(1, span.width)
+        out = attend(q, keys, values, batch.once(("mask", index, own.window), mask), spec.attn_softcap, sinks)
         out = out.view(span.rows, spec.kv_heads, span.width, per_head, spec.head_dim).transpose(1, 2)
         return out.reshape(span.rows * span.width, spec.heads * spec.head_dim)
 
@@ -163,9 +193,7 @@ class TorchStack(Stack):
 
     def __init__(self, backend: TorchBackend, layers: Sequence[Layer], stored_at: int) -> None:
         self._backend, self._stored_at = backend, stored_at
-        self._layers = [
-            _Ready(layer, [backend.linear(dense) for dense in layer.products]) for layer in layers
-        ]
+        self._layers = [_Ready(backend, layer) for layer in layers]
         self.linears = [linear for layer in self._layers for linear in layer.linears]
 
     def run(self, x: Tensor, batch: TokenBatch, cache: KVCache, first: int, last: int) -> Tensor:
@@ -191,37 +219,88 @@ class TorchStack(Stack):
         attention = self._attention(ready, index, normed, batch, cache)
         if layer.post_attn_norm is not None:
             attention = normalise(attention, layer.post_attn_norm)
-        if layer.mlp is None:
+        if ready.mlp is None:
             return attention
         if layer.parallel:
             if layer.mlp_norm is not layer.attn_norm:
                 normed = backend.add_normalise(x, None, layer.mlp_norm)
-            return attention + self._mlp(ready, layer.mlp, normed)
-        mlp = self._mlp(ready, layer.mlp, backend.add_normalise(x, attention, layer.mlp_norm))
+            return attention + ready.mlp(normed)
+        mlp = ready.mlp(backend.add_normalise(x, attention, layer.mlp_norm))
         return mlp if layer.post_mlp_norm is None else normalise(mlp, layer.post_mlp_norm)
 
     def _attention(self, ready: _Ready, index: int, x: Tensor, batch: TokenBatch, cache: KVCache) -> Tensor:
         spec, own = self._backend.spec, ready.layer.attention
-        qkv, out = ready.linears[:2]
-        heads = qkv(x).view(len(x), -1, spec.head_dim)  # [N, Hq + 2 Hkv, D]
+        heads = ready.qkv(x).view(len(x), -1, spec.head_dim)  # [N, Hq + 2 Hkv, D]
         q, k, v = torch.split(heads, [spec.heads, spec.kv_heads, spec.kv_heads], dim=1)
         if own.norms_turned and own.rope is not None:
             q, k = self._backend.turn(q, k, self._backend.ropes[own.rope], batch.positions[: len(q)])
             own = replace(own, rope=None)
         if own.q_norm is not None and own.k_norm is not None:
             q, k = normalise_heads(q, own.q_norm), normalise_heads(k, own.k_norm)
-        return out(self._backend.attention(q, k, v, own, self._stored_at + index, batch, cache))
-
-    def _mlp(self, ready: _Ready, mlp: MLP, x: Tensor) -> Tensor:
-        up, down = ready.linears[2:]
-        return down(self._backend.gate(up(x), mlp.activation, mlp.gated))
+        return ready.out(self._backend.attention(q, k, v, own, self._stored_at + index, batch, cache))
 
 
 class _Ready:
     """A layer with its products ready to run."""
 
-    def __init__(self, layer: Layer, linears: Sequence[Linear]) -> None:
-        self.layer, self.linears = layer, linears
+    def __init__(self, backend: TorchBackend, layer: Layer) -> None:
+        self.layer = layer
+        self.qkv, self.out = backend.linear(layer.attention.qkv), backend.linear(layer.attention.out)
+        self.mlp: _ReadyMLP | _ReadyExperts | None = None
+        if isinstance(layer.mlp, Experts):
+            self.mlp = _ReadyExperts(backend, layer.mlp)
+        elif layer.mlp is not None:
+            self.mlp = _ReadyMLP(backend, layer.mlp)
+        self.linears = [self.qkv, self.out, *(self.mlp.linears if self.mlp is not None else ())]
+
+
+class _ReadyMLP:
+    """x [N, d] -> [N, d]."""
+
+    def __init__(self, backend: TorchBackend, mlp: MLP) -> None:
+        self._backend, self._mlp = backend, mlp
+        self._up, self._down = backend.linear(mlp.up), backend.linear(mlp.down)
+        self.linears = [self._up, self._down]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._down(self._backend.gate(self._up(x), self._mlp.activation, self._mlp.gated))
+
+
+class _ReadyExperts:
+    """x [N, d] -> [N, d]. Each expert runs once, over the tokens that go to it.
+
+    A token's result depends on no other: its products are by rule, and what its experts say is added up in the
+    order in which the router ranks them, in float32.
+    """
+
+    def __init__(self, backend: TorchBackend, experts: Experts) -> None:
+        self._backend, self._router = backend, experts.router
+        self._scores = backend.scores(experts.scores)
+        self._shared = None if experts.shared is None else _ReadyMLP(backend, experts.shared)
+        self._gated = experts.shared_gate is not None
+        self._each = [_ReadyMLP(backend, mlp) for mlp in experts.each]
+        dense = [] if self._shared is None else [self._shared]
+        self.linears = [self._scores, *(linear for mlp in (*dense, *self._each) for linear in mlp.linears)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        experts, weights = self._backend.route(self._router, self._scores(x))
+        of_tokens = self._run_experts(x, experts)
+        total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        if self._shared is not None:
+            total += self._shared(x).float() * (weights[:, -1:] if self._gated else 1)
+        for rank in range(self._router.top_k):
+            total += of_tokens[:, rank].float() * weights[:, rank, None]
+        return total.to(x.dtype)
+
+    def _run_experts(self, x: Tensor, experts: Tensor) -> Tensor:
+        """What each of the tokens' experts [N, K] says of it, unweighted: [N, K, d]."""
+        order = experts.flatten().argsort(stable=True)  # [P], pairs by expert
+        counts = torch.bincount(experts.flatten(), minlength=len(self._each)).tolist()
+        rows = torch.split(x[order // experts.shape[1]], counts)
+        ran = [mlp(own) for mlp, own in zip(self._each, rows, strict=True) if len(own)]
+        by_pair = x.new_empty(len(order), x.shape[1])
+        by_pair[order] = torch.cat(ran)
+        return by_pair.view(*experts.shape, x.shape[1])
 
 
 class TorchHead(Head):
@@ -260,15 +339,22 @@ class TorchHead(Head):
         return HeadOutput(*self._backend.argmax(logits), logits, range(len(logits)))
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float | None) -> Tensor:
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, cap: float | None, sinks: Tensor | None
+) -> Tensor:
     """q [R, Hkv, M, D] (already scaled), keys and values [R, Hkv, T, D] -> [R, Hkv, M, D].
 
-    mask: 0 or -inf, broadcast over heads, [R, 1, M, T]; cap: softcap on the scores (Gemma 2).
+    mask: 0 or -inf, broadcast over heads, [R, 1, M, T]; cap: softcap on the scores (Gemma 2). sinks [Hkv, M]: of
+    each query one score more, whose share goes to no value.
     """
     scores = torch.matmul(q, keys.transpose(2, 3))
     if cap is not None:
         scores = softcap(scores, cap)
-    share = torch.softmax(scores + mask, dim=-1, dtype=torch.float32)
+    scores = scores + mask
+    if sinks is not None:
+        ends = sinks[None, :, :, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores.float(), ends), dim=-1)
+    share = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., : keys.shape[2]]
     return torch.matmul(share.to(values.dtype), values)
 
 
@@ -311,6 +397,27 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-right, left), dim=-1) * sin
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+
+
+def route(router: Router, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """As `TorchBackend.route`."""
+    own, beside = torch.split(logits, [router.count, logits.shape[1] - router.count], dim=1)
+    scores = own.sigmoid() if router.scores == "sigmoid" else own.softmax(dim=1)
+    ranked = scores if router.correction is None else scores + router.correction
+    if router.top_groups < router.groups:
+        parts = ranked.view(len(ranked), router.groups, -1)
+        of_groups = parts.topk(2).values.sum(dim=2)
+        left = torch.ones_like(of_groups, dtype=torch.bool)
+        left.scatter_(1, of_groups.topk(router.top_groups).indices, False)
+        ranked = parts.masked_fill(left.unsqueeze(2), -torch.inf).flatten(1)
+    experts = ranked.topk(router.top_k).indices
+    weights = scores.gather(1, experts)
+    if router.normalised:
+        total = torch.zeros_like(weights[:, :1])
+        for rank in range(router.top_k):  # in one order, however many tokens there are
+            total = total + weights[:, rank, None]
+        weights = weights / (total + TINY)
+    return experts, torch.cat((weights * router.scale, beside.sigmoid()), dim=1)
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

@@ -1,4 +1,5 @@
-"""What each model_type of Llama's shape has of its own, as a table: see llama.py, which reads it."""
+"""What each model_type of Llama's shape has of its own, as a table: llama.py reads it, and moe.py and gpt_oss.py,
+whose layers have experts."""
 
 from __future__ import annotations
 
@@ -137,6 +138,13 @@ QWEN2 = Kind(qkv_bias=True, windows=windows)
 QWEN3 = replace(BIASED, head_norms=HEAD_NORMS)
 OLMO2 = replace(QWEN3, norms=AFTER)
 GLM = Kind(qkv_bias="attention_bias", up=("gate_up_proj",), interleaved=True, rotary=("glm", "Glm"))
+GRANITE = replace(
+    LLAMA,
+    scale=lambda config: config.attention_multiplier,
+    embed_scale=lambda config: config.embedding_multiplier,
+    logit_scale=lambda config: 1 / config.logits_scaling,
+    residual=lambda config: config.residual_multiplier,
+)
 COHERE = replace(
     BIASED,
     parallel=True,
@@ -160,13 +168,15 @@ KINDS: dict[str, Kind] = {
     ),
     "glm": GLM,
     "glm4": replace(GLM, norms=AROUND),
-    "granite": replace(
-        LLAMA,
-        scale=lambda config: config.attention_multiplier,
-        embed_scale=lambda config: config.embedding_multiplier,
-        logit_scale=lambda config: 1 / config.logits_scaling,
-        residual=lambda config: config.residual_multiplier,
+    "glm4_moe": Kind(
+        qkv_bias="attention_bias",
+        head_norms=HEAD_NORMS,
+        has_head_norms="use_qk_norm",
+        rotary=("glm4_moe", "Glm4Moe"),
     ),
+    "gpt_oss": replace(BIASED, windows=windows, rotary=("gpt_oss", "GptOss")),
+    "granite": GRANITE,
+    "granitemoe": replace(GRANITE, mlp_bias=False, refused=("sliding_window",)),
     "helium": Kind(qkv_bias="attention_bias", mlp_bias="mlp_bias", interleaved=True),
     "hunyuan_v1_dense": replace(
         BIASED,
@@ -178,12 +188,14 @@ KINDS: dict[str, Kind] = {
     "ministral": Kind(windows=windows),
     "ministral3": Kind(windows=_one_window, positions=_up_to_scaling),
     "mistral": Kind(windows=_one_window),
+    "mixtral": Kind(windows=_one_window),
     "nemotron": replace(
         LLAMA, norm=_layer_norm_less_one, up=("up_proj",), gated=False, rotary=("nemotron", "Nemotron")
     ),
     "olmo": replace(BIASED, norm=_layer_norm_of_ones, refused=("clip_qkv",)),
     "olmo2": OLMO2,
     "olmo3": replace(OLMO2, windows=windows, rotary=("olmo3", "Olmo3")),
+    "olmoe": replace(QWEN3, refused=("clip_qkv", "sliding_window")),
     "phi": Kind(
         qkv_bias=True,
         out_bias=True,
@@ -203,8 +215,10 @@ KINDS: dict[str, Kind] = {
     "phi3": Kind(qkv=("qkv_proj",), up=("gate_up_proj",), windows=_one_window, rotary=("phi3", "Phi3")),
     "qwen2": QWEN2,
     "qwen2_5_vl_text": QWEN2,
+    "qwen2_moe": Kind(qkv_bias="qkv_bias", windows=windows),
     "qwen2_vl_text": QWEN2,
     "qwen3": replace(QWEN3, windows=windows),
+    "qwen3_moe": replace(QWEN3, windows=_one_window),
     "qwen3_vl_text": QWEN3,
     "seed_oss": Kind(qkv_bias="attention_bias", out_bias="attention_out_bias", mlp_bias="mlp_bias"),
     "smollm3": replace(LLAMA, windows=windows, turned=_turned_as_listed),

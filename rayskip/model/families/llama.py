@@ -18,7 +18,7 @@ from rayskip.model.families.parts import (
     rope_tables,
     scaled,
 )
-from rayskip.model.spec import MLP, Attention, Dense, Family, Layer, Norm, Spec, Weights, stacked
+from rayskip.model.spec import MLP, Attention, Dense, Experts, Family, Layer, Norm, Spec, Weights, stacked
 
 if TYPE_CHECKING:
     from rayskip.model.config import Config, RotaryModule
@@ -53,6 +53,11 @@ def spec(config: Config) -> Spec:
 
 
 def weights(config: Config, spec: Spec, named: Tensors) -> Weights:
+    return read(config, spec, named, Layers)
+
+
+def read(config: Config, spec: Spec, named: Tensors, layers: type[Layers]) -> Weights:
+    """layers: what reads them."""
     tied = (
         config.tie_word_embeddings
     )  # of a model that also sees images, its own word and not its text model's
@@ -60,7 +65,7 @@ def weights(config: Config, spec: Spec, named: Tensors) -> Weights:
     kind = KINDS[config.model_type]
     embed = named["embed_tokens.weight"]
     ropes = rope_tables(config, spec)
-    reader = _Layers(config, spec, named, next(iter(ropes.values())).cos.shape[1])
+    reader = layers(config, spec, named, next(iter(ropes.values())).cos.shape[1])
     windows, turned = kind.windows(config), kind.turned(config)
     types = config.layer_types if "default" not in ropes else ["default"] * len(windows)
     return Weights(
@@ -75,11 +80,12 @@ def weights(config: Config, spec: Spec, named: Tensors) -> Weights:
     )
 
 
-class _Layers:
-    """Reads a model's layers. turned: dims of a head that rope turns."""
+class Layers:
+    """Reads a model's layers."""
 
     def __init__(self, config: Config, spec: Spec, named: Tensors, turned: int) -> None:
-        self._config, self._spec, self._named, self._turned = config, spec, named, turned
+        """turned: dims of a head that rope turns."""
+        self.config, self.named, self._spec, self._turned = config, named, spec, turned
         self._kind = KINDS[config.model_type]
         self._residual = self._kind.residual(config) if self._kind.residual else 1.0
 
@@ -87,23 +93,24 @@ class _Layers:
         at, kind, parallel = f"layers.{index}", self._kind, self._says(self._kind.parallel)
         names = kind.norms[:2] if parallel else kind.norms
         norms = [
-            None if name is None else kind.norm(self._named, self._config, f"{at}.{name}") for name in names
+            None if name is None else kind.norm(self.named, self.config, f"{at}.{name}") for name in names
         ]
         attn_norm, post_attn_norm, mlp_norm, post_mlp_norm = [*norms, norms[0], None] if parallel else norms
         return Layer(
-            self._attention(f"{at}.self_attn", window, rope),
+            self.attention(index, window, rope),
             attn_norm,
-            self._mlp(f"{at}.mlp"),
+            self.mlp(index),
             mlp_norm,
             post_attn_norm,
             post_mlp_norm,
             parallel,
         )
 
-    def _attention(self, at: str, window: int | None, rope: str | None) -> Attention:
+    def attention(self, index: int, window: int | None, rope: str | None) -> Attention:
+        at = f"layers.{index}.self_attn"
         kind, bias = self._kind, self._says(self._kind.qkv_bias)
         q_norm, k_norm = self._head_norms(at)
-        qkv = stacked(*(self._named.dense(f"{at}.{name}", bias) for name in kind.qkv))
+        qkv = stacked(*(self.named.dense(f"{at}.{name}", bias) for name in kind.qkv))
         return Attention(
             in_halves(qkv, self._spec, self._turned) if kind.interleaved else qkv,
             self._added(f"{at}.{kind.out}", kind.out_bias),
@@ -120,27 +127,30 @@ class _Layers:
             return None, None
         queries, keys = kind.head_norms
         return (
-            kind.norm(self._named, self._config, f"{at}.{queries}"),
-            kind.norm(self._named, self._config, f"{at}.{keys}"),
+            kind.norm(self.named, self.config, f"{at}.{queries}"),
+            kind.norm(self.named, self.config, f"{at}.{keys}"),
         )
 
-    def _mlp(self, at: str) -> MLP:
+    def mlp(self, index: int) -> MLP | Experts:
+        return self.dense_mlp(f"layers.{index}.mlp")
+
+    def dense_mlp(self, at: str) -> MLP:
         kind, bias = self._kind, self._says(self._kind.mlp_bias)
         return MLP(
-            up=stacked(*(self._named.dense(f"{at}.{name}", bias) for name in kind.up)),
+            up=stacked(*(self.named.dense(f"{at}.{name}", bias) for name in kind.up)),
             down=self._added(f"{at}.{kind.down}", kind.mlp_bias),
-            activation=activation(self._config.hidden_act),
+            activation=activation(self.config.hidden_act),
             gated=kind.gated,
         )
 
     def _added(self, name: str, bias: bool | str) -> Dense:
         """A product whose result is added to the states: what multiplies that (Granite) is folded into the weights,
         which rounds them once more where they are not float32."""
-        return scaled(self._named.dense(name, self._says(bias)), self._residual)
+        return scaled(self.named.dense(name, self._says(bias)), self._residual)
 
     def _says(self, answer: bool | str) -> bool:
         """A Kind's answer, or the config's by its key."""
-        return bool(getattr(self._config, answer)) if isinstance(answer, str) else answer
+        return bool(getattr(self.config, answer)) if isinstance(answer, str) else answer
 
 
 def rotary(model_type: str) -> RotaryModule:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayskip.errors import ModelError, shown
 from rayskip.model.files import short_name
 from rayskip.model.refusals import MOST_POSITIONS
-from rayskip.model.spec import Activation, Dense, Norm, Rope, Spec
+from rayskip.model.spec import Activation, Dense, Norm, Rope, Router, Spec
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from rayskip.model.config import Config
@@ -38,11 +39,11 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 class Tensors:
-    """A checkpoint's tensors under their short names: the first of `prefixes` that fits is dropped, so that a
-    base model's checkpoint and a causal LM's read alike. A missing name is a ModelError."""
+    """A checkpoint's tensors, in `dtype`, under their short names: the first of `prefixes` that fits is dropped, so
+    that a base model's checkpoint and a causal LM's read alike. A missing name is a ModelError."""
 
-    def __init__(self, stored: Mapping[str, Tensor], prefixes: tuple[str, ...]) -> None:
-        self._stored = stored
+    def __init__(self, stored: Mapping[str, Tensor], prefixes: tuple[str, ...], dtype: torch.dtype) -> None:
+        self._stored, self.dtype = stored, dtype
         self._names: dict[str, str] = {}
         self._read: set[str] = set()
         for name in stored:
@@ -50,6 +51,13 @@ class Tensors:
                 raise ModelError(f"the checkpoint has one tensor under two names, {other} and {name}")
 
     def __getitem__(self, name: str) -> Tensor:
+        tensor = self.as_stored(name)
+        if not tensor.is_floating_point():
+            raise ModelError(f"{name} has the type {tensor.dtype}, which is no weight's")
+        return tensor.to(self.dtype)
+
+    def as_stored(self, name: str) -> Tensor:
+        """In the type that it is stored in."""
         if name not in self._names:
             some = ", ".join(sorted(self._names)[:6])
             raise ModelError(f"the checkpoint has no tensor {name!r}; it has {some}, …")
@@ -58,6 +66,10 @@ class Tensors:
 
     def __contains__(self, name: object) -> bool:
         return name in self._names
+
+    def leave_out(self, start: str) -> None:
+        """The tensors whose names begin so belong to no part of the model that generates."""
+        self._read.update(name for name in self._names if name.startswith(start))
 
     def check_all_read(self) -> None:
         """Raises ModelError for a tensor of a layer, or of a module that was read, which the family does not know:
@@ -244,3 +256,20 @@ def head_dim(config: Config) -> int:
             f"{config.num_attention_heads}"
         )
     return dim
+
+
+def router(config: Config, dense: Dense, **options: Any) -> Router:
+    """The router of a config's experts, `config.num_experts_per_tok` of which a token goes to. options: of Router.
+
+    Raises ModelError when there are not so many to choose from.
+    """
+    made = Router(dense, config.num_experts_per_tok, **options)
+    parts, uneven = made.count // made.groups, made.count % made.groups
+    most = parts * made.top_groups
+    grouped = made.groups > 1 and (uneven or parts < 2 or made.top_groups > made.groups)
+    if grouped or not 1 <= made.top_k <= most:
+        raise ModelError(
+            f"config.json: {shown(made.top_k)} of {made.count} experts (num_experts_per_tok) cannot be chosen from "
+            f"{made.top_groups} of {made.groups} groups"
+        )
+    return made

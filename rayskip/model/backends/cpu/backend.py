@@ -18,11 +18,18 @@ from rayskip.model.backends.base import Backend, DraftStep, Head, HeadOutput, Li
 from rayskip.model.backends.cpu import library as native
 from rayskip.model.backends.cpu.draft import CpuDraftStep
 from rayskip.model.backends.cpu.library import DEFINES, LANES, Library, loaded
-from rayskip.model.backends.cpu.product import CpuLinear, argmax_linear, cpu_linear, int8_linear
-from rayskip.model.backends.cpu.stack import CpuStack, attention_shape, fits, step_tokens
+from rayskip.model.backends.cpu.product import CpuLinear, argmax_linear, cpu_linear, cpu_scores, int8_linear
+from rayskip.model.backends.cpu.stack import (
+    CpuStack,
+    attention_shape,
+    fits,
+    gate_numbers,
+    native_router,
+    step_tokens,
+)
 from rayskip.model.backends.torch import TorchBackend, TorchHead, TorchStack
 from rayskip.model.cache.kv_cache import KVCache, Layout, Panels
-from rayskip.model.spec import Activation, Attention, Dense, Layer, Norm, Spec
+from rayskip.model.spec import Attention, Dense, Gate, Layer, Norm, Router, Spec
 from rayskip.model.token_batch import TokenBatch
 
 MOST_COMPRESSED = 2_000_000_000
@@ -54,11 +61,9 @@ class CpuBackend(TorchBackend):
         if sum(layer.size for layer in layers) <= MOST_COMPRESSED:
             for linear in linears:
                 linear.compress()
-        if not fits(layers, self.spec) or len(linears) < len(by_torch.linears):
+        if not fits(layers) or len(linears) < len(by_torch.linears):
             return by_torch
-        each = iter(linears)
-        own = [[next(each) for _ in layer.products] for layer in layers]
-        return CpuStack(self.spec, layers, own, self.ropes, stored_at)
+        return CpuStack(self.spec, layers, linears, self.ropes, stored_at)
 
     def head(self, dense: Dense, norm: Norm | None, exact: bool = True) -> Head:
         linear = None if exact else int8_linear(dense)
@@ -96,14 +101,29 @@ class CpuBackend(TorchBackend):
         )
         return out
 
-    def gate(self, up: Tensor, activation: Activation, gated: bool) -> Tensor:
-        width = up.shape[1] // 2
-        if not gated or activation != "silu" or width % LANES:
+    def gate(self, up: Tensor, activation: Gate, gated: bool) -> Tensor:
+        width, numbers = up.shape[1] // 2, gate_numbers(activation)
+        if not gated or numbers is None or width % LANES:
             return super().gate(up, activation, gated)
         out = up.new_empty(len(up), width)
         stride = (c_int64 * 2)(2 * width, width)
-        self.library.silu_gate(up.data_ptr(), out.data_ptr(), len(up), width, stride)
+        self.library.gate(up.data_ptr(), out.data_ptr(), len(up), width, stride, *numbers)
         return out
+
+    def scores(self, dense: Dense) -> Linear:
+        return cpu_scores(dense) or super().scores(dense)
+
+    def route(self, router: Router, logits: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.library.has_products():
+            return super().route(router, logits)
+        beside = logits.shape[1] - router.count
+        experts = torch.empty(len(logits), router.top_k, dtype=torch.long)
+        weights = torch.empty(len(logits), router.top_k + beside)
+        own = ctypes.byref(native_router(router, gated=beside > 0))
+        self.library.route(
+            own, logits.contiguous().data_ptr(), len(logits), experts.data_ptr(), weights.data_ptr()
+        )
+        return experts, weights
 
     def top_k(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         if logits.shape[1] % LANES:
@@ -131,7 +151,7 @@ class CpuBackend(TorchBackend):
         batch: TokenBatch,
         cache: KVCache,
     ) -> Tensor:
-        shape, step = attention_shape(self.spec, own.window), step_tokens(batch, cache)
+        shape, step = attention_shape(self.spec, own.window, own.sinks), step_tokens(batch, cache)
         at, around = ctypes.byref(step), ctypes.byref(shape)
         stored = cache.keys.data_ptr(), cache.values.data_ptr(), cache.table[layer].data_ptr()
         strides = (c_int64 * 3)(q.stride(0), k.stride(0), v.stride(0))

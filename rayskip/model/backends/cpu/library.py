@@ -67,7 +67,7 @@ def threads() -> int:
 
 
 class Shape(ctypes.Structure):
-    """Heads, key-value heads, dim, window, scale, softcap: as in kernels.c, which fills in the last."""
+    """Heads, key-value heads, dim, window, scale, softcap, sinks: as in kernels.c, which fills in the last."""
 
     _fields_ = (
         ("heads", c_int64),
@@ -76,6 +76,7 @@ class Shape(ctypes.Structure):
         ("window", c_int64),
         ("scale", c_float),
         ("softcap", c_float),
+        ("sinks", c_void_p),
         ("length", c_int64),
     )
 
@@ -127,19 +128,45 @@ class Int8Weights(ctypes.Structure):
     )
 
 
+class NativeRouter(ctypes.Structure):
+    """A router: as in experts.h."""
+
+    _fields_ = (
+        ("correction", c_void_p),
+        *((name, c_int64) for name in ("experts", "top_k", "groups", "top_groups")),
+        *((name, c_int64) for name in ("sigmoid", "normalised", "gated")),
+        ("scale", c_float),
+    )
+
+
+class NativeExperts(ctypes.Structure):
+    """A layer's experts: as in experts.h."""
+
+    _fields_ = (
+        ("router", NativeRouter),
+        ("scores", Product),
+        *((name, ctypes.POINTER(Product)) for name in ("up", "down")),
+        *((name, c_float) for name in ("alpha", "limit")),
+    )
+
+
 class NativeLayer(ctypes.Structure):
     """One decoder layer: as in kernels.c."""
 
     _fields_ = (
         *((name, Product) for name in ("qkv", "out", "up", "down")),
-        *((name, c_void_p) for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm", "cosines", "sines")),
-        *((name, c_int64) for name in ("turned", "window")),
-        *((name, c_float) for name in ("attn_eps", "mlp_eps", "head_eps")),
+        ("experts", ctypes.POINTER(NativeExperts)),
+        *(
+            (name, c_void_p)
+            for name in ("attn_norm", "mlp_norm", "q_norm", "k_norm", "cosines", "sines", "sinks")
+        ),
+        *((name, c_int64) for name in ("q_width", "k_width", "turned", "window")),
+        *((name, c_float) for name in ("attn_eps", "mlp_eps", "head_eps", "alpha", "limit")),
     )
 
 
 class LayersTask(ctypes.Structure):
-    """Some layers over some tokens: as in kernels.c, which fills in the last eight."""
+    """Some layers over some tokens: as in kernels.c, which fills in all behind `threads`."""
 
     _fields_ = (
         ("layers", ctypes.POINTER(NativeLayer)),
@@ -157,8 +184,20 @@ class LayersTask(ctypes.Structure):
         ("threads", c_int64),
         *(
             (name, c_void_p)
-            for name in ("normed", "qkv", "attended", "up", "gated", "branch", "rooms", "operands")
+            for name in (
+                "normed",
+                "qkv",
+                "attended",
+                "branch",
+                "up",
+                "gated",
+                "of_pairs",
+                "logits",
+                "weights",
+            )
         ),
+        *((name, c_void_p) for name in ("chosen", "tokens_of", "begins", "workspaces", "operands")),
+        ("operands_size", c_int64),
     )
 
 
@@ -209,18 +248,20 @@ def loaded(dtype: torch.dtype) -> tuple[Library | None, str | None]:
     check_sizes(library)
     pointer, number = c_void_p, c_int64
     library.add_rms_norm.argtypes = [pointer] * 4 + [number] * 3 + [c_float]
-    library.silu_gate.argtypes = [pointer] * 2 + [number] * 2 + [pointer]
+    library.gate.argtypes = [pointer] * 2 + [number] * 2 + [pointer] + [c_float] * 2
     library.rotate_and_store.argtypes = [pointer] * 7 + [number] + [pointer] * 4 + [number]
     library.top_k.argtypes = [pointer] + [number] * 3 + [pointer] * 2
     library.attend.argtypes = [pointer] * 3 + [number] + [pointer] * 4 + [number]
     library.argmax.argtypes = [pointer] + [number] * 2 + [pointer] * 2
-    for name in ("add_rms_norm", "silu_gate", "rotate_and_store", "top_k", "argmax"):
+    for name in ("add_rms_norm", "gate", "rotate_and_store", "top_k", "argmax"):
         getattr(library, name).restype = None
     library.panel_columns.restype = library.panel_depth.restype = library.page_positions.restype = number
     if library.has_products():
         library.compressed_rows.restype = library.bounded_rows.restype = number
         library.to_panels.argtypes, library.to_panels.restype = [pointer] * 2 + [number] * 2, None
-        library.product.argtypes = [pointer] * 3 + [number] * 2
+        library.product.argtypes = library.unrounded_product.argtypes = [pointer] * 3 + [number] * 2
+        library.route.argtypes = [pointer] * 2 + [number] + [pointer] * 2
+        library.route.restype = None
         library.int8_width.argtypes, library.int8_width.restype = [number], number
         library.to_int8_panels.argtypes, library.to_int8_panels.restype = [pointer] * 5 + [number] * 2, None
         library.int8_product.argtypes = [pointer] * 3 + [number] * 2
@@ -237,6 +278,8 @@ STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     StepTokens,
     Product,
     Int8Weights,
+    NativeRouter,
+    NativeExperts,
     NativeLayer,
     LayersTask,
     DraftTask,

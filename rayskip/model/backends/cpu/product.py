@@ -55,6 +55,19 @@ class CpuLinear(Linear):
         _check_input(x, self._panels.dtype, self.in_features)
 
 
+class CpuScores(CpuLinear):
+    """A router's product, whose outputs are floats."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.check(x)
+        x = x.contiguous()
+        out = x.new_empty(len(x), self.out_features, dtype=torch.float32)
+        task = ctypes.byref(self.struct), x.data_ptr(), out.data_ptr(), len(x), threads()
+        if self.library.unrounded_product(*task):
+            raise MemoryError("no memory for a matrix product's threads")
+        return out
+
+
 class Int8Linear(Linear):
     """Weights rounded to eight bits, output by output, without a bias: half as much to read, and not exact.
 
@@ -126,6 +139,12 @@ def cpu_linear(dense: Dense) -> CpuLinear | None:
     """None where kernels.c has no product for such weights, or a library's is faster."""
     library = _library(dense.weight)
     return None if library is None else CpuLinear(dense, library)
+
+
+def cpu_scores(dense: Dense) -> CpuScores | None:
+    """None where `cpu_linear` has none."""
+    library = _library(dense.weight)
+    return None if library is None else CpuScores(dense, library)
 
 
 def int8_linear(dense: Dense) -> Int8Linear | None:

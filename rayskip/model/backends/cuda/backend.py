@@ -26,7 +26,7 @@ from rayskip.model.backends.cuda.graphs import GraphedLayers, cuda_graphs
 from rayskip.model.backends.torch import TorchBackend, TorchStack
 from rayskip.model.backends.transfer import to_device
 from rayskip.model.cache.kv_cache import KVCache, Layout
-from rayskip.model.spec import Attention, Dense, Layer, Spec, Weights
+from rayskip.model.spec import Attention, Dense, Experts, Layer, Spec, Weights
 from rayskip.model.token_batch import Span, TokenBatch
 
 PAGE = 256
@@ -108,6 +108,8 @@ class CudaBackend(TorchBackend):
         return loaded
 
     def stack(self, layers: Sequence[Layer], stored_at: int = 0) -> Stack:
+        if any(isinstance(layer.mlp, Experts) for layer in layers):
+            return TorchStack(self, layers, stored_at)  # how many rows an expert runs is no graph's to know
         return GraphedStack(self, layers, stored_at, GraphedLayers(cuda_graphs()))
 
     def attention(
@@ -182,6 +184,8 @@ class CudaBackend(TorchBackend):
             return f"FlashAttention has no {str(dtype).removeprefix('torch.')}"
         if spec.head_dim % 8 or spec.head_dim > WIDEST_HEAD:
             return f"FlashAttention has no heads of {spec.head_dim} elements"
+        if spec.attn_sinks:
+            return "FlashAttention has no attention sinks"
         return None if spec.attn_softcap is None else "FlashAttention has no softcap on scores"
 
 
@@ -218,6 +222,8 @@ class PagedBackend(CudaBackend):
     def unfit(spec: Spec, dtype: torch.dtype) -> str | None:
         if dtype not in (torch.bfloat16, torch.float16):
             return CudaBackend.unfit(spec, dtype)
+        if spec.attn_sinks:
+            return "our kernel has no attention sinks"
         fits = spec.heads // spec.kv_heads <= paged.ROWS and spec.head_dim <= WIDEST_HEAD
         return None if fits else f"our kernel has no {spec.heads} heads of {spec.head_dim} elements"
 

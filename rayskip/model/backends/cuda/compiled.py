@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rayskip.model.backends.torch import TorchBackend
+from rayskip.model.spec import Experts
 
 
 def compile_pieces(backend: TorchBackend) -> str | None:
@@ -23,9 +24,13 @@ def compile_pieces(backend: TorchBackend) -> str | None:
     new = backend.weights.embed.new_zeros
     widths = [spec.heads, spec.kv_heads, spec.kv_heads]
     q, k, _ = torch.split(new(3, sum(widths), spec.head_dim), widths, dim=1)  # strided as a layer's are
-    gates = {
-        (len(mlp.up.weight), mlp.activation, mlp.gated) for layer in layers if (mlp := layer.mlp) is not None
-    }
+    mlps = [
+        mlp
+        for layer in layers
+        for mlp in ((layer.mlp.each[0], layer.mlp.shared) if isinstance(layer.mlp, Experts) else (layer.mlp,))
+        if mlp is not None
+    ]
+    gates = {(len(mlp.up.weight), mlp.activation, mlp.gated) for mlp in mlps}
     examples: dict[str, list[tuple[Any, ...]]] = {
         "normalise": [(new(3, spec.hidden), backend.weights.final_norm)],
         "gate": [(new(3, width), activation, gated) for width, activation, gated in gates],

@@ -164,7 +164,7 @@ static void attend_items(const Shape *shape, const Step *step, const element *q,
             for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
                 count = last - head < heads_of(shape) ? last - head : heads_of(shape);
                 const QueryGroup group = {shape, q + token * stride + head * dim, own, paths,
-                                          to.out + token * to.stride + head * dim, stride, to.stride, size, count,
+                                          to.out + token * to.stride + head * dim, stride, to.stride, size, head, count,
                                           next_pages, workspace};
                 attend_group(&group);
             }

@@ -16,6 +16,7 @@ typedef struct {
     int64_t window;               /* positions a token sees, its own included; 0: all */
     float scale;                  /* of q.k */
     float softcap;                /* on the scores; 0: none */
+    const float *sinks;           /* [H]: of each head one score more, without a value; NULL: none */
     int64_t length;               /* T: positions that any token of the step sees; filled in by `shape_for` */
 } Shape;
 
@@ -83,8 +84,9 @@ INLINE void copy_value(const element *from, int64_t stride, element *to, int64_t
 INLINE int64_t padded_keys(int64_t keys) { return (keys + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 /* The softmax of scores of keys [first, last), in place, but for the division by the sum of weights, which is returned.
- * Weights of keys before `visible` become 0, and so do those that pad the scores to whole panels. */
-INLINE float softmax(float *scores, int64_t first, int64_t visible, int64_t last, float softcap) {
+ * Weights of keys before `visible` become 0, and so do those that pad the scores to whole panels. sink: one score more, whose
+ * weight is in the sum alone. */
+INLINE float softmax(float *scores, int64_t first, int64_t visible, int64_t last, float softcap, float sink) {
     ints lane;
     for (int i = 0; i < LANES; i++)
         lane[i] = i;
@@ -102,7 +104,7 @@ INLINE float softmax(float *scores, int64_t first, int64_t visible, int64_t last
         best = vector_max(x, best);
         memcpy(scores + i, &x, sizeof x);
     }
-    float most = reduce_max(best);
+    const float most = fmaxf(reduce_max(best), sink);
     for (int64_t i = 0; i < padded_keys(size); i += LANES) {
         floats x;
         memcpy(&x, scores + i, sizeof x);
@@ -110,7 +112,7 @@ INLINE float softmax(float *scores, int64_t first, int64_t visible, int64_t last
         total += x;
         memcpy(scores + i, &x, sizeof x);
     }
-    return reduce_sum(total);
+    return reduce_sum(total) + expf(sink - most);
 }
 
 /* Round weights [size] to operands, in place. */
@@ -151,7 +153,7 @@ INLINE Workspace workspace_at(const Shape *shape, char *at) {
     return workspace;
 }
 
-/* Queries that share one reading of keys and values: `heads` query heads of each of `tokens` tokens of one row. q, out
+/* Queries that share one reading of keys and values: query heads [head, head + heads) of each of `tokens` tokens of one row. q, out
  * [tokens, heads, D], `stride` and `out_stride` elements from one token to the next. */
 typedef struct {
     const Shape *shape;
@@ -159,7 +161,7 @@ typedef struct {
     Pages pages;
     const Path *paths;
     element *out;
-    int64_t stride, out_stride, tokens, heads;
+    int64_t stride, out_stride, tokens, head, heads;
     Pages next; /* of the queries that attend next: its keys are prefetched */
     Workspace workspace;
 } QueryGroup;
@@ -278,7 +280,8 @@ static void attend_group(const QueryGroup *group) {
             score_keys(group, queries + token * heads * dim, gathered(group, path, block, true), block,
                        own + block - first, heads);
         for (int64_t head = 0; head < heads; head++) {
-            totals[token * heads + head] = softmax(own + head * stride, first, visible, path->last, shape->softcap);
+            const float sink = shape->sinks ? shape->sinks[group->head + head] : -INFINITY;
+            totals[token * heads + head] = softmax(own + head * stride, first, visible, path->last, shape->softcap, sink);
             round_weights(own + head * stride, padded_keys(path->last - first));
         }
     }

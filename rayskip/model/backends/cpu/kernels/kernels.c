@@ -7,7 +7,7 @@
  * Clang), so the same source serves AVX-512, AVX2 and NEON; where it counts there are intrinsics.
  *
  * In the order to read: vectors.h, operands.h, panels.h, blocks.h, outputs.h, thread_pool.h, product.h (matrix products),
- * heads.h, attention.h, and this file. The other headers each make one thing faster and begin by saying that they may be
+ * experts.h, heads.h, attention.h, and this file. The other headers each make one thing faster and begin by saying that they may be
  * skipped.
  *
  * Shapes: N tokens, d hidden, f feed-forward, H query heads, K key-value heads, G = H / K, D head dim, T key positions
@@ -41,14 +41,23 @@ void rayskip_add_rms_norm(element *x, const element *branch, const element *weig
     }
 }
 
-/* out [rows, width] = silu(up[:, :width]) * up[:, width:]. width: a multiple of LANES. stride: elements from one row to the
- * next, of up and out. */
-void rayskip_silu_gate(const element *up, element *out, int64_t rows, int64_t width, const int64_t stride[2]) {
+/* silu(gate) * up, if `limit` is 0; else (up + 1) * gate * sigmoid(alpha * gate), gate clamped to at most `limit` and up to
+ * at least -limit too. */
+INLINE floats gate_one(floats gate, floats up, float alpha, float limit) {
+    if (limit == 0)
+        return gate / (1.0f + vector_exp(-gate)) * up;
+    gate = blend(gate > limit, broadcast(limit), gate);
+    up = blend(up > limit, broadcast(limit), blend(up < -limit, broadcast(-limit), up));
+    return gate / (1.0f + vector_exp(-alpha * gate)) * (up + 1.0f);
+}
+
+/* out [rows, width] = what gate_one makes of up[:, :width] and up[:, width:]. width: a multiple of LANES. stride: elements
+ * from one row to the next, of up and out. */
+void rayskip_gate(const element *up, element *out, int64_t rows, int64_t width, const int64_t stride[2], float alpha,
+                  float limit) {
     for (int64_t row = 0; row < rows; row++, up += stride[0], out += stride[1])
-        for (int64_t i = 0; i < width; i += LANES) {
-            floats gate = load(up + i);
-            store(out + i, gate / (1.0f + vector_exp(-gate)) * load(up + width + i));
-        }
+        for (int64_t i = 0; i < width; i += LANES)
+            store(out + i, gate_one(load(up + i), load(up + width + i), alpha, limit));
 }
 
 /* The top k of each row's logits [rows, width], the largest first and of equals the first: their indices and probabilities,
@@ -139,7 +148,7 @@ int rayskip_attend(const Shape *of, const Step *step, const element *q, int64_t 
     char *workspace = aligned_alloc(64, to_lines(workspace_bytes(shape)));
     if (!workspace)
         return 1;
-    const Outputs to = {out, shape->heads * shape->dim, NULL};
+    const Outputs to = {.out = out, .stride = shape->heads * shape->dim};
     const Stored stored = {.keys = keys, .values = values, .table = table};
     attend_items(shape, step, q, stride, &stored, false, workspace_at(shape, workspace), to, tokens, 0, 1);
     free(workspace);
@@ -165,19 +174,21 @@ int rayskip_has_products(void) { return 0; }
 #else
 #include "bounded_argmax.h"
 #include "compression.h"
+#include "experts.h"
 
 int rayskip_has_products(void) { return 1; }
 
 /* Products of up to so many rows read compressed weights; 0: none does. */
 int64_t rayskip_compressed_rows(void) { return COMPRESSED_ROWS; }
 
-/* argmax [threads, rows] or NULL: see Outputs. workspace: each worker's operands. */
+/* out, argmax [threads, rows], unrounded: see Outputs; one of them is not NULL. workspace: each worker's operands. */
 typedef struct {
     const Product *product;
     const element *x;
+    int64_t rows;
     element *out;
     Argmax *argmax;
-    int64_t rows;
+    float *unrounded;
     char *workspace;
 } ProductTask;
 
@@ -185,7 +196,8 @@ static void product_worker(void *argument, ThreadPool *pool, int worker) {
     const ProductTask *task = argument;
     const Product *product = task->product;
     char *workspace = task->workspace + worker * to_lines(operand_bytes(task->rows * product->in));
-    const Outputs to = {task->out, product->out, task->argmax ? task->argmax + worker * task->rows : NULL};
+    const Outputs to = {task->out, product->out, task->argmax ? task->argmax + worker * task->rows : NULL,
+                        task->unrounded};
     multiply_chunk(product, task->x, product->in, task->rows, to, (operand *)workspace, pool, worker);
 }
 
@@ -199,7 +211,13 @@ static int run_product(ProductTask *task, int64_t threads) {
 
 /* x [rows, in] -> out [rows, out]. Returns 0, or 1 when memory is out. */
 int rayskip_product(const Product *product, const element *x, element *out, int64_t rows, int64_t threads) {
-    ProductTask task = {product, x, out, NULL, rows, NULL};
+    ProductTask task = {product, x, rows, .out = out};
+    return run_product(&task, threads);
+}
+
+/* The same, in floats. */
+int rayskip_unrounded_product(const Product *product, const element *x, float *out, int64_t rows, int64_t threads) {
+    ProductTask task = {product, x, rows, .unrounded = out};
     return run_product(&task, threads);
 }
 
@@ -215,7 +233,7 @@ static Argmax *new_argmax(int64_t workers, int64_t rows) {
  * outputs. A row whose outputs may not be finite has index -1. Returns 0, or 1 when memory is out. */
 int rayskip_product_argmax(const Product *product, const element *x, int64_t rows, int64_t threads, float *values,
                          int64_t *indices) {
-    ProductTask task = {product, x, NULL, new_argmax(threads, rows), rows, NULL};
+    ProductTask task = {product, x, rows, .argmax = new_argmax(threads, rows)};
     const int failed = !task.argmax || run_product(&task, threads);
     if (!failed)
         reduce_argmax(task.argmax, threads, rows, values, indices);
@@ -274,13 +292,16 @@ int rayskip_bounded_argmax(const Int8Weights *weights, const Product *exact, con
     return failed;
 }
 
-/* One decoder layer: see Layer in spec.py. `up` and `down` are empty where no layer of a call has a feed-forward. q_norm,
- * k_norm [D]: NULL where the layer has none. cosines, sines: see rotate_tokens. */
+/* One decoder layer: see Layer in spec.py. `up` and `down`: of its feed-forward or its shared expert; empty where it has
+ * none. experts: NULL where it has none. q_norm [q_width], k_norm [k_width]: of one head or of all; NULL where the layer has
+ * none. cosines, sines: see rotate_tokens. sinks: see Shape. */
 typedef struct {
     Product qkv, out, up, down;
+    const Experts *experts;
     const element *attn_norm, *mlp_norm, *q_norm, *k_norm, *cosines, *sines;
-    int64_t rotary_dims, window;
-    float attn_eps, mlp_eps, head_eps;
+    const float *sinks;
+    int64_t q_width, k_width, rotary_dims, window;
+    float attn_eps, mlp_eps, head_eps, alpha, limit;
 } Layer;
 
 /* Layers [first, last) over N tokens, x [N, d], in place. active [layers]: a layer runs its first so many tokens (NULL:
@@ -298,27 +319,27 @@ typedef struct {
     const int64_t *active;
     int64_t threads;
     /* scratch, filled in here. Tokens at the steps of a layer, with padded strides: */
-    element *normed, *qkv, *attended, *up, *gated, *branch;
+    element *normed, *qkv, *attended, *branch;
+    element *up, *gated;         /* of pairs of a token and an expert, too */
+    element *of_pairs;           /* experts' inputs, then their outputs */
+    float *logits, *weights;     /* of experts: see rayskip_route */
+    int64_t *chosen, *tokens_of; /* see sort_pairs */
+    int64_t *begins;
     char *workspaces; /* for each worker's attention */
-    char *operands;   /* for each worker's products */
+    char *operands;   /* for each worker's products: as many bytes as the widest needs */
+    int64_t operands_size;
 } LayersTask;
 
-/* One worker's workspace for the operands of the layers' widest product. */
-static int64_t operand_workspace_bytes(const LayersTask *task) {
-    const Layer *layer = task->layers;
-    const int64_t outer = layer->qkv.in > layer->out.in ? layer->qkv.in : layer->out.in;
-    return to_lines(operand_bytes(task->tokens * (layer->down.in > outer ? layer->down.in : outer)));
-}
-
-/* RMSNorm of each head of q and k, of tokens [first, last). */
+/* RMSNorm of q and k, head by head or all heads at once, of tokens [first, last). */
 static void normalise_heads(const Shape *shape, const Layer *layer, element *qkv, int64_t stride, int64_t first,
                             int64_t last) {
     if (!layer->q_norm)
         return;
     for (element *row = qkv + first * stride; row < qkv + last * stride; row += stride) {
         element *keys = row + shape->heads * shape->dim;
-        rayskip_add_rms_norm(row, NULL, layer->q_norm, row, shape->heads, shape->dim, shape->dim, layer->head_eps);
-        rayskip_add_rms_norm(keys, NULL, layer->k_norm, keys, shape->kv_heads, shape->dim, shape->dim, layer->head_eps);
+        const int64_t q = shape->heads * shape->dim / layer->q_width, k = shape->kv_heads * shape->dim / layer->k_width;
+        rayskip_add_rms_norm(row, NULL, layer->q_norm, row, q, layer->q_width, layer->q_width, layer->head_eps);
+        rayskip_add_rms_norm(keys, NULL, layer->k_norm, keys, k, layer->k_width, layer->k_width, layer->head_eps);
     }
 }
 
@@ -331,6 +352,40 @@ static void add_chunk(element *x, const element *branch, int64_t tokens, int64_t
         }
 }
 
+/* One worker's part of what a layer's experts say of `tokens` tokens, whose branch is the shared expert's part, if there is
+ * one. See layers_worker. */
+static void experts_worker(const LayersTask *task, const Layer *layer, int64_t tokens, operand *own, ThreadPool *pool,
+                           int worker) {
+    const Experts *experts = layer->experts;
+    const Router *router = &experts->router;
+    const int64_t width = experts->scores.in, stride = padded_stride(width), inner = experts->down->in;
+    const int64_t up_stride = padded_stride(2 * inner), gate_stride[2] = {up_stride, padded_stride(inner)};
+    const int64_t from = chunk_begin(tokens, pool, worker), to = chunk_begin(tokens, pool, worker + 1);
+    const int64_t pairs = tokens * router->top_k;
+    const int64_t first = chunk_begin(pairs, pool, worker), last = chunk_begin(pairs, pool, worker + 1);
+    multiply_chunk(&experts->scores, task->normed, stride, tokens,
+                   (Outputs){.unrounded = task->logits, .stride = experts->scores.out}, own, pool, worker);
+    barrier(pool);
+    rayskip_route(router, task->logits + from * experts->scores.out, to - from, task->chosen + from * router->top_k,
+                  task->weights + from * (router->top_k + router->gated));
+    barrier(pool);
+    if (!worker)
+        sort_pairs(router, tokens, task->chosen, task->begins, task->tokens_of);
+    barrier(pool);
+    for (int64_t pair = first; pair < last; pair++)
+        memcpy(task->of_pairs + pair * stride, task->normed + task->tokens_of[pair] * stride, width * sizeof(element));
+    barrier(pool);
+    multiply_experts(experts->up, router->experts, task->begins, task->of_pairs, stride, task->up, up_stride, own, pool, worker);
+    barrier(pool);
+    rayskip_gate(task->up + first * up_stride, task->gated + first * gate_stride[1], last - first, inner, gate_stride,
+                 experts->alpha, experts->limit);
+    barrier(pool);
+    multiply_experts(experts->down, router->experts, task->begins, task->gated, gate_stride[1], task->of_pairs, stride, own,
+                     pool, worker);
+    barrier(pool);
+    sum_pairs(router, task->of_pairs, task->chosen, task->weights, layer->down.in != 0, task->branch, from, to, width, stride);
+}
+
 /* One worker's part of the layers. Workers divide tokens, panels or heads, and wait for each other where one reads what
  * another wrote. */
 static void layers_worker(void *argument, ThreadPool *pool, int worker) {
@@ -339,12 +394,12 @@ static void layers_worker(void *argument, ThreadPool *pool, int worker) {
     const int64_t qkv_stride = padded_stride(task->layers->qkv.out), qk_stride[2] = {qkv_stride, qkv_stride};
     const int64_t heads = task->shape.heads * task->shape.dim, kv_heads = task->shape.kv_heads * task->shape.dim;
     const bool late = may_store_late(&task->step, task->tokens, pool);
-    const int64_t inner = task->layers->down.in, gate_stride[2] = {padded_stride(2 * inner), padded_stride(inner)};
-    const Outputs qkv = {task->qkv, qkv_stride, NULL}, attended = {task->attended, padded_stride(heads), NULL};
-    const Outputs up = {task->up, gate_stride[0], NULL}, added = {task->branch, stride, NULL};
+    const Outputs qkv = {.out = task->qkv, .stride = qkv_stride};
+    const Outputs attended = {.out = task->attended, .stride = padded_stride(heads)};
+    const Outputs added = {.out = task->branch, .stride = stride};
     const Workspace workspace =
         workspace_at(&task->shape, task->workspaces + worker * to_lines(workspace_bytes(&task->shape)));
-    operand *own = (operand *)(task->operands + worker * operand_workspace_bytes(task));
+    operand *own = (operand *)(task->operands + worker * task->operands_size);
     int64_t pending = 0; /* tokens to which the last layer's branch is still to be added */
     for (int64_t index = task->first; index < task->last; index++) {
         const Layer *layer = task->layers + index;
@@ -359,6 +414,7 @@ static void layers_worker(void *argument, ThreadPool *pool, int worker) {
         }
         Shape shape = task->shape;
         shape.window = layer->window;
+        shape.sinks = layer->sinks;
         const Stored stored = {task->keys, task->values, task->table + index * task->table_size, task->qkv + heads,
                                task->qkv + heads + kv_heads, {qkv_stride, qkv_stride}};
         element *x = task->x + from * width, *normed = task->normed + from * stride;
@@ -380,42 +436,92 @@ static void layers_worker(void *argument, ThreadPool *pool, int worker) {
         multiply_chunk(&layer->out, task->attended, attended.stride, tokens, added, own, pool, worker);
         barrier(pool);
         pending = tokens;
-        if (!inner)
+        const int64_t inner = layer->down.in, gate_stride[2] = {padded_stride(2 * inner), padded_stride(inner)};
+        if (!layer->mlp_norm)
             continue;
         rayskip_add_rms_norm(x, branch, layer->mlp_norm, normed, to - from, width, stride, layer->mlp_eps);
         barrier(pool);
-        multiply_chunk(&layer->up, task->normed, stride, tokens, up, own, pool, worker);
-        barrier(pool);
-        rayskip_silu_gate(task->up + from * gate_stride[0], task->gated + from * gate_stride[1], to - from, inner,
-                          gate_stride);
-        barrier(pool);
-        multiply_chunk(&layer->down, task->gated, gate_stride[1], tokens, added, own, pool, worker);
-        barrier(pool);
+        if (inner) {
+            const Outputs up = {.out = task->up, .stride = gate_stride[0]};
+            multiply_chunk(&layer->up, task->normed, stride, tokens, up, own, pool, worker);
+            barrier(pool);
+            rayskip_gate(task->up + from * gate_stride[0], task->gated + from * gate_stride[1], to - from, inner,
+                         gate_stride, layer->alpha, layer->limit);
+            barrier(pool);
+            multiply_chunk(&layer->down, task->gated, gate_stride[1], tokens, added, own, pool, worker);
+            barrier(pool);
+        }
+        if (layer->experts)
+            experts_worker(task, layer, tokens, own, pool, worker);
     }
     add_chunk(task->x, task->branch, pending, width, pool, worker);
 }
 
+INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+/* Bytes of `rows` rows of elements, with padded strides. */
+INLINE int64_t row_bytes(int64_t rows, int64_t width) { return rows * padded_stride(width) * (int64_t)sizeof(element); }
+
+#define PARTS 12
+
+/* Bytes [PARTS] of the scratch that a layer needs: see allocate_scratch. Returns the inputs of its widest product. */
+static int64_t scratch_of(const Layer *layer, int64_t tokens, int64_t *bytes) {
+    const Experts *experts = layer->experts;
+    const int64_t top_k = experts ? experts->router.top_k : 0, inner = experts ? experts->down->in : 0, pairs = tokens * top_k;
+    const int64_t logits = experts ? experts->scores.out : 0, width = layer->qkv.in;
+    const int64_t own[PARTS] = {
+        row_bytes(tokens, width),
+        row_bytes(tokens, layer->qkv.out),
+        row_bytes(tokens, layer->out.in),
+        row_bytes(tokens, width),
+        larger(row_bytes(tokens, layer->up.out), row_bytes(pairs, 2 * inner)),
+        larger(row_bytes(tokens, layer->down.in), row_bytes(pairs, inner)),
+        row_bytes(pairs, width),
+        tokens * logits * (int64_t)sizeof(float),
+        tokens * (top_k + 1) * (int64_t)sizeof(float),
+        pairs * (int64_t)sizeof(int64_t),
+        pairs * (int64_t)sizeof(int64_t),
+        (logits + 1) * (int64_t)sizeof(int64_t),
+    };
+    memcpy(bytes, own, sizeof own);
+    return larger(larger(width, layer->out.in), larger(layer->down.in, inner));
+}
+
 /* Allocate and fill in the task's scratch; returns what to free, or NULL when memory is out. */
 static char *allocate_scratch(LayersTask *task) {
-    const Layer *layer = task->layers;
     task->shape = shape_for(task->shape, &task->step, task->tokens);
-    element **parts[] = {&task->normed, &task->qkv, &task->attended, &task->up, &task->gated, &task->branch};
-    const int64_t widths[] = {layer->qkv.in, layer->qkv.out, layer->out.in, layer->up.out, layer->down.in,
-                              layer->out.out};
+    int64_t most[PARTS] = {0}, widest = 0;
+    for (const Layer *layer = task->layers + task->first; layer < task->layers + task->last; layer++) {
+        int64_t bytes[PARTS];
+        widest = larger(widest, scratch_of(layer, task->tokens, bytes));
+        for (int i = 0; i < PARTS; i++)
+            most[i] = larger(most[i], to_lines(bytes[i]));
+    }
+    task->operands_size = to_lines(operand_bytes(task->tokens * widest));
     const int64_t workspaces = task->threads * to_lines(workspace_bytes(&task->shape));
-    int64_t size = workspaces + task->threads * operand_workspace_bytes(task);
-    for (int i = 0; i < 6; i++)
-        size += to_lines(task->tokens * padded_stride(widths[i]) * (int64_t)sizeof(element));
+    int64_t size = workspaces + task->threads * task->operands_size;
+    for (int i = 0; i < PARTS; i++)
+        size += most[i];
     char *scratch = aligned_alloc(64, size);
     if (!scratch)
         return NULL;
     task->workspaces = scratch;
     task->operands = scratch + workspaces;
-    char *next = task->operands + task->threads * operand_workspace_bytes(task);
-    for (int i = 0; i < 6; i++) {
-        *parts[i] = (element *)next;
-        next += to_lines(task->tokens * padded_stride(widths[i]) * (int64_t)sizeof(element));
-    }
+    char *at[PARTS + 1] = {task->operands + task->threads * task->operands_size};
+    for (int i = 0; i < PARTS; i++)
+        at[i + 1] = at[i] + most[i];
+    task->normed = (element *)at[0];
+    task->qkv = (element *)at[1];
+    task->attended = (element *)at[2];
+    task->branch = (element *)at[3];
+    task->up = (element *)at[4];
+    task->gated = (element *)at[5];
+    task->of_pairs = (element *)at[6];
+    task->logits = (float *)at[7];
+    task->weights = (float *)at[8];
+    task->chosen = (int64_t *)at[9];
+    task->tokens_of = (int64_t *)at[10];
+    task->begins = (int64_t *)at[11];
     return scratch;
 }
 
@@ -435,7 +541,7 @@ int rayskip_run_layers(LayersTask *task) {
 /* Sizes of the structures that library.py declares too, in its order. */
 const int64_t rayskip_sizes[] = {sizeof(Shape),  sizeof(Step),
 #ifdef PRODUCTS
-                                 sizeof(Product), sizeof(Int8Weights), sizeof(Layer), sizeof(LayersTask), sizeof(DraftTask),
-                                 sizeof(Compression)
+                                 sizeof(Product), sizeof(Int8Weights), sizeof(Router), sizeof(Experts),
+                                 sizeof(Layer), sizeof(LayersTask), sizeof(DraftTask), sizeof(Compression)
 #endif
 };

@@ -1,4 +1,4 @@
-/* What becomes of a product's sums: they are stored, or only the largest of each row is kept. */
+/* What becomes of a product's sums: they are stored, rounded or not, or only the largest of each row is kept. */
 #ifndef OUTPUTS_H
 #define OUTPUTS_H
 
@@ -13,12 +13,13 @@ typedef struct {
     ints panels[2];
 } Argmax;
 
-/* Where a product's outputs go: to out [rows, `stride` elements from one to the next], or into argmax [rows] where only the
- * largest output of each row is asked for. */
+/* Where a product's outputs go: to out [rows, `stride` elements from one to the next]; or to unrounded [rows, `stride`]; or
+ * into argmax [rows] where only the largest output of each row is asked for. */
 typedef struct {
     element *out;
     int64_t stride;
     Argmax *argmax;
+    float *unrounded;
 } Outputs;
 
 /* The stride of rows of `width` elements, many of which are read and written piece by piece in turn: an odd number of cache
@@ -87,6 +88,8 @@ INLINE void put_outputs(floats (*sums)[2], const element *bias, int64_t panel, i
             outputs[half] += load(bias + half * LANES);
         if (to.argmax)
             update_argmax(to.argmax + first + row, panel, count, outputs);
+        else if (to.unrounded)
+            memcpy(to.unrounded + place, outputs, count * sizeof(float));
         else if (count < COLUMNS) {
             element line[COLUMNS];
             store_line(line, outputs);

@@ -115,6 +115,8 @@ static void multiply_chunk(const Product *product, const element *x, int64_t str
         const int64_t from = chunk_begin(rows, pool, worker), count = chunk_begin(rows, pool, worker + 1) - from;
         if (to.argmax)
             to.argmax += from;
+        else if (to.unrounded)
+            to.unrounded += from * to.stride;
         else
             to.out += from * to.stride;
         multiply_panels(product, 0, panels, x + from * stride, stride, count, workspace, to);
