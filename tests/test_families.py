@@ -440,7 +440,6 @@ def test_training_under_a_schedule_runs_the_same_layers(name: str, tmp_path: Pat
         "post-norm",
         "activation",
         "cohere-head-norms",
-        "smollm3-rope-list",
         "falcon-alibi",
         "gemma-bidirectional",
         "gpt2-scale",
