@@ -41,7 +41,8 @@ class DryRun:
     completion_tokens: the most that the good rows looked at may generate. errors: the rows that cannot run, by
     error_type. committed: shards that earlier runs of this job finished. refused: why a run would not write into
     that folder, or that none of the rows can run; None if all is well. suggested: sampling parameters that the
-    model's generation_config.json has and the job has otherwise. continued: rows whose last message is continued.
+    model's generation_config.json has and the job has otherwise. road: what the model is, and what runs it.
+    continued: rows whose last message is continued.
     """
 
     job: JobConfig
@@ -49,6 +50,7 @@ class DryRun:
     committed: int
     refused: RayskipError | None
     max_model_len: int
+    road: str
     continued: int = 0
     suggested: dict[str, Any] = field(default_factory=dict)
     rows: int = 0
@@ -82,7 +84,7 @@ def dry_run(job: JobConfig) -> DryRun:
     sampling = job.sampling.model_dump()
     suggested = {name: value for name, value in suggested_sampling(folder).items() if value != sampling[name]}
     max_model_len = min(job.engine.max_model_len or longest, longest)
-    seen = DryRun(job, plan, committed, refused, max_model_len, suggested=suggested)
+    seen = DryRun(job, plan, committed, refused, max_model_len, spec.road, suggested=suggested)
     builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len, templates, job.task)
     columns = prompt_columns(job.input, templates)
     grammars = Grammars(tokenizer, spec.vocab, spec.eos_token_ids)
@@ -137,6 +139,7 @@ def facts(seen: DryRun) -> dict[str, Any]:
     return {
         "name": record.name,
         "model": seen.job.model.path,
+        "road": seen.road,
         "max_model_len": seen.max_model_len,
         "rows": record.rows,
         "shards": record.shards,
@@ -162,7 +165,7 @@ def format_dry_run(seen: DryRun) -> str:
     parts = [
         f"{record.name}: {counted(record.rows, 'row')} in {counted(record.shards, 'shard')}, "
         f"{seen.committed:,} committed",
-        f"model {seen.job.model.path}, context {seen.max_model_len:,} tokens",
+        f"model {seen.job.model.path} ({seen.road}), context {seen.max_model_len:,} tokens",
     ]
     source = seen.plan.source
     if source.format == "csv" or source.partitions.names:

@@ -2,7 +2,7 @@
 machine.
 
 Architecture invariant 3 rests on the kernels that libraries pick by shape, so it is tried out, on the model's
-first layer and head; the answer goes into the job's report.
+first layers, as many as have each kind of layer, and head; the answer goes into the job's report.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def is_batch_invariant(decoder: Decoder) -> bool:
 
 
 def _is_batch_invariant(decoder: Decoder) -> bool:
-    shallow = decoder.first_layers(1)
+    shallow = decoder.first_layers(decoder.held.varied)
     length = min(LENGTH, decoder.spec.max_positions)
     generator = torch.Generator().manual_seed(0)
     rows = max(rows for rows, *_ in VARIANTS)

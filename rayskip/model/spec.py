@@ -111,7 +111,8 @@ class Spec:
 
     scale: multiplies q.k. embed_scale: multiplies token embeddings (Gemma: sqrt d).
     attn_softcap, logit_softcap: x -> c * tanh(x / c) (Gemma 2).
-    eos_token_ids: generation ends at any of them.
+    eos_token_ids: generation ends at any of them. hosted: it runs through transformers' modules, which do all but
+    attention's sums.
     """
 
     model_type: str
@@ -126,6 +127,12 @@ class Spec:
     attn_softcap: float | None = None
     logit_softcap: float | None = None
     eos_token_ids: tuple[int, ...] = ()
+    hosted: bool = False
+
+    @property
+    def road(self) -> str:
+        """What it is, and what runs it."""
+        return f"{self.model_type}, through transformers" if self.hosted else self.model_type
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,21 @@ class Weights:
     final_norm: Norm
     ropes: dict[str, Rope]
     positions: Tensor | None = None
+
+    @property
+    def varied(self) -> int:
+        """So many first layers have every kind of layer."""
+        return 1
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Positions that each layer sees."""
+        return [layer.attention.window for layer in self.layers]
+
+    @property
+    def size(self) -> int:
+        """Weights of all layers' products."""
+        return sum(layer.size for layer in self.layers)
 
 
 @dataclass(frozen=True)

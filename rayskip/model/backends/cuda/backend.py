@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from rayskip.model.backends.base import Backend, Head, Stack
+from rayskip.model.backends.base import Head, Stack
 from rayskip.model.backends.cuda.compiled import compile_pieces
 from rayskip.model.backends.cuda.graphs import GraphedLayers, cuda_graphs
 from rayskip.model.backends.torch import TorchBackend, TorchStack
@@ -172,7 +172,7 @@ def _in_pages(stored: Tensor) -> Tensor:
     return stored.view(rows, heads, length // PAGE, PAGE, dim).transpose(1, 2).flatten(0, 1)
 
 
-def cuda_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> Backend:
+def cuda_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> TorchBackend:
     """FlashAttention where it serves the model on this device and agrees with torch's attention, else that."""
     if reason := _unfit(spec, dtype):
         return _torchs(spec, dtype, device, f"FlashAttention has no {reason}")
@@ -191,7 +191,7 @@ def cuda_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> Backen
     return _torchs(spec, dtype, device, f"its varlen_attn is off by up to {most:.2g} here")
 
 
-def _torchs(spec: Spec, dtype: torch.dtype, device: torch.device, reason: str) -> Backend:
+def _torchs(spec: Spec, dtype: torch.dtype, device: torch.device, reason: str) -> TorchBackend:
     return TorchBackend(spec, dtype, device, [f"attention is torch's, which is slower: {reason}"])
 
 
