@@ -30,9 +30,9 @@ def _causal_types() -> list[str]:
 def unknown(model_type: object) -> str:
     """What is said of a model_type that is not known."""
     known = sorted({*FAMILIES, *causal_types()})
-    near = difflib.get_close_matches(str(model_type), known, n=1)
+    near = difflib.get_close_matches(model_type, known, n=1) if isinstance(model_type, str) else []
     nearest = f" (did you mean {near[0]}?)" if near else ""
     return (
-        f"model_type {shown(model_type)}{nearest}; known are {', '.join(sorted(FAMILIES))}, and what transformers "
+        f"model_type {shown(model_type)}{nearest}; known: {', '.join(sorted(FAMILIES))}, and what transformers "
         f"{version('transformers')} has a causal LM of"
     )
