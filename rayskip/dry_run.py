@@ -33,10 +33,11 @@ BAR = 40
 class DryRun:
     """rows: rows looked at. prompts: the first ones as text. lengths: tokens of each good prompt.
 
-    weights_gb: memory that the weights take, in 10^9 bytes. completion_tokens: the most that the good rows looked
-    at may generate. errors: the rows that cannot run, by error_type. committed: shards that earlier runs of this
-    job finished. refused: why a run would not write into that folder, or that none of the rows can run; None if all
-    is well. suggested: sampling parameters that the model's generation_config.json has and the job has otherwise.
+    road: what the model is, and what runs it. weights_gb: memory that the weights take, in 10^9 bytes.
+    completion_tokens: the most that the good rows looked at may generate. errors: the rows that cannot run, by
+    error_type. committed: shards that earlier runs of this job finished. refused: why a run would not write into
+    that folder, or that none of the rows can run; None if all is well. suggested: sampling parameters that the
+    model's generation_config.json has and the job has otherwise.
     continued: rows whose last message is continued.
     """
 
@@ -45,6 +46,7 @@ class DryRun:
     committed: int
     refused: RayskipError | None
     max_model_len: int
+    road: str
     weights_gb: float = 0.0
     continued: int = 0
     suggested: dict[str, Any] = field(default_factory=dict)
@@ -76,7 +78,9 @@ def dry_run(job: JobConfig) -> DryRun:
     theirs = suggested_sampling(look.folder).items()
     suggested = {name: value for name, value in theirs if value != sampling[name]}
     weights_gb = round(weight_bytes(look.folder, job.model.dtype) / 1e9, 2)
-    seen = DryRun(job, plan, committed, refused, look.max_model_len, weights_gb, suggested=suggested)
+    seen = DryRun(
+        job, plan, committed, refused, look.max_model_len, look.road, weights_gb, suggested=suggested
+    )
     for shard, index, made in look.rows(plan.shards):
         seen.rows += 1
         if isinstance(made, RowError):
@@ -112,6 +116,7 @@ def facts(seen: DryRun) -> dict[str, Any]:
     return {
         "name": record.name,
         "model": seen.job.model.path,
+        "road": seen.road,
         "max_model_len": seen.max_model_len,
         "weights_gb": seen.weights_gb,
         "rows": record.rows,
@@ -138,7 +143,7 @@ def format_dry_run(seen: DryRun) -> str:
     parts = [
         f"{record.name}: {counted(record.rows, 'row')} in {counted(record.shards, 'shard')}, "
         f"{seen.committed:,} committed",
-        f"model {seen.job.model.path}, {seen.weights_gb} GB in {seen.job.model.dtype}, context "
+        f"model {seen.job.model.path} ({seen.road}), {seen.weights_gb} GB in {seen.job.model.dtype}, context "
         f"{seen.max_model_len:,} tokens",
     ]
     source = seen.plan.source

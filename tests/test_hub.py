@@ -107,12 +107,13 @@ def test_a_refused_model_costs_no_download_of_its_weights(
 ) -> None:
     root, address, asked = hub
     _publish(root, "good")
-    _publish(root, "family", config={**LLAMA, "model_type": "bloom"})
+    _publish(root, "family", config={**LLAMA, "model_type": "lama"})
+    _publish(root, "alien", config={**LLAMA, "model_type": "bloom"})
     _publish(root, "code", tokenizer_config={"auto_map": {"AutoTokenizer": ["code.Run", None]}})
     _publish(root, "packed", dtype=torch.float8_e4m3fn)
     _publish(root, "pickled")
     (root / "someone/pickled/model.safetensors").rename(root / "someone/pickled/pytorch_model.bin")
-    names = ("good", "family", "code", "packed", "pickled", "missing")
+    names = ("good", "family", "alien", "code", "packed", "pickled", "missing")
 
     def resolve(endpoint: str, *names: str) -> list[Any]:
         environment = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
@@ -125,10 +126,11 @@ def test_a_refused_model_costs_no_download_of_its_weights(
         )
         return [json.loads(line) for line in done.stdout.splitlines()]
 
-    good, family, code, packed, pickled, missing = resolve(address, *names)
+    good, family, alien, code, packed, pickled, missing = resolve(address, *names)
 
     assert good == ["config.json", "model.safetensors"]
-    assert "known: gemma2" in family
+    assert "did you mean llama?" in family
+    assert "a bloom does not run through transformers' modules" in alien
     assert "custom code (auto_map)" in code
     assert f"quantised ({BIG}, F8_E4M3)" in packed
     assert "pickled lacks some of model.safetensors, and nothing else is read" in pickled

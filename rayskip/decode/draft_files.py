@@ -8,6 +8,7 @@ from rayskip.config import AutoDraft, DraftConfig, DraftModelDraft, KangarooDraf
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.errors import ConfigError, ModelError
 from rayskip.model.checkpoint import check, read_spec, resolve
+from rayskip.model.spec import Spec
 from rayskip.model.trained import KangarooLabel, MedusaLabel, find_trained, has_shipped
 from rayskip.skip import FOREVER, SkipPolicy
 
@@ -18,6 +19,8 @@ def check_files(config: DraftConfig, model: Path, policy: SkipPolicy) -> None:
 
     Raises ConfigError or ModelError.
     """
+    if isinstance(config, KangarooDraft | MedusaDraft):
+        check_parts(read_spec(model), f"decode.draft: {config.kind}")
     match config:
         case KangarooDraft() | AutoDraft():
             adapter_folder(config, model, policy)
@@ -54,6 +57,14 @@ def adapter_folder(config: KangarooDraft | AutoDraft, model: Path | None, policy
         return None
     check_branches(config.branches, label.tokens)
     return folder
+
+
+def check_parts(spec: Spec, what: str) -> None:
+    """Raises ModelError where `what` needs a decoder's parts, and transformers' modules have them."""
+    if spec.hosted:
+        raise ModelError(
+            f"{what} needs a model of a family of ours; a {spec.road} has no parts that it knows"
+        )
 
 
 def check_branches(branches: int, tokens: int) -> None:

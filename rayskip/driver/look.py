@@ -32,6 +32,7 @@ class Look:
         self.folder = resolve(job.model.path, job.model.revision)
         self.tokenizer = load_tokenizer(self.folder)
         spec = read_spec(self.folder)
+        self.road = spec.road
         longest = spec.max_positions
         self.max_model_len = min(job.engine.max_model_len or longest, longest)
         self._source = source

@@ -220,7 +220,7 @@ def format_report(report: Report) -> str:
     """The report on one screen, one aligned line per fact."""
     facts = {
         "job": f"{report.name}  ({report.fingerprint[:12]})",
-        "model": report.model,
+        "model": report.model + (f" ({report.engine['model']})" if "model" in report.engine else ""),
         "hardware": ", ".join(f"{key} {value}" for key, value in report.hardware.items()),
         "replicas": f"{report.replicas}, {counted(report.retries, 'retry')} of shards",
         "shards": f"{report.shards:,}, {report.shards_resumed:,} from earlier runs",

@@ -137,10 +137,11 @@ class Engine:
 
     @property
     def info(self) -> dict[str, Any]:
-        """Facts of the running engine, for reports: device, dtype, sizes, what batch invariance rests on; warnings:
-        what is slower or worse than it could be, and why."""
+        """Facts of the running engine, for reports: the model and what runs it, device, dtype, sizes, what batch
+        invariance rests on; warnings: what is slower or worse than it could be, and why."""
         backend = self.decoder.backend
         return {
+            "model": self.decoder.spec.road,
             "device": str(backend.device),
             "dtype": str(backend.dtype).removeprefix("torch."),
             "ops": backend.name,

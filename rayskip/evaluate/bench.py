@@ -191,9 +191,9 @@ def _run_group(starts: _Starts, turn_s: float, prompts: Sequence[Prompt]) -> dic
 def allowed_speedup(engine: Engine, mean_layers: float) -> float:
     """How much faster a generated token's products are when `mean_layers` of the layers run and the head always
     does: their work is proportional to their parameters."""
-    weights = engine.decoder.weights
-    layers, head = sum(layer.active_size for layer in weights.layers), weights.head.weight.numel()
-    return (layers + head) / (layers * mean_layers / len(weights.layers) + head)
+    decoder = engine.decoder
+    layers, head = decoder.held.size, decoder.head.linear.size
+    return (layers + head) / (layers * mean_layers / decoder.depth + head)
 
 
 def _engine(

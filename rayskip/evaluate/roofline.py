@@ -37,7 +37,7 @@ class Roofline:
     def tok_s(self, decoder: Decoder, length: float, mean_layers: float) -> float:
         """Most tokens a second for rows of `length` positions, of which a token runs `mean_layers` layers."""
         per_layer = KVCache.bytes_per_position(decoder.spec, 1, decoder.backend.dtype)
-        positions = sum(min(length, layer.attention.window or length) for layer in decoder.weights.layers)
+        positions = sum(min(length, window or length) for window in decoder.held.windows)
         layers_s = self.layers_s + self.rows * positions * per_layer / self.read_bytes_s
         return self.rows / (layers_s * mean_layers / decoder.depth + self.head_s)
 

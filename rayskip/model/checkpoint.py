@@ -10,7 +10,7 @@ import difflib
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from rayskip.model.files import (
     read_json,
     weight_files,
 )
+from rayskip.model.hosted.facts import read_facts
 from rayskip.model.refusals import check_configs, check_tensors
 from rayskip.model.spec import Dense, Experts
 from rayskip.user_cache import recall
@@ -37,6 +38,7 @@ from rayskip.user_cache import recall
 if TYPE_CHECKING:
     import torch
 
+    from rayskip.model.hosted.modules import Modules
     from rayskip.model.spec import Family, Spec, Weights
 
 LABEL = "rayskip.json"
@@ -72,68 +74,79 @@ def check(folder: Path, adapter: Path | None = None) -> Spec:
 
     Raises ModelError.
     """
-    return _checked(folder, adapter)[2]
+    return _checked(folder, adapter)[0].spec
 
 
 def weight_bytes(folder: Path, dtype: str) -> int:
     """Memory that the weights of a folder take in `dtype`, as a config names it. Raises ModelError as `check`."""
-    return _checked(folder, None)[3] * DTYPE_BYTES[dtype]
+    return _checked(folder, None)[1] * DTYPE_BYTES[dtype]
 
 
-def _checked(folder: Path, adapter: Path | None) -> tuple[Config, Family, Spec, int]:
+def _checked(folder: Path, adapter: Path | None) -> tuple[_Read, int]:
     """`check`, what it read, and how many weights there are. What was found good once is not checked again: torch,
     which that needs, takes seconds to import."""
-    read = _config_and_spec(folder)
+    read = _read(folder)
     headers = read_headers(weight_files(folder))
     looked_at: list[bytes | str] = [headers_text(headers), (folder / "config.json").read_bytes()]
     if adapter is not None:
         _check_base(adapter, folder)
         settings, weights = adapter_files(adapter)
         looked_at += [headers_text(read_headers([weights])), settings.read_bytes()]
-    count = recall("checks", lambda: [*reader(), *looked_at], lambda: _check(folder, adapter, *read, headers))
-    return *read, count
+    count = recall("checks", lambda: [*reader(), *looked_at], lambda: _check(folder, adapter, read, headers))
+    return read, count
 
 
-def _check(
-    folder: Path,
-    adapter: Path | None,
-    config: Config,
-    own: Family,
-    spec: Spec,
-    headers: Mapping[str, Header],
-) -> int:
+def _check(folder: Path, adapter: Path | None, read: _Read, headers: Mapping[str, Header]) -> int:
     """How many weights there are; raises ModelError when something does not fit."""
-    import torch
 
+    spec = read.spec
     if spec.heads % spec.kv_heads:
         raise ModelError(
             f"{folder}/config.json: {spec.heads} heads are no multiple of {spec.kv_heads} key-value heads"
         )
+    count = _check_tensors(folder, read, headers)
+    if adapter is not None:
+        check_fit(read_adapter(adapter, read.prefixes), headers, read.prefixes)
+    return count
+
+
+def _check_tensors(folder: Path, read: _Read, headers: Mapping[str, Header]) -> int:
+    import torch
+
+    if read.family is None:
+        from rayskip.model.hosted.load import check_tensors_fit
+
+        shapes = _Shapes(headers)
+        check_tensors_fit(folder, shapes)
+        return sum(tensor.numel() for tensor in shapes.values())
     try:
         with torch.device("meta"):
-            weights = _weights(folder, config, own, spec, _Shapes(headers), torch.float32)
-        _check_shapes(folder, spec, weights)
+            weights = _weights(folder, read.config, read.family, read.spec, _Shapes(headers), torch.float32)
+        _check_shapes(folder, read.spec, weights)
     except (RuntimeError, IndexError) as error:  # of shapes that cannot even be put together
         raise ModelError(f"{folder}: its tensors do not fit each other ({error})") from error
-    if adapter is not None:
-        check_fit(read_adapter(adapter, own.prefixes), headers, own.prefixes)
-    distinct = {id(tensor): tensor for _, tensor, _ in _shapes(spec, weights) if tensor is not None}
+    distinct = {id(tensor): tensor for _, tensor, _ in _shapes(read.spec, weights) if tensor is not None}
     return sum(tensor.numel() for tensor in distinct.values())
 
 
 def load(
     folder: Path, dtype: torch.dtype, device: torch.device, adapter: Path | None = None
-) -> tuple[Spec, Weights]:
+) -> tuple[Spec, Weights | Modules]:
     """Read a folder that `resolve` gave: its config, and its weights in `dtype` on `device`.
 
     adapter: folder of a LoRA adapter to merge. Raises ModelError as `check` does, before the first weight is read.
     """
-    config, own, spec, _ = _checked(folder, adapter)
+    read, _ = _checked(folder, adapter)
     with ExitStack() as opened:
         stored: Mapping[str, torch.Tensor] = _Stored(weight_files(folder), device, opened)
         if adapter is not None:
-            stored = Merged(stored, read_adapter(adapter, own.prefixes), own.prefixes, opened)
-        return spec, _weights(folder, config, own, spec, stored, dtype)
+            stored = Merged(stored, read_adapter(adapter, read.prefixes), read.prefixes, opened)
+        if read.family is not None:
+            return read.spec, _weights(folder, read.config, read.family, read.spec, stored, dtype)
+        from rayskip.model.hosted.load import load_modules
+
+        merged = None if adapter is None else stored
+        return read.spec, load_modules(folder, read_facts(folder), dtype, device, merged)
 
 
 def _weights(
@@ -185,27 +198,42 @@ def suggested_sampling(folder: Path) -> dict[str, Any]:
 
 def read_spec(folder: Path) -> Spec:
     """The decoder of a folder that `resolve` gave, from its config alone: no weight is read."""
-    return _config_and_spec(folder)[2]
+    return _read(folder).spec
 
 
 def read_layer_count(folder: Path) -> int:
     """How many layers that decoder has."""
-    return int(_config_and_spec(folder)[0].get_text_config().num_hidden_layers)
+    read = _read(folder)
+    if read.family is None:
+        return len(read_facts(folder).windows)
+    return int(read.config.get_text_config().num_hidden_layers)
 
 
-def _config_and_spec(folder: Path) -> tuple[Config, Family, Spec]:
-    file = folder / "config.json"
+@dataclass(frozen=True)
+class _Read:
+    """A checkpoint's config. family: None for a decoder that runs through transformers' modules."""
+
+    config: Config
+    family: Family | None
+    spec: Spec
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """Of its tensors' names."""
+        return () if self.family is None else self.family.prefixes
+
+
+def _read(folder: Path) -> _Read:
     config = read_config(folder, _rotary)
-    if config.model_type not in FAMILIES:
-        raise ModelError(
-            f"{file}: transformers takes it for a {config.model_type}; known: {', '.join(sorted(FAMILIES))}"
-        )
-    own = family(config.model_type)
-    try:
-        spec = own.spec(config)
-    except ModelError as error:
-        raise ModelError(f"model.path: {folder}: {error}") from error
-    return config, own, replace(spec, eos_token_ids=_end_tokens(folder, config))
+    own = family(config.model_type) if config.model_type in FAMILIES else None
+    if own is None:
+        spec = read_facts(folder).spec
+    else:
+        try:
+            spec = own.spec(config)
+        except ModelError as error:
+            raise ModelError(f"model.path: {folder}: {error}") from error
+    return _Read(config, own, replace(spec, eos_token_ids=_end_tokens(folder, config)))
 
 
 def _rotary(model_type: str) -> RotaryModule | None:

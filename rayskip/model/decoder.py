@@ -11,15 +11,21 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from copy import copy
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from rayskip.errors import ModelError
 from rayskip.model.backends.base import Backend, HeadOutput
 from rayskip.model.backends.choose import choose_backend
+from rayskip.model.backends.torch import TorchBackend
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.spec import Spec, Weights
 from rayskip.model.token_batch import TokenBatch
+
+if TYPE_CHECKING:
+    from rayskip.model.hosted.modules import Modules
 
 
 class Decoder:
@@ -30,12 +36,32 @@ class Decoder:
     """
 
     def __init__(
-        self, spec: Spec, weights: Weights, backend: Backend | None = None, folder: Path | None = None
+        self,
+        spec: Spec,
+        weights: Weights | Modules,
+        backend: TorchBackend | None = None,
+        folder: Path | None = None,
     ) -> None:
-        self.spec, self.weights, self.folder = spec, weights, folder
+        """Raises ModelError where transformers' modules run it, and not to the logits of its own forward."""
+        self.spec, self.held, self.folder = spec, weights, folder
         self.depth = len(weights.layers)
-        self.backend = backend or choose_backend(spec, weights.embed.dtype, weights.embed.device)
-        self.layers, self.head = self.backend.load(weights)
+        own = backend or choose_backend(spec, weights.embed.dtype, weights.embed.device)
+        self.backend: Backend
+        if isinstance(weights, Weights):
+            self.backend = own
+            self.layers, self.head = own.load(weights)
+        else:
+            from rayskip.model.backends.transformers import TransformersBackend  # brings transformers along
+
+            self.backend = hosting = TransformersBackend(spec, own)
+            self.layers, self.head = hosting.load(weights)
+
+    @property
+    def weights(self) -> Weights:
+        """By parts. Raises ModelError where transformers' modules hold them."""
+        if not isinstance(self.held, Weights):
+            raise ModelError(f"{self.spec.road}: no part of it is known")
+        return self.held
 
     def first_layers(self, count: int) -> Decoder:
         """The same model, tensors shared, cut off after `count` layers."""

@@ -2,7 +2,7 @@
 machine.
 
 Architecture invariant 3 rests on the kernels that libraries pick by shape, so it is tried out, on the model's
-first layer (first layers, up to one with experts) and head; the answer goes into the job's report.
+first layers, as many as have each kind of layer, and head; the answer goes into the job's report.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from rayskip.model.cache.kv_cache import key_blocks
 from rayskip.model.checkpoint import tensors_fingerprint
 from rayskip.model.config import reader
 from rayskip.model.decoder import Decoder
-from rayskip.model.spec import Experts
 from rayskip.model.token_batch import Span, TokenBatch
 from rayskip.user_cache import recall
 
@@ -47,8 +46,7 @@ def is_batch_invariant(decoder: Decoder) -> bool:
 
 
 def _is_batch_invariant(decoder: Decoder) -> bool:
-    mixed = (at for at, layer in enumerate(decoder.weights.layers) if isinstance(layer.mlp, Experts))
-    shallow = decoder.first_layers(next(mixed, 0) + 1)
+    shallow = decoder.first_layers(decoder.held.varied)
     length = min(LENGTH, decoder.spec.max_positions)
     generator = torch.Generator().manual_seed(0)
     rows = max(rows for rows, *_ in VARIANTS)

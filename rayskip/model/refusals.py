@@ -15,6 +15,8 @@ from rayskip.errors import ModelError, shown
 from rayskip.model.adapter import SETTINGS
 from rayskip.model.families import FAMILIES
 from rayskip.model.files import FLOATS, PACKED, Header, find_key, read_json
+from rayskip.model.hosted.facts import read_facts
+from rayskip.model.hosted.known import is_known, unknown
 
 WRAPPERS = frozenset({
     "Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration", "Qwen2VLForConditionalGeneration",
@@ -89,7 +91,7 @@ POSITIVE = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_soft
 
 
 def check_configs(folder: Path) -> None:
-    """Refuse a folder by its json files: custom code, quantisation, what is no decoder, absurd sizes.
+    """Refuse a folder by its json files: custom code, quantisation, no decoder that runs, absurd sizes.
 
     Raises ModelError.
     """
@@ -118,14 +120,14 @@ def check_configs(folder: Path) -> None:
     if marked := next((name for name in QUANTISED_FILES if (folder / name).is_file()), None):
         raise ModelError(f"model.path: {folder} is quantised ({marked}); {WANTED}")
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ModelError(
-            f"model.path: {file} has model_type {shown(model_type)}; known: {', '.join(sorted(FAMILIES))}"
-        )
+    if not is_known(model_type):
+        raise ModelError(f"model.path: {file} has {unknown(model_type)}")
     _check_architecture(file, config)
     for section in (config, config.get("text_config")):
         if isinstance(section, dict):
             _check_sizes(file, section)
+    if model_type not in FAMILIES:
+        read_facts(folder)
 
 
 def check_code(folder: Path, key: str = "model.path") -> None:

@@ -200,8 +200,8 @@ class Spec:
 
     scale: multiplies q.k. embed_scale: multiplies token embeddings (Gemma: sqrt d). logit_scale: multiplies logits
     (Granite, Cohere). attn_softcap, logit_softcap: x -> c * tanh(x / c) (Gemma 2). attn_sinks: whether layers have
-    Attention.sinks.
-    eos_token_ids: generation ends at any of them.
+    Attention.sinks. eos_token_ids: generation ends at any of them. hosted: it runs through transformers' modules,
+    which do all but attention's sums.
     """
 
     model_type: str
@@ -218,6 +218,12 @@ class Spec:
     logit_softcap: float | None = None
     attn_sinks: bool = False
     eos_token_ids: tuple[int, ...] = ()
+    hosted: bool = False
+
+    @property
+    def road(self) -> str:
+        """What it is, and what runs it."""
+        return f"{self.model_type}, through transformers" if self.hosted else self.model_type
 
 
 @dataclass(frozen=True)
@@ -234,6 +240,21 @@ class Weights:
     final_norm: Norm
     ropes: dict[str, Rope]
     positions: Tensor | None = None
+
+    @property
+    def varied(self) -> int:
+        """So many first layers have every kind of layer: dense ones may come before the first with experts."""
+        return next((at for at, layer in enumerate(self.layers) if isinstance(layer.mlp, Experts)), 0) + 1
+
+    @property
+    def windows(self) -> list[int | None]:
+        """Positions that each layer sees."""
+        return [layer.attention.window for layer in self.layers]
+
+    @property
+    def size(self) -> int:
+        """Weights of all layers' products that a token runs through."""
+        return sum(layer.active_size for layer in self.layers)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from rayskip.data.tokenizer import Encoder, load_tokenizer
 from rayskip.decode.draft_files import (
     adapter_folder,
     check_branches,
+    check_parts,
     check_same_tokens,
     corpus_file,
     named_folder,
@@ -71,6 +72,8 @@ def load_drafters(config: DraftConfig, decoder: Decoder, policy: SkipPolicy) -> 
     def own(config: KangarooDraft | AutoDraft, kangaroo: Kangaroo) -> KangarooDrafter:
         return KangarooDrafter(config.gamma, config.eta, config.branches, kangaroo, decoder)
 
+    if isinstance(config, KangarooDraft | MedusaDraft):
+        check_parts(decoder.spec, f"decode.draft: {config.kind}")
     match config:
         case NoDraft():
             return Drafters(lambda threads, rows: NoDrafter())

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,6 +110,11 @@ class Linear(ABC):
     in_features: int
     out_features: int
 
+    @property
+    def size(self) -> int:
+        """Weights."""
+        return self.in_features * self.out_features
+
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, in] -> [N, out]."""
@@ -176,7 +181,7 @@ class Backend(ABC):
     for whoever chose model and machine. row_rule: of the products of the model that was loaded.
     """
 
-    name: ClassVar[str]
+    name: str
     layout: Layout = Layout()
 
     def __init__(

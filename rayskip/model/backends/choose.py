@@ -7,26 +7,26 @@ from collections.abc import Callable
 import torch
 
 from rayskip.errors import ConfigError, first_line
-from rayskip.model.backends.base import Backend
 from rayskip.model.backends.cpu.allocator import keep_freed_memory
 from rayskip.model.backends.cpu.backend import cpu_backend
 from rayskip.model.backends.cpu.library import DEFINES, loaded
+from rayskip.model.backends.torch import TorchBackend
 from rayskip.model.spec import Spec
 
 
-def _cuda_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> Backend:
+def _cuda_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> TorchBackend:
     from rayskip.model.backends.cuda.backend import cuda_backend  # brings torch's compiler along, for seconds
 
     return cuda_backend(spec, dtype, device)
 
 
-BACKENDS: dict[str, Callable[[Spec, torch.dtype, torch.device], Backend]] = {
+BACKENDS: dict[str, Callable[[Spec, torch.dtype, torch.device], TorchBackend]] = {
     "cpu": cpu_backend,
     "cuda": _cuda_backend,
 }
 
 
-def choose_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> Backend:
+def choose_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> TorchBackend:
     """The fastest that serves the model on the device."""
     return BACKENDS[device.type](spec, dtype, device)
 

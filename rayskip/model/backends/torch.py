@@ -54,11 +54,15 @@ class TorchBackend(Backend):
             for name, rope in weights.ropes.items()
         }
         layers, head = self.stack(weights.layers), self.head(weights.head, weights.final_norm)
-        libraries = [linear for linear in (*layers.linears, head.linear) if isinstance(linear, TorchLinear)]
+        self.set_row_rule([*layers.linears, head.linear])
+        return layers, head
+
+    def set_row_rule(self, linears: Sequence[Linear]) -> None:
+        """Find the row rule of a model's products, and have those that are a library's run by it."""
+        libraries = [linear for linear in linears if isinstance(linear, TorchLinear)]
         self.row_rule = row_rule(libraries)
         for linear in libraries:
             linear.rule = self.row_rule
-        return layers, head
 
     def embed(self, batch: TokenBatch) -> Tensor:
         x = self.weights.embed[batch.token_ids]

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rayskip.model.backends.base import Backend, DraftStep, Head, HeadOutput, Linear, Stack
+from rayskip.model.backends.base import DraftStep, Head, HeadOutput, Linear, Stack
 from rayskip.model.backends.cpu import library as native
 from rayskip.model.backends.cpu.draft import CpuDraftStep
 from rayskip.model.backends.cpu.library import DEFINES, LANES, Library, loaded
@@ -203,7 +203,7 @@ class CpuHead(TorchHead):
         return best, argmax
 
 
-def cpu_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> Backend:
+def cpu_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> TorchBackend:
     """The kernels where they can serve the model, else torch's operations."""
     if dtype not in DEFINES or spec.head_dim % LANES:
         shape = f"{dtype} with heads of {spec.head_dim} elements on {device.type}"

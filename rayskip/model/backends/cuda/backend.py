@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from rayskip.model.backends.base import Backend, Head, Stack
+from rayskip.model.backends.base import Head, Stack
 from rayskip.model.backends.cuda import paged
 from rayskip.model.backends.cuda.compiled import compile_pieces
 from rayskip.model.backends.cuda.graphs import GraphedLayers, cuda_graphs
@@ -248,7 +248,7 @@ def _in_pages(stored: Tensor, page: int) -> Tensor:
     return stored.view(rows, heads, length // page, page, dim).transpose(1, 2).flatten(0, 1)
 
 
-def cuda_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> Backend:
+def cuda_backend(spec: Spec, dtype: torch.dtype, device: torch.device) -> TorchBackend:
     """The first whose attention serves the model on this device and agrees with torch's, else torch's."""
     kinds = (CudaBackend, PagedBackend) if PAGED else (PagedBackend, CudaBackend)
     reasons = []
