@@ -239,7 +239,7 @@ class Scheduler:
     def _reserved(self) -> int:
         """Pages that this worker leaves to another one's row, the first of all that run: a worker gives up none but
         its own rows, and two could have each other begin anew for ever."""
-        first, *_ = self._shared.running
+        first = self._shared.running[0]
         if self.running and self.running[0] is first:
             return 0
         blocks = -(-(first.limit + self._drafts) // self.pool.size) - len(first.blocks)
