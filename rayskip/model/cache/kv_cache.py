@@ -135,7 +135,8 @@ class KVCache:
             if not pages:
                 return
             count, page, panels = pages + 1, self.layout.page, self.layout.panels
-            keys = values = (count, self._heads, page, self._dim)
+            keys: tuple[int, ...] = (count, self._heads, page, self._dim)
+            values = keys
             if panels is not None:
                 columns, depth = panels.columns, panels.depth
                 keys = (count, self._heads, page // columns, self._dim // depth, columns, depth)
