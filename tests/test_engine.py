@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import rayskip.engine.engine as module
 from rayskip.config import DecodeConfig, EngineConfig, ModelConfig, SamplingParams
 from rayskip.config.file import load_config
 from rayskip.data.prompts import PromptBuilder, row_key
@@ -18,6 +20,7 @@ from rayskip.data.sources import discover, plan_shards, read_shard
 from rayskip.data.tokenizer import load_tokenizer
 from rayskip.decode.stopping import Stopper
 from rayskip.engine import Engine
+from rayskip.engine.sizes import Sizes, choose_sizes
 from rayskip.errors import RowError
 from rayskip.model.cache.kv_cache import KVCache
 from rayskip.model.checkpoint import load
@@ -26,6 +29,7 @@ from rayskip.model.token_batch import TokenBatch
 
 ROOT = Path(__file__).parent.parent
 GREEDY = SamplingParams(max_tokens=24)
+SKIP = {"skip": {"kind": "skipdecode", "speedup": 2, "horizon": 8}}
 PEER_BATCH, PEER_TOKENS = 16, 12
 
 
@@ -93,6 +97,35 @@ def test_tokens_do_not_depend_on_the_batch(
         pytest.skip("this machine's kernels are not batch-invariant; the report says so")
     assert _tokens(engine.generate(prompts[::-1], GREEDY))[::-1] == expected
     assert engine.take_stats().prefix_tokens > 0
+
+
+@pytest.mark.parametrize(
+    "decode", [{}, {"draft": {"kind": "lookup"}}, SKIP], ids=["none", "lookup", "skipping"]
+)
+@pytest.mark.parametrize("cramped", [False, True])
+def test_workers_compute_a_prefix_once_and_give_the_tokens_of_one(
+    tiny_llama: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, decode: dict[str, Any], cramped: bool
+) -> None:
+    folder = tiny_llama("workers", 0, vocab_size=200, initializer_range=0.3)
+    preamble = [3 + place * place % 190 for place in range(300)]
+    prompts = [[*preamble, *range(5, 6 + row % 40), 7 + row] for row in range(30)]
+    params = SamplingParams(max_tokens=20, temperature=0.5, n=2, ignore_eos=True)
+    alone = Engine.load(str(folder), {"max_batch_rows": 1}, decode, "cpu")
+    expected = _tokens(alone.generate(prompts, params))
+
+    def sizes(*args: Any) -> Sizes:
+        chosen = choose_sizes(*args)
+        pages = chosen.least_pages if cramped else chosen.pages
+        return replace(chosen, workers=3, batch_rows=4, batch_tokens=70, threads_per_worker=1, pages=pages)
+
+    monkeypatch.setattr(module, "choose_sizes", sizes)
+    engine = Engine.load(str(folder), {"max_batch_rows": 1, "max_model_len": 400}, decode, "cpu")
+    assert _tokens(engine.generate(prompts, params)) == expected
+    stats = engine.take_stats()
+    assert stats.completion_tokens == len(prompts) * 2 * 20
+    if not cramped:
+        page = engine.decoder.backend.layout.page
+        assert stats.prefix_tokens >= (2 * len(prompts) - 1) * (len(preamble) // page * page)
 
 
 def test_samples_depend_on_seed_row_and_sample_alone(smollm2: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from random import Random
 
 import numpy as np
 from hypothesis import given, settings
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from rayskip.config import NoSkip, SamplingParams, SkipDecodeSkip
 from rayskip.data.records import Prompt
 from rayskip.decode.sequence import Sequence
-from rayskip.engine.scheduler import CacheShape, Scheduler, StepPlan, layer_order
+from rayskip.engine.scheduler import Scheduler, Shared, StepPlan, layer_order
+from rayskip.model.cache.blocks import BlockPool
 from rayskip.skip import SkipPolicy, skip_policy
 
 SIZE = 16
@@ -24,6 +26,17 @@ ROWS = st.lists(
     min_size=1,
     max_size=20,
 )
+ALIKE = st.lists(
+    st.tuples(
+        st.lists(st.sampled_from([(0,) * 20, (1,) * 7, (2,) * 40, (3,)]), min_size=1, max_size=3).map(
+            lambda parts: [token for part in parts for token in part]
+        ),
+        st.integers(1, 30),
+    ),
+    min_size=4,
+    max_size=20,
+)
+"""Rows with beginnings in common."""
 
 
 def _sequence(number: int, prompt: list[int], tokens: int, full_depth: bool = True) -> Sequence:
@@ -43,8 +56,8 @@ def _scheduler(
     drafts: int = 0,
     size: int = SIZE,
 ) -> Scheduler:
-    shape = CacheShape(blocks * LAYERS, 8 * LAYERS, size, layer_order(policy, 0))
-    return Scheduler(max_rows, max_tokens, shape, policy, cohort, waiting, drafts)
+    shared = Shared(BlockPool(blocks * LAYERS, size), waiting)
+    return Scheduler(max_rows, max_tokens, shared, layer_order(policy, 0), policy, cohort, drafts)
 
 
 @dataclass
@@ -53,28 +66,51 @@ class _Cache:
 
     table: dict[tuple[int, int, int], int] = field(default_factory=dict)
     pages: dict[int, dict[int, tuple[int, ...]]] = field(default_factory=dict)
+    size: int = SIZE
 
     def run(self, plan: StepPlan, policy: SkipPolicy) -> None:
+        self.begin(plan)
+        self.end(plan, policy)
+
+    def begin(self, plan: StepPlan) -> None:
         for own in plan.assignments:
             for layer in range(LAYERS):
                 self.table.pop((layer, own.row, own.block), None)
             self.table |= {
                 (layer, own.row, own.block): page for layer, page in zip(own.layers, own.pages, strict=True)
             }
-        before = {source: dict(self.pages.get(source, {})) for source, _ in plan.copies}
-        for source, target in plan.copies:
-            self.pages[target] = before[source]
+
+    def check(self, plan: StepPlan, policy: SkipPolicy) -> None:
+        """Whether all that the plan takes over is there."""
+        copied = {target for copy in plan.copies for _, target in copy.pages}
+        for copy in plan.copies:
+            for source, _ in copy.pages:
+                assert set(range(copy.count)) <= self.pages[source].keys()
+        for chunk in plan.chunks:
+            row = chunk.sequence
+            for layer in policy.layers(row.skip_position(chunk.start)):
+                for position in range(chunk.start):
+                    page = self.table[layer, row.table_row, position // self.size]
+                    if page not in copied:
+                        assert self.pages[page][position % self.size] == tuple(row.tokens(0, position + 1))
+
+    def end(self, plan: StepPlan, policy: SkipPolicy) -> None:
+        for page in plan.clears:
+            self.pages[page] = {}
+        for copy in plan.copies:
+            for source, target in copy.pages:
+                self.pages[target] = {at: self.pages[source][at] for at in range(copy.count)}
         for chunk in plan.chunks:
             row = chunk.sequence
             for position in range(chunk.start, chunk.stop):
-                block, within = divmod(position, SIZE)
+                block, within = divmod(position, self.size)
                 so_far = tuple(row.tokens(0, position + 1))
                 for layer in policy.layers(row.skip_position(position)):
                     page = self.pages.setdefault(self.table[layer, row.table_row, block], {})
                     page[within] = so_far
                     for earlier in range(position):
-                        at = self.pages[self.table[layer, row.table_row, earlier // SIZE]]
-                        assert at[earlier % SIZE] == so_far[: earlier + 1]
+                        at = self.pages[self.table[layer, row.table_row, earlier // self.size]]
+                        assert at[earlier % self.size] == so_far[: earlier + 1]
 
 
 @settings(deadline=None)
@@ -103,8 +139,8 @@ def test_every_token_runs_once_within_the_limits(
         assert scheduler.pool.held <= blocks * LAYERS
         assert not any(chunk.sequence in plan.preempted for chunk in plan.chunks)
         cache.run(plan, policy)
+        scheduler.settle(plan)
         for chunk in plan.chunks:
-            chunk.sequence.computed = chunk.stop
             if chunk.last:
                 chunk.sequence.generated.append(len(chunk.sequence.generated) % 3)
         ended = [row for row in scheduler.running if len(row.generated) == row.params.max_tokens]
@@ -114,6 +150,56 @@ def test_every_token_runs_once_within_the_limits(
     assert not waiting
     assert not scheduler.running
     assert scheduler.pool.held == 0
+    assert done == dict.fromkeys(range(len(rows)), 1)
+
+
+@settings(deadline=None)
+@given(ALIKE, st.integers(1, 4), st.integers(4, 60), st.integers(6, 16), st.booleans(), st.randoms())
+def test_workers_that_share_their_pages_do_not_disturb_each_other(
+    rows: list[tuple[list[int], int]],
+    max_rows: int,
+    max_tokens: int,
+    blocks: int,
+    skipping: bool,
+    chance: Random,
+) -> None:
+    """What a step reads was there when it was planned, and still is when it ends, whatever the others' steps did
+    meanwhile; and of workers that take each other's pages some goes on."""
+    policy = SKIPPING if skipping else FULL
+    waiting = deque(_sequence(number, *row, full_depth=not skipping) for number, row in enumerate(rows))
+    size = 2 * SIZE  # a block whose beginning is worth copying
+    shared = Shared(BlockPool(blocks * LAYERS, size), waiting)
+    order = layer_order(policy, 0)
+    schedulers = [Scheduler(max_rows, max_tokens, shared, order, policy, 1) for _ in range(3)]
+    pages: dict[int, dict[int, tuple[int, ...]]] = {}
+    caches = [_Cache({}, pages, size) for _ in schedulers]
+    running: dict[int, StepPlan] = {}
+    done, idle = dict[int, int](), 0
+    for _ in range(10_000):
+        for worker, scheduler in enumerate(schedulers):
+            if worker not in running and (plan := scheduler.schedule(share=max_rows)).chunks:
+                caches[worker].begin(plan)
+                caches[worker].check(plan, policy)
+                running[worker] = plan
+        idle = 0 if running else idle + 1
+        if idle > 1:
+            break
+        if not running:
+            continue
+        worker = chance.choice(list(running))
+        plan, scheduler = running.pop(worker), schedulers[worker]
+        caches[worker].end(plan, policy)
+        scheduler.settle(plan)
+        for chunk in plan.chunks:
+            if chunk.last:
+                chunk.sequence.generated.append(len(chunk.sequence.generated) % 3)
+        ended = [row for row in scheduler.running if len(row.generated) == row.params.max_tokens]
+        for row in ended:
+            done[row.request_id] = done.get(row.request_id, 0) + 1
+        scheduler.retire(ended, [row for row in ended if chance.random() < 0.5])
+    assert not waiting
+    assert not shared.running
+    assert shared.pool.held == 0
     assert done == dict.fromkeys(range(len(rows)), 1)
 
 
@@ -158,7 +244,7 @@ def test_samples_of_one_prompt_copy_its_last_block() -> None:
     chunk.sequence.computed = 47
     plan = scheduler.schedule(share=8)
     assert plan.reused == 2 * 46
-    assert len(plan.copies) == 2 * LAYERS
+    assert [(len(copy.pages), copy.count) for copy in plan.copies] == [(LAYERS, 46)] * 2
     assert [(chunk.start, chunk.stop) for chunk in plan.chunks[-2:]] == [(46, 47)] * 2
 
 

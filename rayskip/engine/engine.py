@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ from rayskip.decode.sequence import Sequence
 from rayskip.decode.stopping import Stopper
 from rayskip.engine.prompts import ParamsLike, PromptLike, Prompts, list_prompts, read_params
 from rayskip.engine.requests import Completion, Requests
-from rayskip.engine.scheduler import StepPlan
+from rayskip.engine.scheduler import Shared
 from rayskip.engine.sizes import choose_sizes
 from rayskip.engine.worker import Step, StepResult, Worker
 from rayskip.errors import ModelError, RowError
 from rayskip.model.backends.choose import open_device, prepare_backend
 from rayskip.model.backends.memory import free_bytes
+from rayskip.model.cache.blocks import BlockPool
 from rayskip.model.checkpoint import load, resolve, trained_policy, weight_bytes
 from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
@@ -74,14 +76,16 @@ class Engine:
         self.sizes = choose_sizes(
             decoder, engine, self.policy, self.max_model_len, drafters.cache_layers, drafters.own_layers
         )
+        cache = decoder.new_cache(drafters.cache_layers)
+        self._shared = Shared(BlockPool(self.sizes.pages, cache.layout.page), self._waiting)
         self._workers = [
             Worker(
                 decoder,
                 self.sizes,
                 self.policy,
                 drafters.make(self.sizes.threads_per_worker, self.sizes.batch_rows),
-                decoder.new_cache(drafters.cache_layers),
-                self._waiting,
+                cache.with_own_table(),
+                self._shared,
             )
             for _ in range(self.sizes.workers)
         ]
@@ -160,8 +164,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        running = any(worker.scheduler.running for worker in self._workers)
-        return bool(self._kept or self._waiting or self._steps or running)
+        return bool(self._kept or self._waiting or self._steps or self._shared.running)
 
     def take_stats(self) -> Stats:
         """Counters since the last call."""
@@ -204,7 +207,7 @@ class Engine:
     def step(self) -> list[Completion]:
         """Keep every worker stepping and wait for one to finish its forward; returns the requests that ended.
 
-        Where memory does not suffice, the worker goes on with half its rows.
+        Where memory does not suffice, every worker goes on with half its rows.
         """
         if self._kept:
             done, self._kept = self._kept, []
@@ -230,14 +233,26 @@ class Engine:
             worker, step = self._steps.pop(future)
             try:
                 result = future.result()
-                done += self._collect(worker, step.plan, result)
+                done += self._collect(worker, step, result)
             except (torch.OutOfMemoryError, MemoryError) as error:
-                self._drop_steps(worker)
-                if (given_up := worker.halve()) is None:
+                self._drop_steps()
+                if all(worker.scheduler.smallest for worker in self._workers):
                     raise
-                self._take_back(given_up)
-                _log.warning("no memory for so many rows; on with %d (%s)", worker.scheduler.max_rows, error)
+                self._halve()
+                rows = sum(worker.scheduler.max_rows for worker in self._workers)
+                _log.warning("no memory for so many rows; on with %d (%s)", rows, error)
         return done
+
+    def _halve(self) -> None:
+        """Go on with half as many rows, tokens and pages: what runs begins anew, in an empty cache."""
+        pool, given_up = self._shared.pool, self._shared.running
+        pages = max(min(pool.pages, pool.held or pool.pages) // 2, self.sizes.least_pages)
+        pool.reset(min(pages, pool.pages))
+        for worker in self._workers:
+            worker.halve()
+        self._waiting.extendleft(row.anew() for row in reversed(given_up))
+        self._take_back(given_up)
+        self._shared.running = []
 
     def run(self) -> Iterator[Completion]:
         """Step until nothing is left."""
@@ -330,30 +345,35 @@ class Engine:
     def _start_steps(self) -> None:
         """Give every idle worker its next step, and those that run one another, where it need not wait for tokens.
         Rows are shared out evenly, so that no worker sits out the tail."""
-        running = sum(len(worker.scheduler.running) for worker in self._workers)
-        share = -(-(running + len(self._waiting)) // len(self._workers))
+        share = -(-(len(self._shared.running) + len(self._waiting)) // len(self._workers))
+        planned: list[tuple[Worker, Step]] = []
         for worker in self._workers:
             in_flight = [step for owner, step in self._steps.values() if owner is worker]
             while not in_flight or (len(in_flight) == 1 and in_flight[0].follows):
                 if (step := worker.next(share)) is None:
                     break
                 self._take_back(step.plan.preempted)
-                self._steps[worker.start(step)] = worker, step
+                planned.append((worker, step))
                 in_flight.append(step)
+        if len(planned) == 1 and not self._steps:  # the other workers' threads have nothing to do
+            ((worker, step),) = planned
+            planned = [(worker, replace(step, threads=step.threads * len(self._workers)))]
+        for worker, step in planned:
+            self._steps[worker.start(step)] = worker, step
 
     def _take_back(self, rows: Seq[Sequence]) -> None:
         """Tokens of rows that begin anew do not count."""
         self._stats.completion_tokens -= sum(len(row.generated) - row.pending for row in rows)
 
-    def _drop_steps(self, worker: Worker) -> None:
-        """Have a worker run nothing any more: what is in flight came after a step that failed."""
-        for future in [future for future, (owner, _) in self._steps.items() if owner is worker]:
-            future.exception()  # waits
-            del self._steps[future]
+    def _drop_steps(self) -> None:
+        """Have nothing run any more, after a step that failed: what all rows have of the cache is given up."""
+        wait(self._steps)
+        self._steps.clear()
 
-    def _collect(self, worker: Worker, plan: StepPlan, result: StepResult) -> list[Completion]:
+    def _collect(self, worker: Worker, step: Step, result: StepResult) -> list[Completion]:
         """Append what a step chose, and take out the rows that ended."""
         found = result.choices()
+        worker.settle(step)
         began = time.perf_counter()
         gained: dict[Sequence, int] = {}
         ended: list[Sequence] = []
@@ -364,7 +384,7 @@ class Engine:
             gained[row] = self._requests.advance(row, choices)
             if row.ended:
                 ended.append(row)
-        self._stats += worker.count(plan, result, gained)
+        self._stats += worker.count(step, result, gained)
         self._stats.completion_tokens += sum(gained.values())
         # a step on its way may run their last tokens, for nothing, and find what is not finite
         followed = any(owner is worker for owner, _ in self._steps.values())

@@ -16,6 +16,7 @@ from rayskip.config.file import as_section
 from rayskip.data.prompts import read_messages, read_text, row_key
 from rayskip.data.records import Prompt
 from rayskip.data.tokenizer import Encoder
+from rayskip.decode.candidates import tree_size
 from rayskip.errors import RowError, kind_of
 
 
@@ -88,12 +89,12 @@ class Prompts:
                 "prompt_too_long",
                 f"the prompt has {len(token_ids)} tokens; the context holds {self.max_model_len}, one of them new",
             )
-        longest = max(map(len, prompt.candidates), default=0)
-        if len(token_ids) + longest > self.max_model_len:
+        needed = len(token_ids) + 1 + tree_size(prompt.candidates)
+        if prompt.candidates and needed > self.max_model_len:
             raise RowError(
                 "prompt_too_long",
-                f"the prompt has {len(token_ids)} tokens and a candidate {longest}; the context holds "
-                f"{self.max_model_len}",
+                f"the prompt's {len(token_ids)} tokens and its candidates' need {needed} places; the context "
+                f"holds {self.max_model_len}",
             )
         token_ids = [*token_ids, *chain(*prompt.candidates)]
         if not 0 <= min(token_ids) <= max(token_ids) < self.vocab:

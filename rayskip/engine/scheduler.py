@@ -24,15 +24,14 @@ FEWEST_TOKENS = 64
 """Tokens in a forward that are not halved any more where memory does not suffice."""
 
 
-@dataclass(frozen=True)
-class CacheShape:
-    """The cache that a scheduler hands out. pages: how many, of which `least` hold the longest row. size:
-    positions of a page. layers: that have pages, the one that runs longest first, see `layer_order`."""
+@dataclass
+class Shared:
+    """What the schedulers of an engine share, one for each worker. pool: of the pages. waiting: rows that have not
+    started, taken from the left. running: the others, in the order in which they joined."""
 
-    pages: int
-    least: int
-    size: int
-    layers: Seq[int]
+    pool: BlockPool
+    waiting: deque[Sequence]
+    running: list[Sequence] = field(default_factory=list)
 
 
 def layer_order(policy: SkipPolicy, extra_layers: int) -> list[int]:
@@ -42,27 +41,36 @@ def layer_order(policy: SkipPolicy, extra_layers: int) -> list[int]:
     return [*range(layers, layers + extra_layers), *own]
 
 
+@dataclass(frozen=True)
+class Copy:
+    """The first `count` positions of a block's pages are copied. pages: (from, to). source: held until then."""
+
+    source: Block
+    pages: list[tuple[int, int]]
+    count: int
+
+
 @dataclass
 class StepPlan:
-    """One step over a cache of `pages`: first pages are cleared, then come assignments, the copies (all read
-    before any is written) and the chunks.
+    """One step over a cache of `pages`: first pages are cleared, then come assignments, the copies and the chunks.
 
-    clears: pages that may hold numbers which are not finite. reused: prompt tokens that a shared prefix spares.
-    admitted: rows that join. preempted: rows that ran and begin anew later. held: pages that rows hold, shared ones
-    once; unfilled: positions in them without a token's keys and values after the step. spared: pages that rows do
-    without, since none of their tokens from there on runs the layer: new blocks' and those given up.
+    clears: pages that may hold numbers which are not finite. copies: of blocks, see `Copy`. reused: prompt tokens
+    that a shared prefix spares. admitted: rows that join. preempted: rows that ran and begin anew later. held:
+    pages that its worker's rows hold, shared ones once; unfilled: positions in them without a token's keys and
+    values after the step. spared: pages that rows do without, since none of their tokens from there on runs the
+    layer: new blocks' and those given up.
     """
 
     pages: int
     clears: list[int] = field(default_factory=list)
     assignments: list[Assignment] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
     chunks: list[Chunk] = field(default_factory=list)
     reused: int = 0
     admitted: int = 0
     preempted: list[Sequence] = field(default_factory=list)
-    held: int = 0
-    unfilled: int = 0
+    held: float = 0
+    unfilled: float = 0
     spared: int = 0
 
     @property
@@ -74,55 +82,49 @@ class StepPlan:
 class Scheduler:
     """Continuous batching: rows join and leave between any two steps.
 
-    max_rows: rows in flight. max_tokens: tokens in one forward. cohort: places that must be free before rows join;
-    those that join together share their positions, and so their layer sets. waiting: rows that have not started,
-    taken from the left; workers share it. drafts: tokens of a row's draft for which it gets places where there are
-    some.
+    max_rows: rows in flight. max_tokens: tokens in one forward. layers: that have pages, the one that runs longest
+    first, see `layer_order`. cohort: places that must be free before rows join; those that join together share
+    their positions, and so their layer sets. drafts: tokens of a row's draft for which it gets places where there
+    are some.
     """
 
     def __init__(
         self,
         max_rows: int,
         max_tokens: int,
-        shape: CacheShape,
+        shared: Shared,
+        layers: Seq[int],
         policy: SkipPolicy,
         cohort: int,
-        waiting: deque[Sequence],
         drafts: int = 0,
     ) -> None:
         self.max_rows = max_rows
         self.max_tokens = max(max_tokens, max_rows)
         self.cohort = cohort
-        self.waiting = waiting
-        self.pool = BlockPool(shape.pages, shape.size)
+        self.waiting, self.pool = shared.waiting, shared.pool
         self.running: list[Sequence] = []
-        self._shape, self._policy, self._drafts = shape, policy, drafts
-        self._drafter_layers = len(shape.layers) - len(policy.until)
+        self._shared, self._layers, self._policy, self._drafts = shared, layers, policy, drafts
+        self._drafter_layers = len(layers) - len(policy.until)
         self._joining = False
         self._free_rows = list(range(max_rows - 1, -1, -1))
 
     def retire(self, finished: Collection[Sequence], unclean: Collection[Sequence] = ()) -> None:
         """Take rows out. unclean: those whose numbers may not be finite, which are read even if masked."""
-        gone = set(finished)
-        self.running = [row for row in self.running if row not in gone]
         for row in finished:
-            self._give_back(row, row in unclean)
+            self._leave(row, row in unclean)
 
-    def halve(self) -> list[Sequence] | None:
-        """Allow half as many rows, pages and tokens, and send what runs back to the queue, to begin anew in an
-        empty cache. Returns what ran; None: there is no less."""
-        if self.max_rows == 1 and self.max_tokens <= FEWEST_TOKENS:
-            return None
-        given_up = self.running
-        rows = min(self.max_rows, len(given_up) or self.max_rows)
+    @property
+    def smallest(self) -> bool:
+        """Whether it is not halved any more."""
+        return self.max_rows == 1 and self.max_tokens <= FEWEST_TOKENS
+
+    def halve(self) -> None:
+        """Allow half as many rows and tokens, and have none; who has the pool resets it."""
+        rows = min(self.max_rows, len(self.running) or self.max_rows)
         self.cohort = max(1, self.cohort * (rows // 2) // self.max_rows)
         self.max_rows = max(rows // 2, 1)
         self.max_tokens = max(self.max_tokens // 2, self.max_rows)
-        pages = max(min(self.pool.pages, self.pool.held or self.pool.pages) // 2, self._shape.least)
-        self.pool = BlockPool(min(pages, self.pool.pages), self.pool.size)
-        self.waiting.extendleft(row.anew() for row in reversed(given_up))
         self.running, self._free_rows = [], list(range(self.max_rows - 1, -1, -1))
-        return given_up
 
     def schedule(self, share: int) -> StepPlan:
         """The next step: every decoding row, then as much prefill as the token budget allows.
@@ -147,16 +149,29 @@ class Scheduler:
             for row in held:
                 budget -= self._extend(plan, row, budget)
         if plan.chunks:
-            plan.clears, self.pool.unclean = self.pool.unclean, []
+            plan.clears = self.pool.take_unclean(
+                block for chunk in plan.chunks for block in chunk.sequence.blocks
+            )
+        else:
+            self.pool.release([copy.source for copy in plan.copies])
         return plan
 
+    def settle(self, plan: StepPlan) -> None:
+        """What the plan computes and copies is there, for whoever plans from now on."""
+        self.pool.release([copy.source for copy in plan.copies])
+        for chunk in plan.chunks:
+            chunk.sequence.computed = chunk.stop
+        # of all pages the worker's share by its rows, since workers' rows hold some together
+        share = len(self.running) / max(len(self._shared.running), 1)
+        plan.held, plan.unfilled = self.pool.held * share, self._unfilled * share
+
     @property
-    def unfilled(self) -> int:
+    def _unfilled(self) -> int:
         """Positions of the running rows' pages that no token has filled; those blocks are a row's own."""
         size = self.pool.size
         return sum(
             block.needed * (size - max(row.computed - block.start, 0))
-            for row in self.running
+            for row in self._shared.running
             for block in row.blocks[row.computed // size :]
         )
 
@@ -193,7 +208,7 @@ class Scheduler:
     def _reach(self, plan: StepPlan, row: Sequence, stop: int) -> bool:
         """See that a row has pages for its tokens before `stop`; False: it had to give up those that it had."""
         while row.places < stop:
-            block = self.pool.take(self._pages_at(row), row.places, row.layers)
+            block = self._take(row)
             if block is None:
                 victim = self.running[-1]
                 self._preempt(plan, victim)
@@ -209,7 +224,7 @@ class Scheduler:
         if self._policy.is_full:
             return
         layers = self._layers_at(row, row.computed - 1)
-        if layers >= min(row.layers, len(self._shape.layers)):
+        if layers >= min(row.layers, len(self._layers)):
             return
         held = self.pool.held
         self.pool.need(row.blocks, row.layers, layers)
@@ -217,24 +232,42 @@ class Scheduler:
         row.layers = layers
         for at, block in enumerate(row.blocks):
             pages = block.pages[:layers]  # the newest may have fewer
-            plan.assignments.append(Assignment(row.table_row, at, self._shape.layers[: len(pages)], pages))
+            plan.assignments.append(Assignment(row.table_row, at, self._layers[: len(pages)], pages))
 
     def _reach_further(self, plan: StepPlan, row: Sequence, stop: int) -> None:
         """Pages for a draft, if there are some to spare."""
-        while row.places < stop and (block := self.pool.take(self._pages_at(row), row.places, row.layers)):
+        while row.places < stop and (block := self._take(row)):
             self._append(plan, row, block)
+
+    def _take(self, row: Sequence) -> Block | None:
+        """A row's next block, if there are pages for it."""
+        pages = self._pages_at(row)
+        if pages + self._reserved > self.pool.available:
+            return None
+        return self.pool.take(pages, row.places, row.layers)
+
+    @property
+    def _reserved(self) -> int:
+        """Pages that this worker leaves to another one's row, the first of all that run: a worker gives up none but
+        its own rows, and two could have each other begin anew for ever."""
+        first = self._shared.running[0]
+        if self.running and self.running[0] is first:
+            return 0
+        places = first.limit + max(self._drafts, tree_size(first.prompt.candidates))
+        blocks = -(-places // self.pool.size) - len(first.blocks)
+        return max(blocks, 0) * len(self._layers)
 
     def _append(self, plan: StepPlan, row: Sequence, block: Block) -> None:
         before = row.blocks[-1] if row.blocks else None
         tokens = row.prompt.token_array[block.start : block.start + self.pool.size]
         if len(tokens):
             self.pool.offer(block, before, tokens, row)
-        plan.spared += len(self._shape.layers) - len(block.pages)
+        plan.spared += len(self._layers) - len(block.pages)
         self._enter(plan, row, block)
 
     def _enter(self, plan: StepPlan, row: Sequence, block: Block) -> None:
         """As a row's next block."""
-        layers = self._shape.layers[: len(block.pages)]
+        layers = self._layers[: len(block.pages)]
         plan.assignments.append(Assignment(row.table_row, len(row.blocks), layers, block.pages))
         row.blocks.append(block)
         row.places += self.pool.size
@@ -249,13 +282,14 @@ class Scheduler:
         return self._drafter_layers + self._policy.depth(row.skip_position(position))
 
     def _preempt(self, plan: StepPlan, row: Sequence) -> None:
-        self.running.remove(row)
         row.ended = True  # what a step on its way says of it comes too late
-        self._give_back(row)
+        self._leave(row)
         self.waiting.appendleft(row.anew())
         plan.preempted.append(row)
 
-    def _give_back(self, row: Sequence, unclean: bool = False) -> None:
+    def _leave(self, row: Sequence, unclean: bool = False) -> None:
+        self.running.remove(row)
+        self._shared.running.remove(row)
         self.pool.give_back(row, row.blocks, unclean, row.layers)
         row.blocks, row.places = [], 0
         self._free_rows.append(row.table_row)
@@ -271,12 +305,12 @@ class Scheduler:
     def _has_pages(self, shared: int = 0) -> bool:
         """Whether the first waiting row's prompt, but for its first `shared` blocks, the prompts that run, and a
         block more of each row find pages."""
-        if not self.running:
+        if not self._shared.running:
             return True
         size = self.pool.size
         blocks = -(-(len(self.waiting[0].prompt.token_array) + 1) // size) - shared
-        blocks += sum(max(-(-row.length // size) - len(row.blocks), 0) + 1 for row in self.running)
-        return blocks * len(self._shape.layers) <= self.pool.available
+        blocks += sum(max(-(-row.length // size) - len(row.blocks), 0) + 1 for row in self._shared.running)
+        return blocks * len(self._layers) + self._reserved <= self.pool.available
 
     def _admit(self, plan: StepPlan, match: Match) -> bool:
         """The first waiting row joins if there are pages for it. It takes over what there is of its prompt."""
@@ -289,14 +323,17 @@ class Scheduler:
         self.waiting.popleft()
         row.table_row = self._free_rows.pop()
         self.running.append(row)
+        self._shared.running.append(row)
         plan.admitted += 1
         for block in match.blocks:
             self._enter(plan, row, block)
         if match.tail is not None:
-            copied = len(row.blocks)
+            whole = len(row.blocks)
             if self._reach(plan, row, match.tokens):
-                plan.copies += zip(match.tail.pages, row.blocks[copied].pages, strict=False)
-            self.pool.release([match.tail])
+                pages = list(zip(match.tail.pages, row.blocks[whole].pages, strict=False))
+                plan.copies.append(Copy(match.tail, pages, match.tokens - whole * self.pool.size))
+            else:
+                self.pool.release([match.tail])
         row.computed, row.draft_cached = match.tokens, match.drafted
         plan.reused += match.tokens
         return True

@@ -29,9 +29,9 @@ leave more places empty. With the C kernels' products it makes no difference (BE
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the engine: workers. Of each worker: threads, batch_rows (rows in flight), batch_tokens (tokens in one
-    forward), pages (of the KV cache, each of one layer), least_pages (that the longest row takes), cohort (rows
-    that join together), plans_ahead (whether the next step is planned, and sent to the device, while one
+    """Of the engine: workers, pages (of the KV cache, each of one layer), least_pages (that the longest row takes).
+    Of each worker: threads, batch_rows (rows in flight), batch_tokens (tokens in one forward), cohort (rows that
+    join together), plans_ahead (whether the next step is planned, and sent to the device, while one
     runs)."""
 
     workers: int
@@ -52,7 +52,7 @@ def choose_sizes(
     cache_layers: int = 0,
     own_layers: int = 0,
 ) -> Sizes:
-    """The configured sizes, shared out among the workers; what is left out is chosen here.
+    """The configured sizes, rows and tokens shared out among the workers; what is left out is chosen here.
 
     max_model_len: positions of the longest row. cache_layers: of the KV cache, beside the model's own. own_layers:
     memory of other caches that grow with it, in layers.
@@ -79,7 +79,7 @@ def choose_sizes(
         threads_per_worker=threads // workers,
         batch_rows=rows,
         batch_tokens=max(tokens // workers, rows),
-        pages=max(int(room / page_bytes / workers * layers / (layers + own_layers)), least),
+        pages=max(int(room / page_bytes * layers / (layers + own_layers)), least),
         least_pages=least,
         cohort=max(1, round(cohort * rows)),
         plans_ahead=traits.plans_ahead,

@@ -1,7 +1,8 @@
-"""A worker: one thread's share of the engine. Its own rows and cache; the decoder is shared.
+"""A worker: one thread's share of the engine. Its own rows and block table; the decoder and the pages are shared.
 
 On CPU a replica runs one worker per core, each on one thread: the many small operations of a step then need no
-barrier between threads, which costs more than they do. On a GPU there is one worker.
+barrier between threads, which costs more than they do. A step that runs alone takes all threads: while a prefix is
+computed that every row waits for, and when the last rows end. On a GPU there is one worker.
 
 On a GPU, without a drafter, a step is planned and sent off while the one before still runs: which rows go on is
 known, but for those that end early, and the token that each goes on from is where the device puts it.
@@ -12,7 +13,7 @@ Does not know requests, text or how rows are handed out.
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,7 @@ from rayskip.decode.drafters.drafter import Drafter, States
 from rayskip.decode.sampling import Choice, Chosen, Draw, sample
 from rayskip.decode.sequence import Sequence
 from rayskip.decode.verify import Verdict, draw, scored, verify
-from rayskip.engine.scheduler import CacheShape, Scheduler, StepPlan, layer_order
+from rayskip.engine.scheduler import Scheduler, Shared, StepPlan, layer_order
 from rayskip.engine.sizes import Sizes
 from rayskip.model.backends.base import HeadOutput
 from rayskip.model.cache.kv_cache import KVCache
@@ -68,11 +69,12 @@ class Packed:
 @dataclass(frozen=True)
 class Step:
     """What a worker is to run. packed: None where drafts come first. follows: whether the next one may be planned
-    before this one's tokens are known."""
+    before this one's tokens are known. threads: that it takes."""
 
     plan: StepPlan
     packed: Packed | None
     follows: bool
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Worker:
         policy: SkipPolicy,
         drafter: Drafter,
         cache: KVCache,
-        waiting: deque[Sequence],
+        shared: Shared,
     ) -> None:
         self._decoder = decoder
         self._policy = policy
@@ -114,20 +116,20 @@ class Worker:
         self._failed = False
         self._masking = 0.0
         """Seconds, of the step that is made."""
-        self._thread = ThreadPoolExecutor(
-            1, "worker", initializer=decoder.backend.use_threads, initargs=(sizes.threads_per_worker,)
-        )
+        self._thread = ThreadPoolExecutor(1, "worker")
+        self._threads = 0
+        """That the worker's own has been told to use."""
         self._position_bytes = KVCache.bytes_per_position(decoder.spec, 1, decoder.backend.dtype)
         self._page_bytes = cache.layout.page * self._position_bytes
         layers = layer_order(policy, cache.layers - decoder.depth)
-        shape = CacheShape(sizes.pages, sizes.least_pages, cache.layout.page, layers)
         self.scheduler = Scheduler(
-            sizes.batch_rows, sizes.batch_tokens, shape, policy, sizes.cohort, waiting, drafter.most_tokens
+            sizes.batch_rows, sizes.batch_tokens, shared, layers, policy, sizes.cohort, drafter.most_tokens
         )
 
     @torch.inference_mode()
     def next(self, share: int) -> Step | None:
-        """The next step, if there is something to run. Its rows count as if it had run.
+        """The next step, if there is something to run. Where steps are planned ahead its rows count as if it had
+        run; else they do from `settle` on.
 
         share: rows past which none is taken from the queue.
         """
@@ -144,10 +146,13 @@ class Worker:
             for row in self._outputs:
                 row.expect()
             follows = all(row.params.repetition_penalty == 1 and not row.matcher for row in self._outputs)
-        for chunk in plan.chunks:
-            chunk.sequence.computed = chunk.stop
-        plan.held, plan.unfilled = self.scheduler.pool.held, self.scheduler.unfilled
-        return Step(plan, packed, follows)
+            self.scheduler.settle(plan)
+        return Step(plan, packed, follows, self._sizes.threads_per_worker)
+
+    def settle(self, step: Step) -> None:
+        """The step has run."""
+        if not self._ahead:
+            self.scheduler.settle(step.plan)
 
     def start(self, step: Step) -> Future[StepResult]:
         """Run a step, on the worker's own thread, after those before it, if none of those failed."""
@@ -165,12 +170,15 @@ class Worker:
     def run(self, step: Step) -> StepResult:
         """Drafts, then one forward over the plan's tokens and the drafts; chooses the tokens that follow each row
         whose newest token ran."""
+        if self._threads != step.threads:
+            self._decoder.backend.use_threads(step.threads)
+            self._threads = step.threads
         watch, plan, packed, states = self._decoder.backend.stopwatch(), step.plan, step.packed, None
-        if self._cache.pages != plan.pages:
-            self._cache.allocate(plan.pages)
+        self._cache.allocate(plan.pages)
         self._cache.clear(plan.clears)
         self._cache.assign(plan.assignments)
-        self._cache.copy(plan.copies)
+        for copy in plan.copies:
+            self._cache.copy(copy.pages, copy.count)
         if packed is None:
             states = self._draft(plan)
             packed = self._pack(with_drafts(plan.chunks))
@@ -265,15 +273,13 @@ class Worker:
         self._drafter.observe(verdicts, hidden)
         return verdicts
 
-    def halve(self) -> list[Sequence] | None:
-        """After a step that memory did not suffice for: see Scheduler.halve."""
-        given_up = self.scheduler.halve()
+    def halve(self) -> None:
+        """After a step that memory did not suffice for, while nothing runs: see Scheduler.halve."""
+        self.scheduler.halve()
         self._failed, self._chosen, self._outputs = False, None, {}
-        if given_up is not None:
-            self._drafter.release()
-            self._cache.allocate(0)
-            self._decoder.backend.release_memory()
-        return given_up
+        self._drafter.release()
+        self._cache.allocate(0)
+        self._decoder.backend.release_memory()
 
     def _run_without_drafts(
         self, rows: Seq[Sequence], verdicts: dict[Sequence, Verdict], hidden: torch.Tensor
@@ -324,10 +330,10 @@ class Worker:
                 # where the drafter ran what is cut, its keys and values may not be finite
                 self._cache.clear_row(row.table_row, row.length + most, row.places)
 
-    def count(self, plan: StepPlan, result: StepResult, gained: Mapping[Sequence, int]) -> Stats:
+    def count(self, step: Step, result: StepResult, gained: Mapping[Sequence, int]) -> Stats:
         """What a step ran and what came of it. gained: tokens that each row got: where one ended inside its draft,
         fewer than verification allowed; none where it had ended before."""
-        rule = self._decoder.backend.row_rule
+        plan, rule = step.plan, self._decoder.backend.row_rule
         got = {ran.row: gained[ran.row] for ran in result.decoded}
         newest: Counter[int] = Counter()
         drafted_by: Counter[str] = Counter()
@@ -366,15 +372,15 @@ class Worker:
             accepted_lengths=Counter(str(count - 1) for count in got.values() if count),
             decode_tokens=tokens,
             steady_tokens=tokens if steady else 0,
-            steady_seconds=sum(seconds) if steady else 0.0,
+            steady_seconds=sum(seconds) * step.threads / self._sizes.threads_per_worker if steady else 0.0,
             decode_layer_tokens=useful,
             prompt_layer_tokens=sum(result.active) - useful - in_vain,
             draft_layer_tokens=in_vain,
             padding_layer_tokens=sum(rule.padding(count) for count in result.active if count),
             cohort_rows=max(newest.values(), default=0),
             kv_bytes_saved=plan.spared * self._page_bytes,
-            kv_bytes_held=plan.held * self._page_bytes,
-            kv_bytes_filled=plan.held * self._page_bytes - plan.unfilled * self._position_bytes,
+            kv_bytes_held=round(plan.held * self._page_bytes),
+            kv_bytes_filled=round(plan.held * self._page_bytes - plan.unfilled * self._position_bytes),
             seconds=phases,
         )
 

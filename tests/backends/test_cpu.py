@@ -269,7 +269,7 @@ def test_positions_are_where_they_are_asked_for_however_they_lie(panels: Panels)
         for layer in range(2):
             _fill(cache, layer, 2, *stored[layer])
         cache.move([(2, 66, 63), (2, 75, 64)])
-        cache.copy(list(zip(cache.table[:, 2, 0].tolist(), cache.table[:, 0, 0].tolist(), strict=True)))
+        cache.copy(list(zip(cache.table[:, 2, 0].tolist(), cache.table[:, 0, 0].tolist(), strict=True)), 64)
         cache.clear_row(0, 37, 64)
         cache.clear_row(2, 61, 70)
         places = torch.tensor([[3, 68, 69, 70], [1, 0, 63, 40]])

@@ -80,8 +80,6 @@ class DraftModelDrafter(Drafter):
         for table_row in [table_row for table_row, stored in self._stored.items() if stored.row.ended]:
             stored = self._stored.pop(table_row)
             self._pool.give_back(stored.row, stored.blocks, unclean=True)  # masked keys are read
-        clears, self._pool.unclean = self._pool.unclean, []
-        self._cache.clear(clears)
 
     def _start(self, row: Sequence) -> int:
         """The first of the row's tokens to run: its newest one at the latest."""
@@ -96,6 +94,7 @@ class DraftModelDrafter(Drafter):
             block = self._pool.take(len(layers), len(stored.blocks) * size)
             if block is None:
                 return False
+            self._cache.clear(self._pool.take_unclean([block]))
             self._cache.assign([Assignment(row.table_row, len(stored.blocks), layers, block.pages)])
             stored.blocks.append(block)
         return True

@@ -34,7 +34,7 @@ class Traits:
 
     plans_ahead: it computes by itself, so the next step is planned and sent off while one runs. Where it does not,
     the planning takes time from the step that runs (on a CPU 0.90 to 0.98 times as fast). worker_threads: its
-    threads serve workers of their own, each with rows and a cache of its own; else one worker has all.
+    threads serve workers of their own, each with rows of its own; else one worker has all.
     step_tokens: tokens in a forward past which a prefill is no faster per token. timed_tokens: tokens in a forward
     past which its time is a straight line. rerun_tokens: as many tokens take little longer than one, so that a
     draft's last ones run again in the verification rather than by themselves. most_rows: a batch of more is not

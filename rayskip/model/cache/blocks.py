@@ -13,7 +13,7 @@ Does not know sequences, and never reads a clock.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from itertools import count
@@ -31,8 +31,9 @@ ALL = 1 << 30
 
 
 class Owner(Protocol):
-    """Who computes a block's tokens. computed: its leading tokens whose keys and values are there, or will be
-    before whatever is planned from now on runs; draft_cached: likewise in the drafter's own layers."""
+    """Who computes a block's tokens. computed: its leading tokens whose keys and values are there for whoever plans
+    from now on: a step has run them or, where all steps run one after another, will have before the next one.
+    draft_cached: likewise in the drafter's own layers, or on their way: drafts may be wrong."""
 
     computed: int
     draft_cached: int
@@ -75,9 +76,10 @@ class Block:
         if self.owner is None or self.tokens is None:
             return self.computed, self.drafted
         size = len(self.tokens)
-        return tuple(  # type: ignore[return-value]
+        computed, drafted = (
             min(max(done - self.start, 0), size) for done in (self.owner.computed, self.owner.draft_cached)
         )
+        return computed, min(computed, drafted)
 
 
 @dataclass(frozen=True)
@@ -94,18 +96,22 @@ class Match:
 
 
 class BlockPool:
-    """The pages of one cache, numbered from 1.
+    """The pages of one cache, numbered from 1. Not thread-safe: one thread plans for all who use them.
 
-    size: positions of a block. unclean: pages that were given back with numbers that may not be finite, to be
-    cleared before they are read again.
+    size: positions of a block. unclean: pages that were given back with numbers that may not be finite; who takes
+    them clears them.
     """
 
     def __init__(self, pages: int, size: int) -> None:
-        self.pages = pages
         self.size = size
-        self.unclean: list[int] = []
-        self._free = list(range(pages, 0, -1))
         self._numbers = count()
+        self.reset(pages)
+
+    def reset(self, pages: int) -> None:
+        """Have so many pages, and forget who held the old ones."""
+        self.pages = pages
+        self.unclean: set[int] = set()
+        self._free = list(range(pages, 0, -1))
         self._by_tokens: dict[tuple[int, bytes], Block] = {}
         self._by_first: dict[tuple[int, bytes], Block] = {}
         self._kept: OrderedDict[int, tuple[Block, int]] = OrderedDict()
@@ -146,6 +152,14 @@ class BlockPool:
             block.needs.subtract([before])
             block.needs[now] += 1
             self._keep(block)
+
+    def take_unclean(self, blocks: Iterable[Block]) -> list[int]:
+        """Pages of these blocks that are to be cleared before anything is computed in them; they are clean then."""
+        if not self.unclean:
+            return []
+        taken = self.unclean.intersection(page for block in blocks for page in block.pages)
+        self.unclean -= taken
+        return sorted(taken)
 
     def release(self, blocks: Seq[Block], layers: int = ALL) -> None:
         """A row that might run so many layers holds them no more; in its order. What is found again by its tokens
@@ -233,7 +247,7 @@ class BlockPool:
         needed = block.needed
         spare, block.pages = block.pages[needed:], block.pages[:needed]
         if block.unclean:
-            self.unclean += spare
+            self.unclean.update(spare)
         self._free += reversed(spare)
 
     def _unlist(self, block: Block) -> None:

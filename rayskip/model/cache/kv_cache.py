@@ -8,7 +8,9 @@ Shapes: L layers, B pages, R rows of the table, P positions per page, Hkv key-va
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence as Seq
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -76,6 +78,15 @@ class Memory(Protocol):
     def tensor(self, values: Any, dtype: torch.dtype = torch.long) -> Tensor: ...
 
 
+class Pages:
+    """The memory of pages: see `KVCache`, whose keys and values these are. Caches of several threads may share it:
+    each writes to pages that it was given, and none allocates others while another one uses these."""
+
+    def __init__(self) -> None:
+        self.keys = self.values = torch.empty(0)
+        self.lock = threading.Lock()
+
+
 class KVCache:
     """keys, values [B, Hkv, P, D]; in panels, keys [B, Hkv, P / columns, D / depth, columns, depth] and values
     [B, Hkv, P / depth, D, depth]. table [L, R, blocks], int32: the page of each block of each row.
@@ -88,8 +99,22 @@ class KVCache:
         self.layers = layers
         self._heads, self._dim = spec.kv_heads, spec.head_dim
         self._memory = memory
+        self._stored = Pages()
         self.table = memory.zeros((layers, 0, 0), torch.int32)
-        self.allocate(0)
+
+    def with_own_table(self) -> KVCache:
+        """A cache of the same pages with an empty block table, for rows of another thread."""
+        other = copy(self)
+        other.table = self._memory.zeros((self.layers, 0, 0), torch.int32)
+        return other
+
+    @property
+    def keys(self) -> Tensor:
+        return self._stored.keys
+
+    @property
+    def values(self) -> Tensor:
+        return self._stored.values
 
     @staticmethod
     def bytes_per_position(spec: Spec, layers: int, dtype: torch.dtype) -> int:
@@ -102,17 +127,22 @@ class KVCache:
         return max(self.keys.shape[0] - 1, 0)
 
     def allocate(self, pages: int) -> None:
-        """Have so many pages, all zero, numbered from 1. 0 gives all memory back."""
-        self.keys = self.values = torch.empty(0)  # lets go of the old ones before new ones are taken
-        count, page, panels = pages + 1 if pages else 0, self.layout.page, self.layout.panels
-        if panels is None:
-            shape = (count, self._heads, page, self._dim)
-            self.keys, self.values = (self._zeros(shape) for _ in range(2))
-        else:
-            columns, depth = panels.columns, panels.depth
-            keys = (count, self._heads, page // columns, self._dim // depth, columns, depth)
-            values = (count, self._heads, page // depth, self._dim, depth)
-            self.keys, self.values = (self._zeros(own) for own in (keys, values))
+        """Have so many pages, numbered from 1: all zero, if there were not as many. 0 gives all memory back."""
+        with self._stored.lock:
+            if pages == self.pages:
+                return
+            self._stored.keys = self._stored.values = torch.empty(0)  # lets go of the old ones first
+            if not pages:
+                return
+            count, page, panels = pages + 1, self.layout.page, self.layout.panels
+            keys: tuple[int, ...] = (count, self._heads, page, self._dim)
+            values = keys
+            if panels is not None:
+                columns, depth = panels.columns, panels.depth
+                keys = (count, self._heads, page // columns, self._dim // depth, columns, depth)
+                values = (count, self._heads, page // depth, self._dim, depth)
+            new = self._zeros(keys), self._zeros(values)
+            self._stored.keys, self._stored.values = new
 
     def fill(self, rows: int, length: int) -> None:
         """Give each of `rows` rows pages of its own for `length` positions in every layer, and have no others."""
@@ -197,12 +227,13 @@ class KVCache:
         for (stored, from_at), (_, to_at) in zip(*places, strict=True):
             stored[_index(new, ALL, *to_at)] = stored[_index(old, ALL, *from_at)]
 
-    def copy(self, pairs: Seq[tuple[int, int]]) -> None:
-        """Copy whole pages, each from one to another; all are read before any is written."""
-        if pairs:
-            old, new = self._memory.tensor(pairs).T
-            self.keys[new] = self.keys[old]
-            self.values[new] = self.values[old]
+    def copy(self, pairs: Seq[tuple[int, int]], count: int) -> None:
+        """Copy the first `count` positions of pages, each from one to another. (What is behind them somebody may be
+        writing.)"""
+        within = torch.arange(count, device=self.table.device)
+        old, new = self._memory.tensor(pairs).T.unsqueeze(2)
+        for stored, at in self._at(within):
+            stored[_index(new, ALL, *at)] = stored[_index(old, ALL, *at)]
 
     def _at(self, within: Tensor) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
         """Keys and values, and what to index their axes from the third on with for positions of a page."""

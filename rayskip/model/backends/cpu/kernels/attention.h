@@ -124,50 +124,62 @@ INLINE TokenRun token_run(const Shape *shape, const Step *step, int64_t first, i
     return (TokenRun){first, first + count, (count + groups - 1) / groups};
 }
 
-/* Which of `workers` does item `at` of a run's `items`: neighbours go to the same worker, which shares what they read, and
- * each run begins with another worker. */
-INLINE int64_t worker_for(int64_t run, int64_t at, int64_t items, int64_t workers) {
-    return (run + at * workers / items) % workers;
+/* An item of work: one of a run's groups, for one key-value head. number: of the run. */
+typedef struct {
+    TokenRun run;
+    int64_t number, group, kv_head;
+} Item;
+
+/* Go on to the worker's next item; false: there is none. First all runs' items of one key-value head: tokens of one row, and
+ * of rows that share pages, find what they read in the cache. Of a run's items, its groups for one head after the other,
+ * neighbours go to the same worker, and each run begins with another one. */
+static bool next_item(const Shape *shape, const Step *step, int64_t tokens, int64_t worker, int64_t workers, Item *item) {
+    for (;;) {
+        const TokenRun *run = &item->run;
+        if (run->first + ++item->group * run->size >= run->last) {
+            if (run->last == tokens && ++item->kv_head == shape->kv_heads)
+                return false;
+            item->number = run->last == tokens ? 0 : item->number + 1;
+            item->run = token_run(shape, step, run->last == tokens ? 0 : run->last, tokens, workers);
+            item->group = 0;
+        }
+        const int64_t groups = (run->last - run->first + run->size - 1) / run->size;
+        const int64_t at = item->kv_head * groups + item->group;
+        if ((item->number + at * workers / (groups * shape->kv_heads)) % workers == worker)
+            return true;
+    }
 }
 
 /* One worker's part of causal attention: each token attends to its own row's keys up to its own position. q [N, H, D],
  * `stride` elements from one token to the next -> to [N, H * D]. D: a multiple of LANES, T of COLUMNS. late: see
- * may_store_late. A run's items of work are its groups, for one key-value head after the other. */
+ * may_store_late. */
 static void attend_items(const Shape *shape, const Step *step, const element *q, int64_t stride, const Stored *stored,
                          const bool late, Workspace workspace, Outputs to, int64_t tokens, int64_t worker,
                          int64_t workers) {
     const int64_t dim = shape->dim, shared = shape->heads / shape->kv_heads;
-    int64_t number = 0;
-    for (TokenRun run = {0, 0, 0}; run.last < tokens; number++) {
-        run = token_run(shape, step, run.last, tokens, workers);
-        const int64_t groups = (run.last - run.first + run.size - 1) / run.size, items = groups * shape->kv_heads;
-        for (int64_t at = 0; at < items; at++) {
-            if (worker_for(number, at, items, workers) != worker)
-                continue;
-            const int64_t kv_head = at / groups, token = run.first + at % groups * run.size;
-            const int64_t size = token + run.size < run.last ? run.size : run.last - token;
-            Path paths[BLOCK];
-            for (int64_t i = 0; i < size; i++) {
-                paths[i] = path_of(step, token + i);
-                if (late)
-                    store_head(shape, step, stored, token + i, kv_head);
-            }
-            /* The worker's next item, whose keys are prefetched: of this run, or of the next, taken to be like this one. */
-            int64_t next = at + 1, later = token;
-            if (next == items || worker_for(number, next, items, workers) != worker) {
-                later = run.last == tokens ? token : run.last;
-                for (next = 0; next < items - 1 && worker_for(number + 1, next, items, workers) != worker;)
-                    next++;
-            }
-            const Pages own = pages_of(shape, step, stored, token, kv_head);
-            const Pages next_pages = pages_of(shape, step, stored, later, next / groups);
-            for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
-                count = last - head < heads_of(shape) ? last - head : heads_of(shape);
-                const QueryGroup group = {shape, q + token * stride + head * dim, own, paths,
-                                          to.out + token * to.stride + head * dim, stride, to.stride, size, head, count,
-                                          next_pages, workspace};
-                attend_group(&group);
-            }
+    Item next = {{0, 0, 1}, -1, -1, 0};
+    bool more = tokens && next_item(shape, step, tokens, worker, workers, &next);
+    while (more) {
+        const Item item = next;
+        more = next_item(shape, step, tokens, worker, workers, &next);
+        const TokenRun run = item.run;
+        const int64_t kv_head = item.kv_head, token = run.first + item.group * run.size;
+        const int64_t size = token + run.size < run.last ? run.size : run.last - token;
+        Path paths[BLOCK];
+        for (int64_t i = 0; i < size; i++) {
+            paths[i] = path_of(step, token + i);
+            if (late)
+                store_head(shape, step, stored, token + i, kv_head);
+        }
+        const Pages own = pages_of(shape, step, stored, token, kv_head);
+        const Pages next_pages =
+            more ? pages_of(shape, step, stored, next.run.first + next.group * next.run.size, next.kv_head) : own;
+        for (int64_t head = kv_head * shared, last = head + shared, count; head < last; head += count) {
+            count = last - head < heads_of(shape) ? last - head : heads_of(shape);
+            const QueryGroup group = {shape, q + token * stride + head * dim, own, paths,
+                                      to.out + token * to.stride + head * dim, stride, to.stride, size, head, count,
+                                      next_pages, workspace};
+            attend_group(&group);
         }
     }
     end_blocks();
