@@ -8,7 +8,6 @@ Shapes: T tokens, d hidden, D head dim, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -63,10 +62,6 @@ def _attention(spec: Spec, layer: Attention, rope: Rope | None, x: Tensor, skipp
     if not layer.norms_turned:
         queries, keys = _rotate_heads(queries, rope), _rotate_heads(keys, rope)
     outputs = []
-    if layer.q_norm is not None and len(layer.q_norm.weight) != spec.head_dim:
-        queries = _norm(queries.flatten(1), layer.q_norm).view(queries.shape)
-        keys = _norm(keys.flatten(1), layer.k_norm).view(keys.shape)
-        layer = replace(layer, q_norm=None, k_norm=None)
     for head in range(spec.heads):
         group = head // (spec.heads // spec.kv_heads)
         query, key = queries[:, head], keys[:, group]  # [T, D]
@@ -76,8 +71,9 @@ def _attention(spec: Spec, layer: Attention, rope: Rope | None, x: Tensor, skipp
             scores[position, :first] = -torch.inf
             scores[position, position + 1 :] = -torch.inf
             scores[position, :position][skipped[:position]] = -torch.inf
-        weights = scores.exp()
-        beside = 0 if layer.sinks is None else layer.sinks[head].exp()
+        most = scores.max(dim=-1, keepdim=True).values
+        weights = (scores - most).exp()
+        beside = 0 if layer.sinks is None else (layer.sinks[head] - most).exp()
         outputs.append(weights / (weights.sum(dim=-1, keepdim=True) + beside) @ values[:, group])
     return _dense(torch.cat(outputs, dim=-1), layer.out)
 

@@ -16,8 +16,8 @@ SPEC = Spec("llama", 64, 4, 4, 16, 100, 128, 0.25)
 
 
 def timings(machine: str = "one", threads: int = 2) -> Timings:
-    backend, weights = SimpleNamespace(machine=machine), SimpleNamespace(layers=[])
-    decoder: Any = SimpleNamespace(spec=SPEC, depth=2, backend=backend, weights=weights)
+    backend, weights = SimpleNamespace(machine=machine), SimpleNamespace(size=1, total=1)
+    decoder: Any = SimpleNamespace(spec=SPEC, depth=2, backend=backend, held=weights)
     return Timings(decoder, threads, "steps")
 
 

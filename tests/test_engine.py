@@ -147,6 +147,23 @@ def test_samples_depend_on_seed_row_and_sample_alone(smollm2: Path) -> None:
     assert len({str(sample) for samples in first.values() for sample in samples}) > 12
 
 
+def test_penalties_and_least_tokens_are_the_same_with_drafts(tiny_llama: Callable[..., Path]) -> None:
+    folder = tiny_llama("penalties", 1, vocab_size=64, initializer_range=0.3, eos_token_id=5)
+    prompts = [[7 + row, 9, 7 + row, 9] for row in range(8)]
+    params = {"max_tokens": 40, "min_tokens": 9, "presence_penalty": 0.3, "frequency_penalty": 0.4}
+    params |= {"logit_bias": {"5": 4.0}, "temperature": 0.8, "stop_token_ids": [11]}
+
+    def run(kind: str) -> list[Any]:
+        engine = Engine.load(str(folder), {"max_batch_rows": 8}, {"draft": {"kind": kind}})
+        return _tokens(engine.generate(prompts, params))
+
+    plain = run("none")
+    assert run("lookup") == plain
+    for (tokens,) in plain:
+        assert len(tokens) >= 10 or len(tokens) == 40
+        assert not {5, 11} & set(tokens[:9])
+
+
 def test_stop_strings_end_the_text_before_them(smollm2: Path) -> None:
     engine = _engine(smollm2, "bfloat16", max_batch_rows=2)
     messages = [{"role": "user", "content": "Write a story about a dog."}]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -27,12 +28,12 @@ def _choose(logits: torch.Tensor, draws: list[Draw]) -> list[Choice]:
     return sample(_output(logits), draws).choices()
 
 
-def _draws(params: SamplingParams, rows: int) -> list[Draw]:
-    return [Draw(params, uniform(row, 0, 0), ()) for row in range(rows)]
+def _draws(params: SamplingParams, rows: int, said: Sequence[int] = ()) -> list[Draw]:
+    return [Draw(params, uniform(row, 0, 0), (), said) for row in range(rows)]
 
 
-def _counts(params: SamplingParams, rows: int = 6000) -> Counter[int | None]:
-    return Counter(choice.token_id for choice in _choose(LOGITS.expand(rows, -1), _draws(params, rows)))
+def _counts(params: SamplingParams, rows: int = 6000, said: Sequence[int] = ()) -> Counter[int | None]:
+    return Counter(choice.token_id for choice in _choose(LOGITS.expand(rows, -1), _draws(params, rows, said)))
 
 
 def _follows(counts: Counter[int | None], weights: dict[int, float]) -> bool:
@@ -70,6 +71,24 @@ def test_greedy_penalty_and_broken_logits() -> None:
     broken = LOGITS.clone()
     broken[2] = math.nan
     assert _choose(broken[None], _draws(SamplingParams(), 1))[0].token_id is None
+
+
+def test_what_was_said_is_penalised_as_often_and_biases_are_added() -> None:
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 7.0, 4: -1.5})
+    scores = LOGITS.clone()
+    for token, times in ((0, 3), (2, 1)):
+        scores[token] -= 0.5 + 0.25 * times
+    scores[3] += 7.0
+    scores[4] -= 1.5
+    said = (0, 2, 0, 0)
+    draw = Draw(params, 0.0, (), said)
+    assert _choose(LOGITS[None], [draw])[0].token_id == int(scores.argmax()) == 3
+    found = _counts(params.model_copy(update={"temperature": 1.0}), said=said)
+    probs = scores.softmax(-1)
+    assert _follows(found, {token: float(probs[token]) for token in range(6)})
+    barred = Draw(params, 0.0, (), said, forbidden=(3, 99))
+    scores[3] = -torch.inf
+    assert _choose(LOGITS[None], [barred])[0].token_id == int(scores.argmax())
 
 
 @pytest.mark.parametrize("vocab", [5, 256, 700, 1024])

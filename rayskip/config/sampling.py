@@ -42,8 +42,23 @@ class SamplingParams(Section):
     top_k: Int = Field(0, ge=-1, lt=2**31, description="0 or -1: all tokens")
     min_p: Float = Field(0.0, ge=0, le=1)
     repetition_penalty: Float = Field(1.0, gt=0, le=1000)
+    presence_penalty: Float = Field(
+        0.0, ge=-2, le=2, description="taken from the logit of each token generated before"
+    )
+    frequency_penalty: Float = Field(
+        0.0, ge=-2, le=2, description="likewise, as often as the token was generated"
+    )
+    logit_bias: dict[Annotated[int, Field(ge=0, lt=2**31)], Float] = Field(
+        {}, max_length=1024, description="added to logits, by token id"
+    )
+    min_tokens: Int = Field(
+        0, ge=0, lt=2**31, description="before so many tokens, no end token and none of stop_token_ids comes"
+    )
     stop: tuple[StopText, ...] = Field(
         (), max_length=64, description="strings that end the text; not part of it"
+    )
+    include_stop_str_in_output: bool = Field(
+        False, strict=True, description="the text ends with its stop string"
     )
     stop_token_ids: tuple[TokenId, ...] = Field((), max_length=1024)
     seed: Int = Field(
@@ -61,12 +76,23 @@ class SamplingParams(Section):
     def _as_tuple(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether the next token depends on which were generated before, but by the model."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether it depends on which came before, the prompt's too, but by the model."""
+        return self.repetition_penalty != 1 or self.counts_tokens
+
     @model_validator(mode="after")
     def _check_constraint(self) -> SamplingParams:
-        if self.constraint is not None and self.ignore_eos:
-            raise ValueError(
-                "ignore_eos: true and a constraint, which ends with the end token, exclude each other"
-            )
+        for key in ("ignore_eos", "min_tokens"):
+            if self.constraint is not None and getattr(self, key):
+                raise ValueError(
+                    f"{key} and a constraint, which may leave no token but the end, exclude each other"
+                )
         return self
 
     @field_validator("stop")

@@ -1,8 +1,9 @@
 """Choosing the next token of each row from its logits. Pure functions; every row is on its own.
 
-Order of operations, as in transformers: repetition penalty, constraint, temperature, top-k, top-p, min-p. The
+Order of operations, as in transformers and vLLM: repetition, frequency and presence penalty, bias, constraint,
+temperature, top-k, top-p, min-p. The
 choice is the inverse of the cumulative distribution at the row's own uniform, so a token is a function of (logits,
-parameters, constraint, uniform) and a drafter can be checked by equality.
+parameters, tokens before, constraint, uniform) and a drafter can be checked by equality.
 
 Shapes: R rows, V vocabulary, K candidates kept.
 """
@@ -47,13 +48,16 @@ class Draw:
 
     uniform: the row's random number for this position, in [0, 1).
     seen: token ids of prompt and completion, which may occur several times; read only under a repetition penalty.
-    mask: tokens that its constraint allows, if it has one. asked: tokens whose log-probabilities are asked for; in
-    their place nothing is chosen.
+    said: those of the completion; read only under a presence or frequency penalty. forbidden: tokens that may not
+    come yet. mask: tokens that its constraint allows, if it has one. asked: tokens whose log-probabilities are
+    asked for; in their place nothing is chosen.
     """
 
     params: SamplingParams
     uniform: float
     seen: ArrayLike
+    said: ArrayLike = ()
+    forbidden: Sequence[int] = ()
     mask: Mask | None = None
     asked: Sequence[int] = ()
 
@@ -71,7 +75,9 @@ class Draw:
     @property
     def is_argmax(self) -> bool:
         """Whether the token of the highest logit is chosen."""
-        return self.params.temperature == 0 and self.params.repetition_penalty == 1 and self.mask is None
+        params = self.params
+        changed = params.reads_tokens or params.logit_bias or self.forbidden or self.mask is not None
+        return params.temperature == 0 and not changed
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,8 @@ def _scores(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Penalised, tempered scores in float32, [R, V]."""
     scores = logits.to(torch.float32, copy=True).nan_to_num_()
     _penalise(scores, draws)
+    _penalise_said(scores, draws)
+    _bias(scores, draws)
     temperature = to_device(
         [max(draw.params.temperature, LEAST) if draw.params.temperature else 1.0 for draw in draws],
         torch.float32,
@@ -199,6 +207,36 @@ def _penalise(scores: Tensor, draws: Sequence[Draw]) -> None:
     score = scores[at[0], at[1]]
     # what was seen several times is written several times, as one number
     scores[at[0], at[1]] = torch.where(score < 0, score * penalty, score / penalty)
+
+
+def _penalise_said(scores: Tensor, draws: Sequence[Draw]) -> None:
+    """Frequency and presence penalties, in place, of all rows at once."""
+    places, amounts = list[tuple[int, int]](), list[float]()
+    for row, draw in enumerate(draws):
+        if draw.params.counts_tokens:
+            tokens, counts = np.unique(np.asarray(draw.said, np.int64), return_counts=True)
+            places += [(row, token) for token in tokens.tolist()]
+            amounts += (-draw.params.presence_penalty - draw.params.frequency_penalty * counts).tolist()
+    _add(scores, places, amounts)
+
+
+def _bias(scores: Tensor, draws: Sequence[Draw]) -> None:
+    """Biases, in place; what may not come yet has the lowest."""
+    vocab = scores.shape[1]
+    biases = {row: draw.params.logit_bias for row, draw in enumerate(draws) if draw.params.logit_bias}
+    places = [(row, token) for row, bias in biases.items() for token in bias if token < vocab]
+    _add(scores, places, [biases[row][token] for row, token in places])
+    barred = [
+        (row, token) for row, draw in enumerate(draws) for token in set(draw.forbidden) if token < vocab
+    ]
+    _add(scores, barred, [-2 * MOST] * len(barred))
+
+
+def _add(scores: Tensor, places: Sequence[tuple[int, int]], amounts: Sequence[float]) -> None:
+    """places: (row, token), each once."""
+    if places:
+        rows, tokens = to_device(list(zip(*places, strict=True)), torch.long, scores.device)
+        scores[rows, tokens] += to_device(list(amounts), torch.float32, scores.device)
 
 
 def _forbid(scores: Tensor, masks: Mapping[int, Mask]) -> None:

@@ -23,9 +23,9 @@ class Sequence:
     layers: so many, of those that run longest, may still run for it.
     pending: so many of the newest generated tokens are PENDING. ended: it got its last token, or was given up.
     limit: tokens it may come to have, prompt and completion together. full_depth: every layer runs, whatever its
-    position. matcher: its place in the grammar of its constraint, if it has one. draft: tokens proposed to follow,
-    during a step; they lie in the cache behind the known ones, node by node. draft_cached: tokens whose keys and
-    values a drafter's own cache layers hold, with those before them.
+    position. matcher: its place in the grammar of its constraint, if it has one. ends: tokens that end it. draft:
+    tokens proposed to follow, during a step; they lie in the cache behind the known ones, node by node.
+    draft_cached: tokens whose keys and values a drafter's own cache layers hold, with those before them.
     """
 
     request_id: int
@@ -34,6 +34,7 @@ class Sequence:
     limit: int
     full_depth: bool = False
     matcher: Matcher | None = None
+    ends: tuple[int, ...] = ()
     table_row: int = -1
     blocks: list[Block] = field(default_factory=list)
     places: int = 0
@@ -49,7 +50,9 @@ class Sequence:
     def anew(self) -> Sequence:
         """The same sample before its first step."""
         matcher = self.matcher and self.matcher.anew()
-        return Sequence(self.request_id, self.prompt, self.sample, self.limit, self.full_depth, matcher)
+        return Sequence(
+            self.request_id, self.prompt, self.sample, self.limit, self.full_depth, matcher, self.ends
+        )
 
     @property
     def params(self) -> SamplingParams:

@@ -21,14 +21,17 @@ class Stopper:
         """Tokens that the completion's text does not show; a stop string may have them."""
 
     def text(self, token_ids: Sequence[int], params: SamplingParams) -> str | None:
-        """The completion's text, cut before the first stop string."""
+        """The completion's text, cut before the first stop string, or behind it."""
         if self._tokenizer is None:
             return None
         for stop in filter(self._has_special, params.stop):
             token_ids = self._before(token_ids, stop)
         text = self._decode(token_ids)
-        cuts = [at for at in (text.find(stop) for stop in params.stop) if at >= 0]
-        return text[: min(cuts)] if cuts else text
+        cuts = [(at, len(stop)) for stop in params.stop if (at := text.find(stop)) >= 0]
+        if not cuts:
+            return text
+        first, size = min(cuts)
+        return text[: first + size if params.include_stop_str_in_output else first]
 
     def reason(
         self, token_ids: Sequence[int], params: SamplingParams, room: int

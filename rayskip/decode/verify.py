@@ -91,7 +91,9 @@ def draw(row: Sequence, node: int) -> Draw:
     if params.repetition_penalty != 1:
         later = [*row.generated, *(row.draft.tokens[at] for at in path)]
         seen = np.concatenate([row.prompt.token_array, np.array(later, np.int64)])
+    said = [*row.generated, *(row.draft.tokens[at] for at in path)] if params.counts_tokens else ()
     position = len(row.generated) + len(path)
+    forbidden = row.ends if position < params.min_tokens else ()
     chance = uniform(row.prompt.key, row.sample, position) if params.temperature else 0.0
     mask = None if row.matcher is None else row.matcher.masks.get(node)
-    return Draw(params, chance, seen, mask)
+    return Draw(params, chance, seen, said, forbidden, mask)

@@ -187,9 +187,11 @@ class Engine:
         matchers = [self._matcher(prompt) for _ in range(prompt.samples)]
         request_id = self._requests.add(prompt)
         limit = min(len(prompt.token_ids) + prompt.params.max_tokens, self.max_model_len)
+        eos = () if prompt.params.ignore_eos else self.decoder.spec.eos_token_ids
+        ends = (*eos, *prompt.params.stop_token_ids)
         for sample, matcher in enumerate(matchers):
             self._waiting.append(
-                Sequence(request_id, prompt, sample, limit, full_depth or self.policy.is_full, matcher)
+                Sequence(request_id, prompt, sample, limit, full_depth or self.policy.is_full, matcher, ends)
             )
         return request_id
 

@@ -145,7 +145,7 @@ class Worker:
             }
             for row in self._outputs:
                 row.expect()
-            follows = all(row.params.repetition_penalty == 1 and not row.matcher for row in self._outputs)
+            follows = not any(row.params.reads_tokens or row.matcher for row in self._outputs)
             self.scheduler.settle(plan)
         return Step(plan, packed, follows, self._sizes.threads_per_worker)
 

@@ -34,8 +34,8 @@ class Timings:
 
     def __init__(self, decoder: Decoder, threads: int, kind: str) -> None:
         """kind: what the sizes are sizes of. threads: that a forward takes."""
-        sizes = [(layer.size, layer.active_size) for layer in decoder.weights.layers[: decoder.depth]]
-        model = json.dumps([asdict(decoder.spec), sizes])
+        held = decoder.held
+        model = json.dumps([asdict(decoder.spec), decoder.depth, held.size, held.total])
         self._file = fact_file("timings", [decoder.backend.machine, model, str(threads), kind])
         self._seconds: dict[str, float] = read_fact(self._file) or {}
 

@@ -83,6 +83,9 @@ SIZES = {
 }
 """Keys of whole numbers from 1, and the most of each."""
 
+UNSET = ("sliding_window",)
+"""Of these 0 says none, as transformers writes it of a Qwen 2 with experts."""
+
 POSITIVE = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping", "rope_theta",
             "rope_local_base_freq", "rotary_emb_base", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
             "norm_epsilon", "norm_eps", "logits_scaling", "logit_scale", "attention_multiplier",
@@ -162,6 +165,8 @@ def _check_architecture(file: Path, config: dict[str, Any]) -> None:
 def _check_sizes(file: Path, config: dict[str, Any]) -> None:
     for key, most in SIZES.items():
         value = config.get(key)
+        if value == 0 and type(value) is int and key in UNSET:
+            continue
         if value is not None and (type(value) is not int or not 1 <= value <= most):
             raise ModelError(f"{file}: {key} is {shown(value)}; a whole number from 1 to {most:,} is wanted")
     for key in POSITIVE:

@@ -252,8 +252,13 @@ class Weights:
         return [layer.attention.window for layer in self.layers]
 
     @property
+    def total(self) -> int:
+        """Weights of all layers' products."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
     def size(self) -> int:
-        """Weights of all layers' products that a token runs through."""
+        """Those that a token runs through."""
         return sum(layer.active_size for layer in self.layers)
 
 

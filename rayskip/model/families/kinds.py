@@ -50,6 +50,10 @@ def _no_window(config: Config) -> list[int | None]:
 
 
 def _one_window(config: Config) -> list[int | None]:
+    if config.sliding_window == 0:
+        raise ModelError(
+            "config.json: sliding_window is 0; a whole number from 1, or null for none, is wanted"
+        )
     return [config.sliding_window] * config.num_hidden_layers
 
 
@@ -66,7 +70,7 @@ def _turned_as_listed(config: Config) -> list[bool]:
 
 def _turned_in_windows(config: Config) -> list[bool]:
     """If there are windows at all, layers that see everything have no rope."""
-    return [config.sliding_window is None or kind != FULL for kind in config.layer_types]
+    return [not config.sliding_window or kind != FULL for kind in config.layer_types]
 
 
 def _logit_scale(config: Config) -> float:

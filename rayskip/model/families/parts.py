@@ -224,7 +224,7 @@ def windows(config: Config) -> list[int | None]:
             f"config.json: layer_types must say {FULL} or {SLIDING} for each of {config.num_hidden_layers} layers; "
             f"it has {len(kinds)}: {', '.join(sorted(map(str, set(kinds))))}"
         )
-    if SLIDING in kinds and config.sliding_window is None:
+    if SLIDING in kinds and not config.sliding_window:
         raise ModelError("config.json: layer_types has sliding_attention, and there is no sliding_window")
     return [config.sliding_window if kind == SLIDING else None for kind in kinds]
 

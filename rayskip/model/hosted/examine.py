@@ -69,7 +69,7 @@ def hf_config(folder: Path) -> Any:
 def _positions(config: Any) -> int:
     """How long a text may be. Raises ModelError where that is not said, or positions depend on it."""
     for parameters in _dicts(getattr(config, "rope_parameters", None)):
-        if (kind := parameters.get("rope_type")) in LENGTH_DEPENDENT_ROPES:
+        if (kind := parameters.get("rope_type")) in (*LENGTH_DEPENDENT_ROPES, "dynamic"):
             raise ModelError(f"rope_type {kind!r} depends on the text's length and is not supported")
     if type(getattr(config, "max_position_embeddings", None)) is not int:
         raise ModelError("its config does not say how long a text may be (max_position_embeddings)")

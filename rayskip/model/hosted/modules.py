@@ -140,6 +140,11 @@ class Modules:
 
     @property
     def size(self) -> int:
+        """Weights that a token runs through, as if it ran through all experts."""
+        return self.total
+
+    @property
+    def total(self) -> int:
         """Weights of all layers."""
         return sum(
             weight.numel() for layer in self.layers for weight in layer.parameters() if weight.dim() > 1
