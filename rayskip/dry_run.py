@@ -190,6 +190,8 @@ def histogram(lengths: list[int]) -> list[str]:
 
 
 def _most_tokens(prompt: Prompt, max_model_len: int) -> int:
+    if prompt.candidates:
+        return 0  # nothing is generated
     return prompt.params.n * min(prompt.params.max_tokens, max_model_len - len(prompt.token_ids))
 
 

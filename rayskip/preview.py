@@ -41,6 +41,7 @@ def preview(job: JobConfig, rows: int) -> list[OutputRow]:
                 error_type=row.error_type,
                 error_message=row.error_message,
                 columns=table[row.row_index - shard.start],
+                probability=None if row.labelled is None else row.labelled.surest,
             )
             for row in replica.generate(shard)
         ]

@@ -160,7 +160,8 @@ def _row(row: OutputRow, prompts: Collection[str]) -> str:
     if row.error_type is not None:
         lines.append(_indented(row.error_type, row.error_message or ""))
     else:
-        lines.append(_indented("=>", row.text or ""))
+        sure = "" if row.probability is None else f" (probability {row.probability:.2f})"
+        lines.append(_indented("=>", f"{row.text or ''}{sure}"))
     return "\n".join(lines)
 
 

@@ -70,7 +70,7 @@ def test_a_fitted_temperature_makes_confidence_accuracy() -> None:
     assert before is not None
     assert after is not None
     assert before > 0.1 > 0.03 > after
-    report = LabelReport.of(stats)
+    report = LabelReport.of(stats, _task())
     assert report is not None
     assert report.accuracy == pytest.approx((evidence[3000:].argmax(1) == right[3000:]).mean())
     assert report.by_label["good"]["rows"] == (right[3000:] == 0).sum()
@@ -79,9 +79,9 @@ def test_a_fitted_temperature_makes_confidence_accuracy() -> None:
 @pytest.mark.parametrize(
     ("task", "said"),
     [
-        ({"labels": ["one"]}, "task.labels"),
+        ({"labels": ["one"]}, "must have two labels at least, got 1"),
         ({"labels": [True, False]}, "in YAML put yes, no, on, off in quotes"),
-        ({"labels": ["a", "a"]}, "names a label twice"),
+        ({"labels": ["a", "a "]}, "names a twice"),
         (
             {"labels": ["a", "b"], "method": "generate", "abstain_below": 0.5},
             "abstain_below needs method: score",
@@ -135,7 +135,7 @@ def test_a_job_labels_its_rows(tmp_path: Path) -> None:
         assert row.text == row.label == ("good", "bad")[expected.argmax()]
     changed = (tmp_path / "known.csv").read_text().replace("known 1,", "known one,")
     (tmp_path / "known.csv").write_text(changed)
-    assert "task files" in str(dry_run(load_config(config)).refused)
+    assert "the file of task.calibrate" in str(dry_run(load_config(config)).refused)
 
 
 def test_labels_that_are_not_the_tasks_are_refused_before_anything_loads(tmp_path: Path) -> None:
@@ -145,6 +145,13 @@ def test_labels_that_are_not_the_tasks_are_refused_before_anything_loads(tmp_pat
         InputError, match=r"known.csv: row 0: gold is .*none of task.labels; did you mean goood"
     ):
         dry_run(load_config(job))
+    strange = _job(tmp_path)
+    strange["task"]["labels"] = ["Good", "Bad"]
+    with pytest.raises(ConfigError, match=r"task.gold: 24 of the first 24 .* as 'good'; did you mean Good"):
+        dry_run(load_config(strange))
+    partly = _job(tmp_path)
+    partly["task"]["labels"] = ["Good", "bad"]
+    assert "task.gold: 12 of the first 24" in " ".join(dry_run(load_config(partly)).plan.warnings)
     with pytest.raises(InputError, match=r"task\.gold names 'golden'"):
         dry_run(load_config(_job(tmp_path, gold="golden")))
     with pytest.raises(InputError, match=r"task\.calibrate\.column names 'label'"):

@@ -101,6 +101,7 @@ class Replica:
                 prompts.append(self._prompts.build(row, index, ""))
                 right[index] = label
         rows = [row for row in self._engine.generate(prompts, [], False).rows if row.scores is not None]
+        self._engine.rows = 0  # these are none of the job's
         if not rows:
             raise InputError(f"task.calibrate.path: {task.calibrate.path} has no row that can run")
         return labeller.fit([row.scores or [] for row in rows], [right[row.row_index] for row in rows])

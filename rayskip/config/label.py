@@ -56,11 +56,14 @@ class LabelTask(Section):
     def _read_labels(cls, value: object) -> object:
         """A list is labels without a description; numbers are their text."""
         if isinstance(value, list | tuple):
-            if len({str(label) for label in value}) < len(value):
-                raise ValueError("names a label twice")
+            every = [str(label).strip() for label in value]
+            if twice := [label for place, label in enumerate(every) if label in every[:place]]:
+                raise ValueError(f"names {twice[0]} twice")
             value = dict.fromkeys(value)
         if not isinstance(value, dict):
-            return value
+            raise ValueError("must be a list of labels, or what each means by its name")
+        if len(value) < 2:
+            raise ValueError(f"must have two labels at least, got {len(value)}")
         for label in value:
             if isinstance(label, bool):
                 raise ValueError(

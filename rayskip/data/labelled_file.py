@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from rayskip.config import JobConfig
 from rayskip.config.label import LabelledFile, LabelTask
 from rayskip.config.messages import closest
-from rayskip.data.prompts import Row, prompt_columns
+from rayskip.data.prompts import Row, check_input, prompt_columns
 from rayskip.data.sources import Source, discover, every_row
 from rayskip.errors import InputError, shown
 
@@ -15,7 +15,11 @@ from rayskip.errors import InputError, shown
 def open_labelled(job: JobConfig, file: LabelledFile) -> Source:
     """Raises InputError where it cannot be read, or lacks the label's column or one that a prompt is made of."""
     config = job.input.model_copy(update={"path": file.path, "max_rows": None, "split": None})
-    source = discover(config)
+    try:
+        source = discover(config)
+        check_input(config, source.columns)
+    except InputError as error:
+        raise InputError(str(error).replace("input.path:", "task.calibrate.path:")) from error
     source.require(file.path, "task.calibrate.column", file.column)
     return source
 
@@ -58,3 +62,8 @@ def task_fingerprints(job: JobConfig) -> list[tuple[str, str]]:
         return []
     source = open_labelled(job, job.task.calibrate)
     return [(file.name, file.fingerprint) for file in source.files]
+
+
+def strange_labels(task: LabelTask, values: Iterable[object]) -> list[object]:
+    """Of right labels those that the task has not."""
+    return [value for value in values if value is not None and str(value) not in task.labels]

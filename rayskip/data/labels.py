@@ -102,10 +102,10 @@ def accuracy(pairs: Pairs) -> float:
     return right / sum(sum(found.values()) for found in pairs.values())
 
 
-def by_label(pairs: Pairs) -> dict[str, dict[str, float | None]]:
+def by_label(pairs: Pairs) -> dict[str, dict[str, int | float | None]]:
     """Of each label: rows that have it, precision and recall; None where they are of no rows."""
     names = dict.fromkeys([*pairs, *(label for found in pairs.values() for label in found if label)])
-    report: dict[str, dict[str, float | None]] = {}
+    report: dict[str, dict[str, int | float | None]] = {}
     for name in names:
         own = pairs.get(name, {})
         right, rows = own.get(name, 0), sum(own.values())

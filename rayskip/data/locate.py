@@ -92,6 +92,8 @@ def locate(path: str) -> list[Located]:
         raise InputError(f"input.path: {lost[0]} is a link that leads nowhere")
     files = sorted((_located(info, prefix, root) for info in found), key=lambda file: file.name)
     if not files:
+        if is_unfinished(partial(_has, store, PurePosixPath(root), path)):
+            raise _of_unfinished(path)
         raise InputError(f"input.path: {path} has no files")
     return files
 
@@ -235,9 +237,13 @@ def _refuse_unfinished(store: fs.FileSystem, infos: Iterable[fs.FileInfo], prefi
     for out in sorted(folder.parent for folder in folders if folder.name == DATA):
         url = f"{prefix}{out}"
         if is_unfinished(partial(_has, store, out, url)):
-            raise InputError(
-                f"input.path: {url} is the output of a job that is not finished; run that job to its end"
-            )
+            raise _of_unfinished(url)
+
+
+def _of_unfinished(url: str) -> InputError:
+    return InputError(
+        f"input.path: {url} is the output of a job that is not finished; run that job to its end"
+    )
 
 
 def _has(store: fs.FileSystem, folder: PurePosixPath, url: str, name: str) -> bool:

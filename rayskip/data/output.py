@@ -269,7 +269,8 @@ def _read_parquet(data: bytes, columns: list[str] | None = None) -> pa.Table:
 
 @dataclass(frozen=True)
 class OutputRow:
-    """An output row for people to read. columns: the input's, as far as the format carries them."""
+    """An output row for people to read. columns: the input's, as far as the format carries them. probability: of
+    its label, the calibrated one where there is one."""
 
     row_file: str
     row_index: int
@@ -279,6 +280,7 @@ class OutputRow:
     error_type: str | None
     error_message: str | None
     columns: dict[str, Any]
+    probability: float | None = None
 
 
 class Outcome(NamedTuple):
@@ -290,7 +292,7 @@ class Outcome(NamedTuple):
     failed: bool
 
 
-_SHOWN = tuple(field.name for field in fields(OutputRow))[:-1]
+_SHOWN = tuple(field.name for field in fields(OutputRow))[:-2]
 
 
 def read_rows(data: bytes, format: str, prefix: str) -> Iterator[OutputRow]:
@@ -303,7 +305,8 @@ def read_rows(data: bytes, format: str, prefix: str) -> Iterator[OutputRow]:
     ours = {prefix + name for name in _COLUMNS}
     for row in whole_rows(_read_parquet(data)) if format == "parquet" else _lines(data):
         columns = {name: value for name, value in row.items() if name not in ours}
-        yield OutputRow(**{name: row[prefix + name] for name in _SHOWN}, columns=columns)
+        sure = row.get(f"{prefix}calibrated", row.get(f"{prefix}probability"))
+        yield OutputRow(**{name: row[prefix + name] for name in _SHOWN}, columns=columns, probability=sure)
 
 
 def read_outcomes(data: bytes, format: str, prefix: str) -> list[Outcome]:

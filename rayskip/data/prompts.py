@@ -235,6 +235,8 @@ class PromptBuilder:
             messages = read_messages(_from_json(value, "bad_messages", source), f"column {source!r}")
             return self._chat(messages, kwargs)
         text = read_text(value, f"column {source!r}")
+        if self._task is not None and not text.strip():
+            raise RowError("empty_prompt", f"column {source!r} is blank")
         return self._ask(text, kwargs) if self._chats else self._plain(text)
 
     def _ask(self, text: str, kwargs: Row) -> list[int]:

@@ -73,6 +73,11 @@ class Labelled:
     probabilities: dict[str, float] | None = None
     calibrated: float | None = None
 
+    @property
+    def surest(self) -> float | None:
+        """The calibrated probability, where there is one."""
+        return self.probability if self.calibrated is None else self.calibrated
+
 
 @dataclass(frozen=True)
 class Generation:

@@ -76,7 +76,11 @@ def open_storage(url: str) -> Storage:
 def probe(storage: Storage) -> None:
     """Make sure that creating a key twice is refused here. Raises OutputError on a store that overwrites."""
     key = f".probe-{uuid.uuid4().hex}"
-    storage.create(key, b"first")
+    try:
+        storage.create(key, b"first")
+    except OutputError as error:
+        reason = str(error).removeprefix(f"{storage.place(key)}: ")
+        raise OutputError(f"output.path: nothing can be written to {storage.url}: {reason}") from error
     try:
         if storage.create(key, b"second") or storage.get(key) != b"first":
             raise OutputError(

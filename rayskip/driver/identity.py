@@ -27,13 +27,13 @@ _DECIDING = ("input", "task", "sampling", "decode.skip", "engine.max_model_len",
 _NAMING = {
     "input files": ("input.path", "input.split"),
     "model": ("model.path", "model.revision", "model.adapter", "model.dtype"),
-    "task files": ("task.calibrate.path",),
+    "the file of task.calibrate": ("task.calibrate.path",),
 }
 """Keys that only say what the contents are; told where those differ."""
 
 _ELSEWHERE = (
     *_NAMING["input files"],
-    *_NAMING["task files"],
+    *_NAMING["the file of task.calibrate"],
     "output.path",
     "input.date",
     "output.prefix",
@@ -55,7 +55,7 @@ def contents(job: JobConfig, source: Source, model: Path) -> dict[str, str]:
     """A hash for each content that decides the output. model: the folder of its checkpoint."""
     adapter = (folder := job.model.adapter_folder) and adapter_fingerprint(folder)
     labelled = task_fingerprints(job)
-    task = {"task files": digest(labelled)} if labelled else {}
+    task = {"the file of task.calibrate": digest(labelled)} if labelled else {}
     return task | {
         "input files": digest([(file.name, file.rows, file.fingerprint) for file in source.files]),
         "model": digest([weights_fingerprint(model), adapter, job.model.dtype]),

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from rayskip.config import JobConfig
@@ -18,7 +19,7 @@ from rayskip.data.output import SUFFIXES
 from rayskip.data.sources import Source
 from rayskip.data.storage import Storage
 from rayskip.driver.commit import commit_all, finish, load_commits, sweep, take_back
-from rayskip.driver.heartbeat import beating
+from rayskip.driver.heartbeat import beating, is_alive, last_driver, silent_s
 from rayskip.driver.identity import as_begun
 from rayskip.driver.lease import Lease, adopt, open_job
 from rayskip.driver.plan import Plan, adopted, make_plan, settled
@@ -28,7 +29,7 @@ from rayskip.driver.records import CommitRecord, JobRecord, Manifest, commit_key
 from rayskip.driver.report import LabelReport, Report, error_lines, merged, total, total_errors
 from rayskip.driver.retry import Assign, Dispatch, Instruction, Kill
 from rayskip.driver.signals import StopSignal
-from rayskip.errors import Interrupted, JobFailed, Retryable, counted
+from rayskip.errors import Interrupted, JobFailed, RayskipError, Retryable, counted
 from rayskip.pool import LOOK_AHEAD, MOST_AHEAD, Alive, Done, Event, Failed, Lost, Pool, Ready, ReplicaInfo
 
 PoolFactory = Callable[[JobConfig, Source], Pool]
@@ -74,6 +75,8 @@ def run_plan(
     if not fresh and (report := finished_report(storage, plan)):
         _log.warning("%s is finished already, nothing was done; --fresh starts over", job.output.path)
         return report
+    with suppress(RayskipError):  # opening the folder says it
+        _warn_of_living(storage)
     with StopSignal() as stop:
         lease = open_job(storage, plan.record, fresh)
         plan = adopted(job, plan, storage)
@@ -83,6 +86,17 @@ def run_plan(
             if not run.dispatch.finished:
                 run.generate(pool_factory)
             return run.finish()
+
+
+def _warn_of_living(storage: Storage) -> None:
+    """Of a driver that this one is about to stop."""
+    driver, said = last_driver(storage)
+    if driver is not None and said is not None and said.ended is None and is_alive(driver, said):
+        _log.warning(
+            "%s: taking the job over from process %d on %s, which was %s %.0f s ago; what it has not committed is "
+            "done again",
+            *(storage.url, driver.pid, driver.host, said.phase, silent_s(said)),
+        )
 
 
 def finished_report(storage: Storage, plan: Plan) -> Report | None:
@@ -407,7 +421,7 @@ class JobRun:
             audits=whole.audits,
             agreement=whole.agreement,
             fell_back_to_full_depth=self.below_floor,
-            labels=LabelReport.of(whole),
+            labels=LabelReport.of(whole, self.job.task),
             seconds=ours.seconds,
             **signature(),
         )

@@ -14,8 +14,10 @@ from datetime import date
 from pathlib import Path
 
 from rayskip.config import DecodeConfig, JobConfig
+from rayskip.config.label import LabelTask
+from rayskip.config.messages import closest
 from rayskip.data.folder import DATA, JOB, open_folder
-from rayskip.data.labelled_file import check_task
+from rayskip.data.labelled_file import check_task, strange_labels
 from rayskip.data.locate import covers
 from rayskip.data.output import SUFFIXES, choose_prefix
 from rayskip.data.prompts import check_input, prompt_source
@@ -29,7 +31,7 @@ from rayskip.driver.identity import as_begun, contents, fingerprint, stamps
 from rayskip.driver.lease import adopt
 from rayskip.driver.record_store import read
 from rayskip.driver.records import JobRecord, signature
-from rayskip.errors import ConfigError, InputError, OutputError, RayskipError, StorageBusy
+from rayskip.errors import ConfigError, InputError, OutputError, RayskipError, StorageBusy, shown
 from rayskip.model.checkpoint import check, read_layer_count, resolve
 from rayskip.skip import skip_policy
 
@@ -186,10 +188,29 @@ def _warnings(job: JobConfig, source: Source, model: Path) -> Iterator[str]:
                 f"sampling.stop has {stop!r}: a backslash and the letter {found[1]}, as YAML reads no escapes but "
                 f"in double quotes, such as --set 'sampling.stop=\"\\{found[1]}\"'"
             )
+    if job.task is not None and job.task.gold is not None:
+        with suppress(InputError, StorageBusy):  # reading tells
+            yield from _strange_gold(job, job.task, job.task.gold, source)
     kind, column = prompt_source(job.input, source.columns)
     if kind == "prompt" and not job.input.special_tokens:
         with suppress(InputError, StorageBusy):  # reading tells
             yield from _rendered_before(job, source, column, sorted(special_tokens(model)))
+
+
+def _strange_gold(job: JobConfig, task: LabelTask, column: str, source: Source) -> Iterator[str]:
+    """Of right labels that the task has not. Raises ConfigError where none looked at is one of its."""
+    rows = every_row(source, {column}, min(_LOOKED_AT, job.input.max_rows or _LOOKED_AT))
+    values = [row[column] for _, _, row in rows if row[column] is not None]
+    if not (strange := strange_labels(task, values)):
+        return
+    near = closest(str(strange[0]), task.names)
+    said = (
+        f"task.gold: {len(strange):,} of the first {len(values):,} right labels are none of task.labels, as "
+        f"{shown(strange[0])}" + (f"; did you mean {near}?" if near else f"; labels: {', '.join(task.names)}")
+    )
+    if len(strange) == len(values):
+        raise ConfigError(said)
+    yield said
 
 
 def _rendered_before(job: JobConfig, source: Source, column: str, special: Sequence[str]) -> Iterator[str]:

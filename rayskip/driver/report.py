@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import AliasChoices, BaseModel, Field, model_validator
 
+from rayskip.config.label import LabelTask
 from rayskip.data.labels import accuracy, by_label, expected_error, label_pairs
 from rayskip.data.records import RowErrors
 from rayskip.driver.records import CommitRecord, Signed
@@ -16,26 +17,32 @@ from rayskip.stats import Stats
 
 
 class LabelReport(BaseModel):
-    """How labels compare with the right ones. rows: that have both. accuracy: share of rows with the right one; one
-    without a label counts as wrong. calibration_error: expected calibration error of the probabilities (arXiv
-    1706.04599, section 2), calibrated_error of the calibrated ones; None where there are none. by_label: rows,
-    precision and recall of each. pairs: rows by right label and label found, "" where there is none.
+    """How labels compare with the right ones.
+
+    rows: that have both. unknown: rows besides whose right label is none of the task's. accuracy: share of rows
+    with the right one; one without a label counts as wrong. calibration_error: expected calibration error of the
+    probabilities (arXiv 1706.04599, section 2), calibrated_error of the calibrated ones; None where there are none.
+    by_label: rows, precision and recall of each. pairs: rows by right label and label found, "" where there is none.
     """
 
     rows: int
+    unknown: int
     accuracy: float
     calibration_error: float | None
     calibrated_error: float | None
-    by_label: dict[str, dict[str, float | None]]
+    by_label: dict[str, dict[str, int | float | None]]
     pairs: dict[str, dict[str, int]]
 
     @classmethod
-    def of(cls, stats: Stats) -> LabelReport | None:
+    def of(cls, stats: Stats, task: LabelTask | None) -> LabelReport | None:
         """None where no row has a right label."""
-        if not (pairs := label_pairs(stats.labels)):
+        every = label_pairs(stats.labels)
+        if task is None or not (pairs := {gold: own for gold, own in every.items() if gold in task.labels}):
             return None
+        rows = sum(sum(own.values()) for own in pairs.values())
         return cls(
-            rows=sum(stats.labels.values()),
+            rows=rows,
+            unknown=sum(stats.labels.values()) - rows,
             accuracy=accuracy(pairs),
             calibration_error=expected_error(stats.label_bins, "probability"),
             calibrated_error=expected_error(stats.label_bins, "calibrated"),
@@ -116,6 +123,12 @@ class Report(Signed):
     labels: LabelReport | None = None
 
     @property
+    def rows_s(self) -> float:
+        """Input rows a second of this run, as far as its shards are as large as earlier runs'."""
+        ours = (self.rows or 0) * (1 - self.shards_resumed / self.shards if self.shards else 1)
+        return ours / self.generate_s if self.generate_s else 0.0
+
+    @property
     def failure(self) -> str | None:
         """Why the finished job is a failure, None for one that is not."""
         return failure(self.generations, self.generations_failed, self.errors)
@@ -176,6 +189,8 @@ def _label_lines(labels: LabelReport) -> Iterator[str]:
     errors = {"calibration error": labels.calibration_error, "calibrated": labels.calibrated_error}
     told = "".join(f", {name} {error:.3f}" for name, error in errors.items() if error is not None)
     yield f"{labels.accuracy:.1%} of {counted(labels.rows, 'row')} with a known label right{told}"
+    if labels.unknown:
+        yield f"{counted(labels.unknown, 'row')} besides have a right label that is none of task.labels"
     for name, own in labels.by_label.items():
         shares = (f"{kind} {_share(own[kind])}" for kind in ("precision", "recall"))
         yield f"{name}: {own['rows']:,} rows, {', '.join(shares)}"
@@ -231,6 +246,7 @@ def format_report(report: Report) -> str:
         "prompt tokens": f"{report.prompt_tokens:,}, {report.prefix_tokens:,} from a shared prefix",
         "completion tokens": f"{report.completion_tokens:,}",
         "tokens/s": f"{report.completion_tok_s:,.1f}, {report.completion_tok_s_per_replica:,.1f} a replica",
+        "rows/s": f"{report.rows_s:,.1f}",
         "batch fill": f"{report.batch_fill:.0%}",
         "time": f"load {report.load_s:.1f} s, generate {report.generate_s:.1f} s, wall {report.wall_s:.1f} s",
         "waiting": f"first token after {_seconds(report.first_token_s)}, replicas idle {report.idle_share:.1%}, "
