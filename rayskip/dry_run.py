@@ -26,7 +26,7 @@ from rayskip.driver.plan import Plan, adopted, make_plan, settled
 from rayskip.driver.records import JobRecord
 from rayskip.driver.report import commonest_first, error_lines
 from rayskip.errors import JobFailed, OutputError, RayskipError, RowError, counted, shown
-from rayskip.model.checkpoint import read_spec, resolve, suggested_sampling
+from rayskip.model.checkpoint import dequantised, read_spec, resolve, suggested_sampling
 
 SAMPLE_ROWS = 10_000
 PROMPTS_SHOWN = 3
@@ -42,6 +42,7 @@ class DryRun:
     error_type. committed: shards that earlier runs of this job finished. refused: why a run would not write into
     that folder, or that none of the rows can run; None if all is well. suggested: sampling parameters that the
     model's generation_config.json has and the job has otherwise. continued: rows whose last message is continued.
+    dequantised: from what the model's weights are dequantised, and to what; None if they are stored as floats.
     """
 
     job: JobConfig
@@ -49,6 +50,7 @@ class DryRun:
     committed: int
     refused: RayskipError | None
     max_model_len: int
+    dequantised: str | None = None
     continued: int = 0
     suggested: dict[str, Any] = field(default_factory=dict)
     rows: int = 0
@@ -82,7 +84,8 @@ def dry_run(job: JobConfig) -> DryRun:
     sampling = job.sampling.model_dump()
     suggested = {name: value for name, value in suggested_sampling(folder).items() if value != sampling[name]}
     max_model_len = min(job.engine.max_model_len or longest, longest)
-    seen = DryRun(job, plan, committed, refused, max_model_len, suggested=suggested)
+    said = dequantised(folder, job.model.dtype)
+    seen = DryRun(job, plan, committed, refused, max_model_len, said, suggested=suggested)
     builder = PromptBuilder(job.input, job.sampling, tokenizer, seen.max_model_len, templates, job.task)
     columns = prompt_columns(job.input, templates)
     grammars = Grammars(tokenizer, spec.vocab, spec.eos_token_ids)
@@ -137,6 +140,7 @@ def facts(seen: DryRun) -> dict[str, Any]:
     return {
         "name": record.name,
         "model": seen.job.model.path,
+        "dequantised": seen.dequantised,
         "max_model_len": seen.max_model_len,
         "rows": record.rows,
         "shards": record.shards,
@@ -162,7 +166,8 @@ def format_dry_run(seen: DryRun) -> str:
     parts = [
         f"{record.name}: {counted(record.rows, 'row')} in {counted(record.shards, 'shard')}, "
         f"{seen.committed:,} committed",
-        f"model {seen.job.model.path}, context {seen.max_model_len:,} tokens",
+        f"model {seen.job.model.path}, context {seen.max_model_len:,} tokens"
+        + (f", {seen.dequantised}" if seen.dequantised else ""),
     ]
     source = seen.plan.source
     if source.format == "csv" or source.partitions.names:

@@ -35,7 +35,7 @@ from rayskip.engine.sizes import choose_sizes
 from rayskip.engine.worker import Step, StepResult, Worker
 from rayskip.errors import RowError, kind_of
 from rayskip.model.backends.choose import open_device
-from rayskip.model.checkpoint import load, resolve, trained_policy
+from rayskip.model.checkpoint import dequantised, load, resolve, trained_policy
 from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
 from rayskip.skip import skip_policy
@@ -119,6 +119,8 @@ class Engine:
         adapter = Path(model.adapter) if model.adapter else None
         decoder = Decoder(*load(folder, getattr(torch, model.dtype), place, adapter), folder=folder)
         loaded = cls(decoder, load_tokenizer(folder), engine, decode)
+        if said := dequantised(folder, model.dtype):
+            loaded._warnings.append(f"{model.path} is {said}")
         if (trained := trained_policy(adapter or folder)) not in (None, loaded.policy.name):
             loaded._warnings.append(
                 f"{model.adapter or model.path} was trained under the skip policy {trained} "

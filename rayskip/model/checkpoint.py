@@ -29,6 +29,7 @@ from rayskip.model.files import (
     read_json,
     weight_files,
 )
+from rayskip.model.quantised import Dequantised, dequantised_headers, note
 from rayskip.model.refusals import check_configs, check_tensors
 from rayskip.user_cache import recall
 
@@ -58,7 +59,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
             raise ModelError(f"{missing}; give a folder, a hub id (owner/name) or {embedded.NAME}")
         folder = hub.download(path, revision, missing)
     check_configs(folder)
-    check_tensors(read_headers(weight_files(folder)))
+    check_tensors(_headers(folder))
     return folder
 
 
@@ -75,7 +76,7 @@ def _checked(folder: Path, adapter: Path | None) -> tuple[Config, Family, Spec]:
     """`check`, and what it read. What was found good once is not checked again: torch, which that needs, takes
     seconds to import."""
     read = _config_and_spec(folder)
-    headers = read_headers(weight_files(folder))
+    headers = _headers(folder)
     looked_at: list[bytes | str] = [headers_text(headers), (folder / "config.json").read_bytes()]
     if adapter is not None:
         _check_base(adapter, folder)
@@ -119,10 +120,21 @@ def load(
     """
     config, own, spec = _checked(folder, adapter)
     with ExitStack() as opened:
-        stored: Mapping[str, torch.Tensor] = _Stored(weight_files(folder), dtype, device, opened)
+        stored: Mapping[str, torch.Tensor] = _Stored(weight_files(folder), device, opened)
+        stored = Dequantised(stored, _headers(folder), dtype)
         if adapter is not None:
             stored = Merged(stored, read_adapter(adapter, own.prefixes), own.prefixes, opened)
         return spec, _weights(folder, config, own, spec, stored)
+
+
+def dequantised(folder: Path, dtype: str) -> str | None:
+    """What is to be said of a folder that `resolve` gave if its weights are dequantised to a job's `dtype`."""
+    return note(_headers(folder), dtype)
+
+
+def _headers(folder: Path) -> dict[str, Header]:
+    """Of the checkpoint's tensors, as they are once it is dequantised."""
+    return dequantised_headers(folder, read_headers(weight_files(folder)))
 
 
 def _weights(
@@ -272,19 +284,16 @@ class _Stored(Mapping[str, "torch.Tensor"]):
     """The tensors of safetensors files by name. A tensor is read when it is asked for, so that a model never
     lies in memory twice and a part that nobody asks for (a vision tower) never once."""
 
-    def __init__(
-        self, files: list[Path], dtype: torch.dtype, device: torch.device, opened: ExitStack
-    ) -> None:
+    def __init__(self, files: list[Path], device: torch.device, opened: ExitStack) -> None:
         from safetensors import safe_open
 
-        self._dtype = dtype
         self._device = device
         handles = [opened.enter_context(safe_open(file, framework="pt")) for file in files]
         self._handles = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._handles[name].get_tensor(name)
-        return tensor.to(self._device, self._dtype)
+        return tensor.to(self._device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._handles)

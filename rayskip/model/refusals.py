@@ -15,6 +15,7 @@ from rayskip.errors import ModelError, shown
 from rayskip.model.adapter import SETTINGS
 from rayskip.model.families import FAMILIES
 from rayskip.model.files import FLOATS, Header, find_key, read_json
+from rayskip.model.quantised import WANTED, read_scheme
 
 WRAPPERS = frozenset({"Gemma3ForConditionalGeneration"})
 """Architectures beside *ForCausalLM whose text model generates."""
@@ -28,7 +29,6 @@ KERNEL_KEYS = (
 )
 """transformers downloads and runs a kernel that these name by owner/name."""
 
-QUANTISED_KEYS = ("quantization_config", "compression_config")
 QUANTISED_FILES = ("hf_quant_config.json",)
 QUANTISED_NAMES = (
     "_scale", "_scale_2", "_scale_inv", "_scales", ".scales", "_zero_point", ".qweight", ".qzeros", ".g_idx",
@@ -36,8 +36,6 @@ QUANTISED_NAMES = (
     ".codes", ".codebooks", ".W_q",
 )  # fmt: skip
 """Ends of names of the tensors that belong to quantised weights: their scales, offsets, maps and packed forms."""
-
-WANTED = "give the checkpoint in bfloat16, float16 or float32"
 
 MOST_LAYERS = 10_000
 MOST_POSITIONS = 1 << 24
@@ -84,8 +82,7 @@ def check_configs(folder: Path) -> None:
         )
     file = folder / "config.json"
     config = read_json(file)
-    if found := find_key(config, QUANTISED_KEYS):
-        raise ModelError(f"model.path: {folder} is quantised (config.json: {found[0]}); {WANTED}")
+    read_scheme(folder)
     if marked := next((name for name in QUANTISED_FILES if (folder / name).is_file()), None):
         raise ModelError(f"model.path: {folder} is quantised ({marked}); {WANTED}")
     model_type = config.get("model_type")
@@ -145,8 +142,10 @@ def _check_sizes(file: Path, config: dict[str, Any]) -> None:
 
 
 def check_tensors(headers: Mapping[str, Header], key: str = "model.path") -> None:
-    """Refuse quantised tensors, whatever the configs say: cast without their scales they would be other weights.
+    """Refuse tensors that are quantised in another way than the config says: cast without their scales they would
+    be other weights.
 
+    headers: as `dequantised_headers` leaves them.
     key: of the job's config, for the message. Raises ModelError.
     """
     for name, header in headers.items():

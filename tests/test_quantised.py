@@ -1,0 +1,331 @@
+"""Quantised checkpoints give the weights that the format's own library makes of them, or are refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
+
+from rayskip.errors import ModelError
+from rayskip.model.checkpoint import dequantised, load, resolve, weights_fingerprint
+from rayskip.model.files import read_headers
+from rayskip.model.quantised import Dequantised, dequantised_headers
+
+Pack = Callable[[Tensor], dict[str, Tensor]]
+"""A weight's parts, by the ends of their names after the module's."""
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.fixture
+def folder(tiny_llama: Callable[..., Path]) -> Path:
+    """In bfloat16, and with a size (hidden 72) that is no multiple of the blocks below."""
+    return tiny_llama("plain", 3, hidden_size=72, num_hidden_layers=2, vocab_size=64, head_dim=16)
+
+
+def quantise(
+    folder: Path, settings: dict[str, Any], pack: Pack, names: tuple[str, ...] = PROJECTIONS
+) -> Path:
+    """Store the linear layers `names` of a checkpoint as `pack` has them, and say so in its config."""
+    file = folder / "model.safetensors"
+    stored = {}
+    for name, tensor in load_file(file).items():
+        module = name.removesuffix(".weight")
+        if module.endswith(names):
+            stored |= {f"{module}.{part}": own.contiguous() for part, own in pack(tensor).items()}
+        else:
+            stored[name] = tensor
+    save_file(stored, file, metadata={"format": "pt"})
+    configure(folder, settings)
+    return folder
+
+
+def configure(folder: Path, settings: dict[str, Any]) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))
+
+
+def weights(folder: Path, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """As the loader has them."""
+    file = folder / "model.safetensors"
+    return dict(Dequantised(load_file(file), dequantised_headers(folder, read_headers([file])), dtype))
+
+
+def packed(folder: Path, marker: str) -> dict[str, dict[str, Tensor]]:
+    """The parts of each quantised weight, by its module."""
+    stored = load_file(folder / "model.safetensors")
+    modules = [name.removesuffix(f".{marker}") for name in stored if name.endswith(f".{marker}")]
+    found = {}
+    for module in modules:
+        parts = {n.removeprefix(f"{module}."): own for n, own in stored.items() if n.startswith(f"{module}.")}
+        if len(parts) > 1:
+            found[module] = parts
+    return found
+
+
+def block_scales(weight: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """(weight in FP8, scale of each block), the last blocks cut off."""
+    down, across = -(-weight.shape[0] // rows), -(-weight.shape[1] // columns)
+    scale = torch.empty(down, across)
+    whole = weight.float().clone()
+    for i in range(down):
+        for j in range(across):
+            block = whole[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns]
+            scale[i, j] = block.abs().max() / 448
+            block /= scale[i, j]
+    return whole.to(torch.float8_e4m3fn), scale
+
+
+def fp8_settings(**more: Any) -> dict[str, Any]:
+    return {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", **more}
+
+
+@pytest.mark.parametrize("block", [[24, 8], [32, 48]])
+def test_fp8_in_blocks_is_transformers_own(block: list[int], folder: Path) -> None:
+    """By its load-time conversion where the blocks come out even, by the one of its backward pass in any case."""
+
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        values, scale = block_scales(weight, *block)
+        return {"weight": values, "weight_scale_inv": scale}
+
+    quantise(folder, fp8_settings(weight_block_size=block), pack)
+    ours, modules = weights(folder, torch.float32), packed(folder, "weight")
+    assert len(modules) == 14
+    for module, parts in modules.items():
+        values, scale = parts["weight"], parts["weight_scale_inv"]
+        theirs = _dequantize_fp8_weight(values, scale, block, torch.float32)
+        assert torch.equal(ours[f"{module}.weight"], theirs)
+        if not (values.shape[0] % block[0] or values.shape[1] % block[1]):
+            theirs = Fp8Dequantize(None)._dequantize_one(values, scale, torch.bfloat16)
+            assert torch.equal(ours[f"{module}.weight"].bfloat16(), theirs)
+
+
+def test_a_quantised_checkpoint_is_loaded_and_said_to_be(folder: Path) -> None:
+    plain = load(resolve(str(folder)), torch.float32, torch.device("cpu"))[1]
+    before = weights_fingerprint(folder)
+
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        return fp8_parts(weight) | {"activation_scale": torch.ones(1)}
+
+    quantise(folder, fp8_settings(activation_scheme="static"), pack)
+    loaded = load(resolve(str(folder)), torch.float32, torch.device("cpu"))[1]
+    for ours, theirs in zip(loaded.layers, plain.layers, strict=True):
+        assert ours.mlp is not None
+        assert theirs.mlp is not None
+        for own, other in ((ours.attention.qkv, theirs.attention.qkv), (ours.mlp.down, theirs.mlp.down)):
+            assert not torch.equal(own.weight, other.weight)
+            torch.testing.assert_close(own.weight, other.weight, rtol=0.07, atol=1e-3)
+    assert torch.equal(loaded.embed, plain.embed)  # not to be converted, nor was it
+    assert weights_fingerprint(folder) != before
+    assert dequantised(folder, "bfloat16") == "dequantised from FP8 to bfloat16 (0.0 GB)"
+
+
+def test_an_adapter_is_added_to_dequantised_weights(folder: Path, tmp_path: Path) -> None:
+    quantise(folder, fp8_settings(), fp8_parts)
+    a, b = torch.randn(4, 96), torch.randn(72, 4)
+    name = "base_model.model.model.layers.1.mlp.down_proj"
+    save_file(
+        {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, tmp_path / "adapter_model.safetensors"
+    )
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    base, merged = (
+        load(folder, torch.float32, torch.device("cpu"), adapter)[1].layers[1].mlp
+        for adapter in (None, tmp_path)
+    )
+    assert base is not None
+    assert merged is not None
+    assert torch.equal(merged.down.weight, base.down.weight + 2 * (b @ a))
+    assert torch.equal(merged.up.weight, base.up.weight)
+
+
+def ct_settings(kind: str, **args: Any) -> dict[str, Any]:
+    """As llm-compressor writes them."""
+    own = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None}
+    group = {
+        "targets": ["Linear"],
+        "input_activations": None,
+        "output_activations": None,
+        "weights": own | {"dynamic": False, "observer": "minmax", "observer_kwargs": {}} | args,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": kind,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        "sparsity_config": {},
+        "transform_config": {},
+        "version": "0.20.0",
+    }
+
+
+def ct_scales(weight: Tensor, args: dict[str, Any], levels: int) -> dict[str, Tensor]:
+    """Of absolute maxima, in bfloat16; zero points are any."""
+    match args["strategy"]:
+        case "tensor":
+            scale = weight.abs().max().reshape(1)
+        case "channel":
+            scale = weight.abs().amax(1, keepdim=True)
+        case "group":
+            scale = weight.unflatten(1, (-1, args["group_size"])).abs().amax(2)
+        case _:
+            scale = block_scales(weight, *args["block_structure"])[1] * 448
+    made = {"weight_scale": (scale.float() / levels).bfloat16()}
+    if not args["symmetric"]:
+        made["weight_zero_point"] = torch.randint(-levels - 1, levels + 1, scale.shape).to(torch.int8)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "args"),
+    [
+        ("float-quantized", {"type": "float", "strategy": "tensor"}),
+        ("float-quantized", {"type": "float", "strategy": "channel"}),
+        ("float-quantized", {"type": "float", "strategy": "block", "block_structure": [32, 48]}),
+        ("int-quantized", {}),
+        ("int-quantized", {"strategy": "tensor", "symmetric": False}),
+        ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 8, "actorder": "weight"}),
+        ("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": 8, "symmetric": False}),
+        ("pack-quantized", {"num_bits": 8, "strategy": "group", "group_size": 8, "symmetric": False}),
+        ("pack-quantized", {"num_bits": 8, "strategy": "channel"}),
+    ],
+)
+def test_compressed_tensors_are_the_librarys_own(kind: str, args: dict[str, Any], folder: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+
+    settings = ct_settings(kind, **args)
+    group = settings["config_groups"]["group_0"]
+    own = group["weights"]
+    if own["type"] == "float":
+        group["input_activations"] = {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"}
+    QuantizationConfig.model_validate(settings)  # one that the library takes
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**own))
+    library = BaseCompressor.get_value_from_registry(kind)
+    levels = 448 if own["type"] == "float" else (1 << own["num_bits"] - 1) - 1
+    torch.manual_seed(5)
+
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        made: dict[str, Tensor] = library.compress(
+            {"weight": weight, **ct_scales(weight, own, levels)}, scheme
+        )
+        return made
+
+    quantise(folder, settings, pack)
+    ours = weights(folder)
+    modules = packed(folder, "weight_packed" if kind == "pack-quantized" else "weight")
+    assert len(modules) == 14
+    for module, parts in modules.items():
+        theirs = library.decompress(parts, scheme)["weight"]
+        assert torch.equal(ours[f"{module}.weight"], theirs), module
+    check_loads(folder, ours)
+
+
+def check_loads(folder: Path, ours: dict[str, Tensor]) -> None:
+    """The folder is taken, and its layers have these weights."""
+    layer = load(resolve(str(folder)), torch.bfloat16, torch.device("cpu"))[1].layers[1]
+    assert layer.mlp is not None
+    assert torch.equal(layer.mlp.down.weight, ours["model.layers.1.mlp.down_proj.weight"])
+    assert torch.equal(layer.attention.out.weight, ours["model.layers.1.self_attn.o_proj.weight"])
+
+
+def fp8_parts(weight: Tensor) -> dict[str, Tensor]:
+    values, scale = block_scales(weight, 128, 128)
+    return {"weight": values, "weight_scale_inv": scale}
+
+
+Spoil = Callable[[Path], Any]
+
+
+def edit(change: Callable[[dict[str, Tensor]], Any]) -> Spoil:
+    """Of the stored tensors."""
+
+    def spoil(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return spoil
+
+
+def ct_edited(change: Callable[[dict[str, Any]], Any], **args: Any) -> Spoil:
+    settings = ct_settings("pack-quantized", **{"num_bits": 4, "strategy": "group", "group_size": 32} | args)
+    change(settings)
+    return lambda folder: configure(folder, settings)
+
+
+DOWN = "model.layers.0.mlp.down_proj."
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda f: configure(f, fp8_settings(fmt="e5m2")), "fmt 'e5m2'; e4m3 is honoured"),
+        (lambda f: configure(f, fp8_settings(scale_fmt="ue8m0")), "scale_fmt 'ue8m0', which is not honoured"),
+        (
+            lambda f: configure(f, fp8_settings(weight_block_size=[128])),
+            r"weight_block_size \[128\]; two whole",
+        ),
+        (
+            lambda f: configure(f, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+            "quant_method 'bitsandb",
+        ),
+        (lambda f: configure(f, {"bits": 4}), "quant_method null"),
+        (lambda f: configure(f, {"quant_method": ["fp8"]}), "quant_method .'fp8'."),
+        (ct_edited(lambda c: c.update(format="nvfp4-pack-quantized")), "format 'nvfp4-pack-quantized'"),
+        (ct_edited(lambda c: c.update(kv_cache_scheme={"num_bits": 8})), "kv_cache_scheme"),
+        (ct_edited(lambda c: c.update(transform_config={"config_groups": {"u": 1}})), "transform_config"),
+        (ct_edited(lambda c: c.update(sparsity_config={"format": "sparse-24-bitmask"})), "sparsity_config"),
+        (
+            ct_edited(lambda c: c["config_groups"].update(g=ct_settings("x")["config_groups"]["group_0"])),
+            "several",
+        ),
+        (ct_edited(lambda c: c.update(config_groups={"W4A16": ["Linear"]})), "config_groups"),
+        (ct_edited(lambda c: None, num_bits=3), "num_bits 3; 4 or 8 is honoured"),
+        (ct_edited(lambda c: None, actorder="group"), "actorder 'group'"),
+        (ct_edited(lambda c: None, group_size=None), "group_size null"),
+        (edit(lambda t: t.pop(f"{DOWN}weight_scale_inv")), "without .*down_proj.weight_scale_inv"),
+        (
+            edit(lambda t: t.update({f"{DOWN}weight_scale_inv": torch.ones(1, 2)})),
+            "do not fit each other as FP8",
+        ),
+        (
+            edit(lambda t: t.update({f"{DOWN}weight": torch.ones(72, 96)})),
+            "quantised .*weight_scale_inv, F32",
+        ),
+        (edit(lambda t: t.update({f"{DOWN}weight_scale": torch.ones(1)})), "quantised .*weight_scale, F32"),
+        (
+            edit(lambda t: t.update({f"{DOWN}weight_scale_inv": torch.ones(1, 1, dtype=torch.uint8)})),
+            "type U8",
+        ),
+        (
+            edit(lambda t: [t.pop(n) for n in [*t] if "proj" in n] and None),
+            "quantised by its config.json .FP8., and has no weight",
+        ),
+        (lambda f: (f / "config.json").write_text(json.dumps(plain_config(f))), "quantised .model.layers"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name(spoil: Spoil, problem: str, folder: Path) -> None:
+    quantise(folder, fp8_settings(), fp8_parts)
+    spoil(folder)
+    with pytest.raises(ModelError, match=problem) as refused:
+        resolve(str(folder))
+    assert "\n" not in str(refused.value)
+
+
+def plain_config(folder: Path) -> dict[str, Any]:
+    """As the folder's, without a word on quantisation."""
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    return config
