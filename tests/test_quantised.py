@@ -240,6 +240,112 @@ def check_loads(folder: Path, ours: dict[str, Tensor]) -> None:
     assert torch.equal(layer.attention.out.weight, ours["model.layers.1.self_attn.o_proj.weight"])
 
 
+def words(values: Tensor, bits: int, order: tuple[int, ...]) -> Tensor:
+    """Values of each row packed into words of 32 bits: `order` tells which of the next 32 / bits lies at each
+    place, lowest bits first."""
+    rows = []
+    for row in values.tolist():
+        packs = [row[i : i + len(order)] for i in range(0, len(row), len(order))]
+        rows.append([sum(pack[at] << place * bits for place, at in enumerate(order)) for pack in packs])
+    return torch.tensor(rows).to(torch.uint32).view(torch.int32)
+
+
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def test_words_are_those_of_the_libraries() -> None:
+    """Eight columns 0 to 7 by AutoGPTQ and GPTQModel, and by AutoAWQ."""
+    row = torch.arange(8)[None]
+    assert words(row, 4, tuple(range(8))).tolist() == [[0x76543210]]
+    assert words(row, 4, AWQ_ORDER).tolist() == [[0x75316420]]
+
+
+def gptq_settings(**more: Any) -> dict[str, Any]:
+    """As AutoGPTQ and transformers write them."""
+    own = {
+        "bits": 4,
+        "group_size": 8,
+        "damp_percent": 0.1,
+        "desc_act": False,
+        "sym": False,
+        "true_sequential": True,
+    }
+    return {"quant_method": "gptq", "model_name_or_path": None, **own, **more}
+
+
+def awq_settings(**more: Any) -> dict[str, Any]:
+    own = {"bits": 4, "group_size": 8, "modules_to_not_convert": None, "version": "gemm", "zero_point": True}
+    return {"quant_method": "awq", **own, **more}
+
+
+GPTQ = [
+    gptq_settings(),
+    gptq_settings(desc_act=True, checkpoint_format="gptq", meta={"quantizer": ["gptqmodel:7.0"]}),
+    gptq_settings(bits=8, checkpoint_format="gptq_v2"),
+    gptq_settings(group_size=-1),
+]
+
+
+@pytest.mark.parametrize("settings", [*GPTQ, awq_settings(), awq_settings(group_size=-1)])
+def test_gptq_and_awq_are_values_less_zero_points_times_scales(
+    settings: dict[str, Any], folder: Path
+) -> None:
+    torch.manual_seed(6)
+    bits = settings["bits"]
+    awq = settings["quant_method"] == "awq"
+    less = 0 if awq or settings.get("checkpoint_format") == "gptq_v2" else 1
+    plain = tuple(range(32 // bits))
+    meant: dict[str, Tensor] = {}
+    modules = (
+        name.removesuffix(".weight") for name in load_file(folder / "model.safetensors") if "proj" in name
+    )
+
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        out, columns = weight.shape
+        size = columns if settings["group_size"] == -1 else settings["group_size"]
+        groups_of = torch.arange(columns, dtype=torch.int32) // size
+        if settings.get("desc_act"):
+            groups_of = groups_of[torch.randperm(columns)]
+        values = torch.randint(1 << bits, (columns, out))
+        zeros = torch.randint(less, 1 << bits, (columns // size, out))
+        scales = torch.rand(columns // size, out).half() / 100
+        whole = meant[next(modules)] = torch.empty(out, columns)
+        for column, group in enumerate(groups_of.tolist()):
+            whole[:, column] = (values[column] - zeros[group]) * scales[group].float()
+        if awq:
+            made = {"qweight": words(values, bits, AWQ_ORDER), "qzeros": words(zeros, bits, AWQ_ORDER)}
+        else:
+            made = {"qweight": words(values.T, bits, plain).T, "qzeros": words(zeros - less, bits, plain)}
+            made["g_idx"] = groups_of
+        return made | {"scales": scales}
+
+    quantise(folder, settings, pack)
+    ours = weights(folder, torch.float32)
+    assert len(packed(folder, "qweight")) == len(meant) == 14
+    for module, own in meant.items():
+        assert torch.equal(ours[f"{module}.weight"], own), module
+    check_loads(folder, weights(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "problem"),
+    [("qzeros", -1, "zero points of 0"), ("g_idx", 12, "g_idx that names groups")],
+)
+def test_gptq_weights_that_could_mean_several_things_are_refused(
+    part: str, value: int, problem: str, folder: Path
+) -> None:
+    def pack(weight: Tensor) -> dict[str, Tensor]:
+        out, columns = weight.shape
+        shapes = {"qweight": (columns // 8, out), "qzeros": (columns // 8, out // 8), "g_idx": (columns,)}
+        made = {name: torch.zeros(shape, dtype=torch.int32) for name, shape in shapes.items()}
+        made[part][-1] = value
+        return made | {"scales": torch.ones(columns // 8, out).half()}
+
+    quantise(folder, gptq_settings(), pack)
+    with pytest.raises(ModelError, match=problem):
+        load(resolve(str(folder)), torch.float32, torch.device("cpu"))
+
+
 def fp8_parts(weight: Tensor) -> dict[str, Tensor]:
     values, scale = block_scales(weight, 128, 128)
     return {"weight": values, "weight_scale_inv": scale}
@@ -295,6 +401,15 @@ DOWN = "model.layers.0.mlp.down_proj."
         (ct_edited(lambda c: None, num_bits=3), "num_bits 3; 4 or 8 is honoured"),
         (ct_edited(lambda c: None, actorder="group"), "actorder 'group'"),
         (ct_edited(lambda c: None, group_size=None), "group_size null"),
+        (lambda f: configure(f, gptq_settings(bits=3)), "bits 3; 4 or 8 is honoured"),
+        (lambda f: configure(f, gptq_settings(dynamic={"-:lm_head": {}})), "dynamic .*not honoured"),
+        (
+            lambda f: configure(f, gptq_settings(checkpoint_format="marlin")),
+            "checkpoint_format 'marlin'; gptq or",
+        ),
+        (lambda f: configure(f, awq_settings(version="gemv")), "version 'gemv'; gemm"),
+        (lambda f: configure(f, awq_settings(zero_point=False)), "zero_point False"),
+        (lambda f: configure(f, awq_settings(group_size=None)), "group_size null"),
         (edit(lambda t: t.pop(f"{DOWN}weight_scale_inv")), "without .*down_proj.weight_scale_inv"),
         (
             edit(lambda t: t.update({f"{DOWN}weight_scale_inv": torch.ones(1, 2)})),
