@@ -1,6 +1,6 @@
 """Quantised checkpoints read as floating-point ones: a weight is dequantised when it is asked for.
 
-Only weights are meant: activations that a checkpoint would have quantised too stay in the job's dtype. Knows no
+Only weights are meant: activations that a checkpoint would have quantised too stay in the dtype of the job. Knows no
 family, and no way of quantising: that is for `schemes`. Looking at configs and headers loads no torch.
 """
 
