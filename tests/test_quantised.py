@@ -13,10 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 
+from rayskip.config import JobConfig
+from rayskip.config.train import DataConfig
+from rayskip.dry_run import dry_run, facts, format_dry_run
+from rayskip.engine.engine import Engine
 from rayskip.errors import ModelError
 from rayskip.model.checkpoint import dequantised, load, resolve, weights_fingerprint
 from rayskip.model.files import read_headers
 from rayskip.model.quantised import Dequantised, dequantised_headers
+from rayskip.train.prepare import prepare
 
 Pack = Callable[[Tensor], dict[str, Tensor]]
 """A weight's parts, by the ends of their names after the module's."""
@@ -125,6 +130,27 @@ def test_a_quantised_checkpoint_is_loaded_and_said_to_be(folder: Path) -> None:
     assert torch.equal(loaded.embed, plain.embed)  # not to be converted, nor was it
     assert weights_fingerprint(folder) != before
     assert dequantised(folder, "bfloat16") == "dequantised from FP8 to bfloat16 (0.0 GB)"
+
+
+def test_plan_engine_and_training_say_it(folder: Path, tmp_path: Path) -> None:
+    quantise(folder, fp8_settings(), fp8_parts)
+    (tmp_path / "rows.jsonl").write_text('{"ids": [1, 2, 3]}\n')
+    job = JobConfig.model_validate(
+        {
+            "name": "tiny",
+            "model": {"path": str(folder)},
+            "input": {"path": str(tmp_path / "rows.jsonl"), "prompt_token_ids": "ids"},
+            "output": {"path": str(tmp_path / "out")},
+        }
+    )
+    told = "dequantised from FP8 to bfloat16 (0.0 GB)"
+    seen = dry_run(job)
+    assert facts(seen)["dequantised"] == told
+    assert f"tokens, {told}" in format_dry_run(seen).splitlines()[1]
+    engine = Engine.load(folder, {"max_batch_rows": 1, "max_model_len": 64}, device="cpu")
+    assert f"{folder} is {told}" in engine.info["warnings"]
+    with pytest.raises(ModelError, match="training is of weights in floating point"):
+        prepare(job.model, DataConfig.model_validate({"input": job.input, "answer": "text"}), 1)
 
 
 def test_an_adapter_is_added_to_dequantised_weights(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayskip.data.blocks import BLOCK, SAMPLES, blocks, sampled
 from rayskip.errors import ModelError, shown
-from rayskip.model import embedded, hub
+from rayskip.model import embedded, gguf_file, hub
 from rayskip.model.adapter import Merged, adapter_files, check_fit, read_adapter
 from rayskip.model.config import Config, RotaryModule, read_config, reader
 from rayskip.model.families import FAMILIES, family
@@ -46,17 +46,22 @@ SUGGESTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
-    """The local folder of a model: the embedded default by name, a folder, or a hub id (downloaded once).
+    """The local folder of a model: the embedded default by name, a folder, a GGUF file (converted once), or a hub
+    id (downloaded once).
 
     Raises ModelError when it does not exist or is not something rayskip may or can load.
     """
     if path == embedded.NAME:
         return embedded.folder()
     folder = Path(path).expanduser()
+    if folder.suffix == ".gguf" and folder.is_file():
+        folder = gguf_file.folder(folder)
     if not folder.is_dir():
         missing = f"model.path: no folder {path}{_nearest(path)}"
         if not hub.NAME.fullmatch(path):
-            raise ModelError(f"{missing}; give a folder, a hub id (owner/name) or {embedded.NAME}")
+            raise ModelError(
+                f"{missing}; give a folder, a .gguf file, a hub id (owner/name) or {embedded.NAME}"
+            )
         folder = hub.download(path, revision, missing)
     check_configs(folder)
     check_tensors(_headers(folder))
@@ -129,7 +134,7 @@ def load(
 
 def dequantised(folder: Path, dtype: str) -> str | None:
     """What is to be said of a folder that `resolve` gave if its weights are dequantised to a job's `dtype`."""
-    return note(_headers(folder), dtype)
+    return note(_headers(folder), dtype, gguf_file.source(folder))
 
 
 def _headers(folder: Path) -> dict[str, Header]:

@@ -1,7 +1,7 @@
 """Quantised checkpoints read as floating-point ones: a weight is dequantised when it is asked for.
 
-Only weights are meant: activations that a checkpoint would have quantised too stay in the dtype of the job. Knows no
-family, and no way of quantising: that is for `schemes`. Looking at configs and headers loads no torch.
+Only weights are meant: activations that a checkpoint would have quantised too stay in the dtype of the job. Knows
+no family, and no way of quantising: that is for `schemes`. Looking at configs and headers loads no torch.
 """
 
 from __future__ import annotations
@@ -113,13 +113,18 @@ def dequantised_headers(folder: Path, headers: Mapping[str, Header]) -> dict[str
     return plain | found
 
 
-def note(headers: Mapping[str, Header], dtype: str) -> str | None:
-    """What is to be said of a checkpoint that is dequantised; None for any other. headers: dequantised ones."""
-    scheme = next((header.scheme for header in headers.values() if isinstance(header, Quantised)), None)
-    if scheme is None:
+def note(headers: Mapping[str, Header], dtype: str, source: str | None) -> str | None:
+    """What is to be said of a checkpoint that is dequantised; None for any other.
+
+    headers: dequantised ones. source: what the whole checkpoint was made of before, if of a quantised one.
+    """
+    name = source or next(
+        (each.scheme.name for each in headers.values() if isinstance(each, Quantised)), None
+    )
+    if name is None:
         return None
     size = sum(math.prod(header.shape) for header in headers.values()) * BYTES[dtype]
-    return f"dequantised from {scheme.name} to {dtype} ({size / 1e9:.1f} GB)"
+    return f"dequantised from {name} to {dtype} ({size / 1e9:.1f} GB)"
 
 
 def _quantised(scheme: Scheme, headers: Mapping[str, Header]) -> dict[str, Quantised]:

@@ -71,7 +71,7 @@ def check_configs(folder: Path) -> None:
             + (
                 "it is an adapter: name its base in model.path and this folder in model.adapter"
                 if is_adapter
-                else "give a folder saved by transformers"
+                else "give a folder saved by transformers, or a .gguf file"
             )
         )
     check_code(folder)

@@ -11,8 +11,8 @@ from rayskip.config.train import DataConfig
 from rayskip.data.prompts import PromptBuilder
 from rayskip.data.tokenizer import Encoder, Tokenizer, has_tokenizer, load_pretrained
 from rayskip.errors import InputError, ModelError
-from rayskip.model.checkpoint import dequantised, read_spec, resolve
-from rayskip.model.quantised import WANTED
+from rayskip.model.checkpoint import read_spec, resolve
+from rayskip.model.quantised import WANTED, read_scheme
 from rayskip.train.examples import Example, read_examples, split
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def prepare(model: ModelConfig, data: DataConfig, least: int, logprobs: bool = F
     Raises UserError for what the config names and is not there, or fewer than `least` examples to train on.
     """
     folder = resolve(model.path, model.revision)
-    if dequantised(folder, model.dtype):
+    if read_scheme(folder):
         raise ModelError(
             f"model.path: {folder} is quantised, and training is of weights in floating point; {WANTED}"
         )
