@@ -158,6 +158,7 @@ def test_a_gguf_file_is_the_model_it_was_made_of(architecture: str, tmp_path: Pa
             {"change": lambda w: w.add_tensor("rope_freqs.weight", torch.ones(8).numpy())},
             "rope_freqs.weight, which transformers reads of no llama",
         ),
+        ({"change": lambda w: w.add_uint16("split.count", 3)}, "is one of 3 parts"),
         ({"leave_out": "model.layers.1.mlp.up_proj.weight"}, "model.layers.1.mlp.up_proj.weight"),
     ],
 )

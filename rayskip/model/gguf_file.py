@@ -146,6 +146,10 @@ def _check(file: Path) -> Facts:
             f"model.path: {file} has the architecture {shown(architecture)}; {', '.join(ARCHITECTURES)} are read "
             f"of GGUF; {WANTED}"
         )
+    if (parts := _value(reader, "split.count")) not in (None, 0, 1):
+        raise ModelError(
+            f"model.path: {file} is one of {shown(parts)} parts; merge them (llama-gguf-split --merge)"
+        )
     _check_settings(file, reader, architecture)
     _check_tokenizer(file, reader)
     _check_names(file, [tensor.name for tensor in reader.tensors], architecture)

@@ -36,10 +36,7 @@ def prepare(model: ModelConfig, data: DataConfig, least: int, logprobs: bool = F
     Raises UserError for what the config names and is not there, or fewer than `least` examples to train on.
     """
     folder = resolve(model.path, model.revision)
-    if read_scheme(folder):
-        raise ModelError(
-            f"model.path: {folder} is quantised, and training is of weights in floating point; {WANTED}"
-        )
+    _check_floats(folder)
     if not has_tokenizer(folder):
         raise ModelError(f"{folder}: training needs a tokenizer, and the model has none")
     pretrained = load_pretrained(folder)
@@ -57,11 +54,20 @@ def prepare(model: ModelConfig, data: DataConfig, least: int, logprobs: bool = F
     return Prepared(folder, pretrained, end, training, held_out)
 
 
+def _check_floats(folder: Path) -> None:
+    """Refuse weights that transformers would train, or learn from, in their quantised form."""
+    if read_scheme(folder):
+        raise ModelError(
+            f"model.path: {folder} is quantised, and training is of weights in floating point; {WANTED}"
+        )
+
+
 def frozen(folder: Path) -> Any:
     """A checkpoint as a transformers model that learns nothing: a teacher, a target."""
     from transformers import AutoModelForCausalLM
 
     from rayskip.train.precision import fast_dtype
 
+    _check_floats(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=fast_dtype(), trust_remote_code=False)
     return model.eval().requires_grad_(False)
