@@ -64,6 +64,9 @@ def write(
     torch.manual_seed(1)
     config = CONFIGS[architecture]
     model = AutoModelForCausalLM.from_config(config)
+    for tensor in model.parameters():
+        if tensor.dim() == 1:  # else all norms are alike, and biases nothing
+            torch.nn.init.normal_(tensor, 1, 0.2)
     writer = GGUFWriter(file, architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_block_count(config.num_hidden_layers)

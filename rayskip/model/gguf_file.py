@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from rayskip.data.blocks import BLOCK, sampled
 from rayskip.errors import ModelError, shown
+from rayskip.model.files import read_json
 from rayskip.model.quantised import WANTED
 from rayskip.user_cache import cache_root, publish
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-LABEL = "gguf.json"
+LABEL = "rayskip_gguf.json"
 """File beside converted weights that says what they were converted from."""
 
 _PRODUCTS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -83,7 +84,7 @@ def folder(file: Path) -> Path:
 def source(folder: Path) -> str | None:
     """What the weights of a folder were converted from: "GGUF Q4_K, Q6_K"; None for any other folder."""
     label = folder / LABEL
-    return f"GGUF {', '.join(json.loads(label.read_text())['types'])}" if label.is_file() else None
+    return f"GGUF {', '.join(read_json(label)['types'])}" if label.is_file() else None
 
 
 def convert(file: Path, target: Path, name: str, head_dim: int | None = None) -> None:
