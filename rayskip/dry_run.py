@@ -22,7 +22,7 @@ from rayskip.driver.plan import Plan, plan_in_folder
 from rayskip.driver.record_store import lost_files, sizes
 from rayskip.driver.report import commonest_first, error_lines
 from rayskip.errors import OutputError, RayskipError, RowError, StorageBusy, counted, shown
-from rayskip.model.checkpoint import suggested_sampling, weight_bytes
+from rayskip.model.checkpoint import dequantised, suggested_sampling, weight_bytes
 
 PROMPTS_SHOWN = 3
 FILES_SHOWN = 3
@@ -37,8 +37,8 @@ class DryRun:
     completion_tokens: the most that the good rows looked at may generate. errors: the rows that cannot run, by
     error_type. committed: shards that earlier runs of this job finished. refused: why a run would not write into
     that folder, or that none of the rows can run; None if all is well. suggested: sampling parameters that the
-    model's generation_config.json has and the job has otherwise.
-    continued: rows whose last message is continued.
+    model's generation_config.json has and the job has otherwise. continued: rows whose last message is continued.
+    dequantised: from what the model's weights are dequantised, and to what; None if they are stored as floats.
     """
 
     job: JobConfig
@@ -48,6 +48,7 @@ class DryRun:
     max_model_len: int
     road: str
     weights_gb: float = 0.0
+    dequantised: str | None = None
     continued: int = 0
     suggested: dict[str, Any] = field(default_factory=dict)
     rows: int = 0
@@ -78,8 +79,9 @@ def dry_run(job: JobConfig) -> DryRun:
     theirs = suggested_sampling(look.folder).items()
     suggested = {name: value for name, value in theirs if value != sampling[name]}
     weights_gb = round(weight_bytes(look.folder, job.model.dtype) / 1e9, 2)
+    said = dequantised(look.folder, job.model.dtype)
     seen = DryRun(
-        job, plan, committed, refused, look.max_model_len, look.road, weights_gb, suggested=suggested
+        job, plan, committed, refused, look.max_model_len, look.road, weights_gb, said, suggested=suggested
     )
     for shard, index, made in look.rows(plan.shards):
         seen.rows += 1
@@ -117,6 +119,7 @@ def facts(seen: DryRun) -> dict[str, Any]:
         "name": record.name,
         "model": seen.job.model.path,
         "road": seen.road,
+        "dequantised": seen.dequantised,
         "max_model_len": seen.max_model_len,
         "weights_gb": seen.weights_gb,
         "rows": record.rows,
@@ -144,7 +147,7 @@ def format_dry_run(seen: DryRun) -> str:
         f"{record.name}: {counted(record.rows, 'row')} in {counted(record.shards, 'shard')}, "
         f"{seen.committed:,} committed",
         f"model {seen.job.model.path} ({seen.road}), {seen.weights_gb} GB in {seen.job.model.dtype}, context "
-        f"{seen.max_model_len:,} tokens",
+        f"{seen.max_model_len:,} tokens" + (f", {seen.dequantised}" if seen.dequantised else ""),
     ]
     source = seen.plan.source
     if source.format == "csv" or source.partitions.names:

@@ -34,7 +34,9 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which checkpoint, in which precision."""
 
-    path: UserPath = Field(description="smollm2-135m-instruct, a local folder with safetensors, or a hub id")
+    path: UserPath = Field(
+        description="smollm2-135m-instruct, a local folder with safetensors, a .gguf file, or a hub id"
+    )
     dtype: Dtype = "bfloat16"
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     adapter: UserPath | None = Field(None, description="local folder with a LoRA adapter to merge")

@@ -22,7 +22,8 @@ class LabelReport(BaseModel):
     rows: that have both. unknown: rows besides whose right label is none of the task's. accuracy: share of rows
     with the right one; one without a label counts as wrong. calibration_error: expected calibration error of the
     probabilities (arXiv 1706.04599, section 2), calibrated_error of the calibrated ones; None where there are none.
-    by_label: rows, precision and recall of each. pairs: rows by right label and label found, "" where there is none.
+    by_label: rows, precision and recall of each. pairs: rows by right label and label found, "" where there is
+    none.
     """
 
     rows: int

@@ -38,7 +38,7 @@ from rayskip.errors import ModelError, RowError
 from rayskip.model.backends.choose import open_device, prepare_backend
 from rayskip.model.backends.memory import free_bytes
 from rayskip.model.cache.blocks import BlockPool
-from rayskip.model.checkpoint import load, resolve, trained_policy, weight_bytes
+from rayskip.model.checkpoint import dequantised, load, resolve, trained_policy, weight_bytes
 from rayskip.model.decoder import Decoder
 from rayskip.model.invariance import is_batch_invariant
 from rayskip.skip import skip_policy
@@ -130,6 +130,8 @@ class Engine:
             prepared.result()
             decoder = Decoder(*weights, folder=folder)
             loaded = cls(decoder, tokenizer.result(), engine, decode)
+        if said := dequantised(folder, model.dtype):
+            loaded._warnings.append(f"{model.path} is {said}")
         if (trained := trained_policy(model.adapter_folder or folder)) not in (None, loaded.policy.name):
             loaded._warnings.append(
                 f"{model.adapter or model.path} was trained under the skip policy {trained} "

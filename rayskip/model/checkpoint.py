@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayskip.data.blocks import BLOCK, SAMPLES, blocks, sampled
 from rayskip.errors import ModelError, shown
-from rayskip.model import embedded, hub
+from rayskip.model import embedded, gguf_file, hub
 from rayskip.model.adapter import Merged, adapter_files, check_fit, read_adapter
 from rayskip.model.config import Config, RotaryModule, read_config, reader
 from rayskip.model.families import FAMILIES, family
@@ -31,6 +31,7 @@ from rayskip.model.files import (
     weight_files,
 )
 from rayskip.model.hosted.facts import read_facts
+from rayskip.model.quantised import BYTES, Dequantised, dequantised_headers, note
 from rayskip.model.refusals import check_configs, check_tensors
 from rayskip.model.spec import Dense, Experts
 from rayskip.user_cache import recall
@@ -44,27 +45,31 @@ if TYPE_CHECKING:
 LABEL = "rayskip.json"
 """File beside a checkpoint's weights that says how rayskip trained it."""
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 SUGGESTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 """Sampling parameters that a generation_config.json may have under the names of a job's."""
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
-    """The local folder of a model: the embedded default by name, a folder, or a hub id (downloaded once).
+    """The local folder of a model: the embedded default by name, a folder, a GGUF file (converted once), or a hub
+    id (downloaded once).
 
     Raises ModelError when it does not exist or is not something rayskip may or can load.
     """
     if path == embedded.NAME:
         return embedded.folder()
     folder = Path(path).expanduser()
+    if folder.suffix == ".gguf" and folder.is_file():
+        folder = gguf_file.folder(folder)
     if not folder.is_dir():
         missing = f"model.path: no folder {path}{_nearest(path)}"
         if not hub.NAME.fullmatch(path):
-            raise ModelError(f"{missing}; give a folder, a hub id (owner/name) or {embedded.NAME}")
+            raise ModelError(
+                f"{missing}; give a folder, a .gguf file, a hub id (owner/name) or {embedded.NAME}"
+            )
         folder = hub.download(path, revision, missing)
     check_configs(folder)
-    check_tensors(read_headers(weight_files(folder)))
+    check_tensors(_headers(folder))
     return folder
 
 
@@ -79,14 +84,14 @@ def check(folder: Path, adapter: Path | None = None) -> Spec:
 
 def weight_bytes(folder: Path, dtype: str) -> int:
     """Memory that the weights of a folder take in `dtype`, as a config names it. Raises ModelError as `check`."""
-    return _checked(folder, None)[1] * DTYPE_BYTES[dtype]
+    return _checked(folder, None)[1] * BYTES[dtype]
 
 
 def _checked(folder: Path, adapter: Path | None) -> tuple[_Read, int]:
     """`check`, what it read, and how many weights there are. What was found good once is not checked again: torch,
     which that needs, takes seconds to import."""
     read = _read(folder)
-    headers = read_headers(weight_files(folder))
+    headers = _headers(folder)
     looked_at: list[bytes | str] = [headers_text(headers), (folder / "config.json").read_bytes()]
     if adapter is not None:
         _check_base(adapter, folder)
@@ -139,6 +144,7 @@ def load(
     read, _ = _checked(folder, adapter)
     with ExitStack() as opened:
         stored: Mapping[str, torch.Tensor] = _Stored(weight_files(folder), device, opened)
+        stored = Dequantised(stored, _headers(folder), dtype)
         if adapter is not None:
             stored = Merged(stored, read_adapter(adapter, read.prefixes), read.prefixes, opened)
         if read.family is not None:
@@ -147,6 +153,16 @@ def load(
 
         merged = None if adapter is None else stored
         return read.spec, load_modules(folder, read_facts(folder), dtype, device, merged)
+
+
+def dequantised(folder: Path, dtype: str) -> str | None:
+    """What is to be said of a folder that `resolve` gave if its weights are dequantised to a job's `dtype`."""
+    return note(_headers(folder), dtype, gguf_file.source(folder))
+
+
+def _headers(folder: Path) -> dict[str, Header]:
+    """Of the checkpoint's tensors, as they are once it is dequantised."""
+    return dequantised_headers(folder, read_headers(weight_files(folder)))
 
 
 def _weights(

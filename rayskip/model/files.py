@@ -137,4 +137,7 @@ def _other_weights(folder: Path) -> str:
     others = sorted(
         file.name for file in folder.iterdir() if file.suffix in {".bin", ".pt", ".pth", ".pkl", ".gguf"}
     )
-    return f"; {others[0]} is not read, only safetensors" if others else ""
+    if not others:
+        return ""
+    way = "read if model.path names the file" if others[0].endswith(".gguf") else "not read, only safetensors"
+    return f"; {others[0]} is {way}"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rayskip.errors import ModelError
 from rayskip.model.files import SMALL_FILES, Header, weight_names
+from rayskip.model.quantised import dequantised_headers
 from rayskip.model.refusals import check_configs, check_tensors
 
 NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -42,7 +43,7 @@ def download(name: str, revision: str | None, missing: str) -> Path:
         if all((folder / file).is_file() for file in weights):
             return folder
         commit = folder.name
-        check_tensors(_headers(name, commit, weights))
+        check_tensors(dequantised_headers(folder, _headers(name, commit, weights)))
         return _snapshot(name, commit, (*SMALL_FILES, *weights))
     except RevisionNotFoundError as error:
         raise ModelError(f"model.revision: hub model {name} has no revision {revision}") from error

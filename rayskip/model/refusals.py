@@ -17,6 +17,7 @@ from rayskip.model.families import FAMILIES
 from rayskip.model.files import FLOATS, PACKED, Header, find_key, read_json
 from rayskip.model.hosted.facts import read_facts
 from rayskip.model.hosted.known import is_known, unknown
+from rayskip.model.quantised import WANTED, read_scheme
 
 WRAPPERS = frozenset({
     "Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration", "Qwen2VLForConditionalGeneration",
@@ -33,7 +34,6 @@ KERNEL_KEYS = (
 )
 """transformers downloads and runs a kernel that these name by owner/name."""
 
-QUANTISED_KEYS = ("quantization_config", "compression_config")
 QUANTISED_FILES = ("hf_quant_config.json",)
 QUANTISED_NAMES = (
     "_scale", "_scale_2", "_scale_inv", "_scales", ".scales", "_zero_point", ".qweight", ".qzeros", ".g_idx",
@@ -42,11 +42,8 @@ QUANTISED_NAMES = (
 )  # fmt: skip
 """Ends of names of the tensors that belong to quantised weights: their scales, offsets, maps and packed forms."""
 
-MXFP4 = "mxfp4"
-"""The one quantisation that is read: gpt_oss's, as the bfloat16 that it stands for."""
 MXFP4_NAMES = ("_blocks", "_scales")
-
-WANTED = "give the checkpoint in bfloat16, float16 or float32"
+"""Of gpt_oss's, whose family reads them."""
 
 MOST_LAYERS = 10_000
 MOST_POSITIONS = 1 << 24
@@ -105,7 +102,7 @@ def check_configs(folder: Path) -> None:
             + (
                 "it is an adapter: name its base in model.path and this folder in model.adapter"
                 if is_adapter
-                else "give a folder saved by transformers"
+                else "give a folder saved by transformers, or a .gguf file"
             )
         )
     check_code(folder)
@@ -116,10 +113,7 @@ def check_configs(folder: Path) -> None:
         )
     file = folder / "config.json"
     config = read_json(file)
-    found = find_key(config, QUANTISED_KEYS)
-    method = found[1].get("quant_method") if found and isinstance(found[1], dict) else None
-    if found and not (method == MXFP4 and config.get("model_type") == "gpt_oss"):
-        raise ModelError(f"model.path: {folder} is quantised (config.json: {found[0]}); {WANTED}")
+    scheme = read_scheme(folder)
     if marked := next((name for name in QUANTISED_FILES if (folder / name).is_file()), None):
         raise ModelError(f"model.path: {folder} is quantised ({marked}); {WANTED}")
     model_type = config.get("model_type")
@@ -130,6 +124,11 @@ def check_configs(folder: Path) -> None:
         if isinstance(section, dict):
             _check_sizes(file, section)
     if model_type not in FAMILIES:
+        if scheme is not None:
+            raise ModelError(
+                f"model.path: {folder} is quantised ({scheme.name}), which is not read of a {model_type}, a model "
+                f"through transformers' modules; {WANTED}"
+            )
         read_facts(folder)
 
 
@@ -181,8 +180,10 @@ def _check_sizes(file: Path, config: dict[str, Any]) -> None:
 
 
 def check_tensors(headers: Mapping[str, Header], key: str = "model.path") -> None:
-    """Refuse quantised tensors, whatever the configs say: cast without their scales they would be other weights.
+    """Refuse tensors that are quantised in another way than the config says: cast without their scales they would
+    be other weights.
 
+    headers: as `dequantised_headers` leaves them.
     key: of the job's config, for the message. Raises ModelError.
     """
     for name, header in headers.items():

@@ -12,6 +12,7 @@ from rayskip.data.prompts import PromptBuilder
 from rayskip.data.tokenizer import Encoder, Tokenizer, has_tokenizer, load_pretrained
 from rayskip.errors import InputError, ModelError
 from rayskip.model.checkpoint import read_spec, resolve
+from rayskip.model.quantised import WANTED, read_scheme
 from rayskip.train.examples import Example, read_examples, split
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def prepare(model: ModelConfig, data: DataConfig, least: int, logprobs: bool = F
     Raises UserError for what the config names and is not there, or fewer than `least` examples to train on.
     """
     folder = resolve(model.path, model.revision)
+    _check_floats(folder)
     if not has_tokenizer(folder):
         raise ModelError(f"{folder}: training needs a tokenizer, and the model has none")
     pretrained = load_pretrained(folder)
@@ -53,10 +55,19 @@ def prepare(model: ModelConfig, data: DataConfig, least: int, logprobs: bool = F
     return Prepared(folder, pretrained, end, training, held_out)
 
 
+def _check_floats(folder: Path) -> None:
+    """Refuse weights that transformers would train, or learn from, in their quantised form."""
+    if read_scheme(folder):
+        raise ModelError(
+            f"model.path: {folder} is quantised, and training is of weights in floating point; {WANTED}"
+        )
+
+
 def frozen(folder: Path) -> Any:
     """A checkpoint as a transformers model that learns nothing: a teacher, a target."""
     from rayskip.train.precision import fast_dtype
 
+    _check_floats(folder)
     return transformers_model(folder, fast_dtype()).eval().requires_grad_(False)
 
 
