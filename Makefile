@@ -19,7 +19,7 @@ demo: $(SYNCED)  ## Run the main job over the shipped tickets with the embedded 
 	.venv/bin/rayskip run configs/quickstart.yaml
 
 test: $(SYNCED)  ## Run the tests
-	.venv/bin/pytest
+	.venv/bin/pytest -n 2 --dist worksteal
 
 soak: $(SYNCED)  ## Run the tests that are too slow for each change
 	.venv/bin/pytest -m soak
@@ -34,7 +34,7 @@ check: $(SYNCED)  ## Check format, lint, types and import contracts
 sanitize: $(SYNCED)  ## Run the C kernels' tests with GCC's sanitizers of addresses and undefined behaviour
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
 	CC="gcc -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
-	ASAN_OPTIONS=detect_leaks=0 .venv/bin/pytest tests/test_backend_cpu.py
+	ASAN_OPTIONS=detect_leaks=0 .venv/bin/pytest tests/backends/test_cpu.py
 
 format: $(SYNCED)  ## Format, and fix what lint can fix
 	.venv/bin/ruff check --fix

@@ -482,14 +482,12 @@ class TestOpenai:
 
     def test_what_is_not_done_is_not_ignored(self, tmp_path: Path) -> None:
         body = {"messages": []}
-        format_json = {"response_format": {"type": "json_object"}}
+        strange = {"response_format": {"type": "xml"}}
         nothing = {
             **{"presence_penalty": 0, "stop": None, "logit_bias": {}, "stream": False, "n": 1, "tools": []},
             **{"response_format": {"type": "text"}, "tool_choice": "none", "parallel_tool_calls": True},
         }
-        rows = self.rows(
-            tmp_path, body | nothing, body | format_json, {"prompt": "x"}, "x", {"messages": [1]}
-        )
+        rows = self.rows(tmp_path, body | nothing, body | strange, {"prompt": "x"}, "x", {"messages": [1]})
         assert rows[0][BROKEN_ROW] is None
         assert "messages must be a list of objects" in rows[4][BROKEN_ROW]
         assert "response_format" in rows[1][BROKEN_ROW]

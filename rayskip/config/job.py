@@ -304,8 +304,8 @@ class JobConfig(Section):
     name: str = Field(min_length=1)
     model: ModelConfig
     input: InputConfig
-    task: LabelTask | None = Field(None, description="what to do with each prompt; null: generate")
     sampling: SamplingParams = SamplingParams()
+    task: LabelTask | None = Field(None, description="what to do with each prompt; null: generate")
     engine: EngineConfig = EngineConfig()
     decode: DecodeConfig = DecodeConfig()
     quality: QualityConfig = QualityConfig()
