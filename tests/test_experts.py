@@ -141,7 +141,7 @@ def test_half_of_mxfp4_and_other_quantisations_are_refused(packed: Path) -> None
     config = json.loads((packed / "config.json").read_text())
     config["quantization_config"]["quant_method"] = "fp8"
     (packed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="is quantised by its config.json"):
+    with pytest.raises(ModelError, match=r"is quantised by its config\.json"):
         resolve(str(packed))
 
 
