@@ -39,7 +39,7 @@ def seconds(tree: Path, *arguments: str, cache: Path | None = None) -> float:
     environment = os.environ | {"PYTHONPATH": str(tree)} | ({"RAYSKIP_CACHE": str(cache)} if cache else {})
     began = time.perf_counter()
     done = subprocess.run(
-        [sys.executable, "-c", *arguments], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", *arguments], env=environment, capture_output=True, text=True, check=False
     )
     if done.returncode:
         sys.exit(f"error: {tree}: {done.stderr}")
