@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from rayskip import Engine
-from rayskip.decode.candidates import asked, scores, tree, tree_size
+from rayskip.decode.candidates import tree
 from rayskip.decode.draft import NEWEST
 
 PROMPTS = [[1 + row, *range(20, 20 + 9 * row % 70), 7] for row in range(13)]
@@ -95,8 +95,9 @@ def test_what_cannot_be_scored(folder: Path) -> None:
 )
 def test_a_tree_asks_each_token_after_those_before_it(candidates: list[tuple[int, ...]]) -> None:
     """Log-probabilities that spell their place: the sum over a candidate is as if it were alone."""
-    draft = tree(candidates)
-    assert len(draft) == tree_size(candidates)
+    found = tree(tuple(candidates))
+    draft = found.draft
+    assert len(draft) == len({own[:stop] for own in candidates for stop in range(1, len(own))})
     paths = {NEWEST: ()} | {
         node: tuple(draft.tokens[on] for on in draft.path(node)) for node in range(len(draft))
     }
@@ -105,8 +106,7 @@ def test_a_tree_asks_each_token_after_those_before_it(candidates: list[tuple[int
         return float(hash((before, token)) % 1000)
 
     said = {
-        node: {token: logprob(paths[node], token) for token in tokens}
-        for node, tokens in asked(candidates, draft).items()
+        node: {token: logprob(paths[node], token) for token in tokens} for node, tokens in found.asked.items()
     }
     expected = [sum(logprob(own[:at], token) for at, token in enumerate(own)) for own in candidates]
-    assert scores(candidates, draft, said) == expected
+    assert found.scores(said) == expected

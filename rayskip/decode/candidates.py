@@ -7,45 +7,50 @@ after those before it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import lru_cache
 
 from rayskip.decode.draft import NEWEST, Draft
 
 CANDIDATE = "candidate"
 """What proposes a candidate's tokens."""
 
-Candidates = Seq[Seq[int]]
+KEPT = 16
+"""Trees that are kept: all rows of a job have the same candidates."""
+
+Candidates = tuple[tuple[int, ...], ...]
 
 
-def tree(candidates: Candidates) -> Draft:
-    """The tokens that run: all of each candidate but its last."""
+@dataclass(frozen=True)
+class Tree:
+    """draft: the tokens that run, all of each candidate but its last; rows share it, and nobody changes it.
+
+    steps: of each candidate its tokens, each with the node that it follows. asked: by node, or NEWEST, the tokens
+    whose log-probabilities are asked for there.
+    """
+
+    draft: Draft
+    steps: list[list[tuple[int, int]]]
+    asked: dict[int, list[int]]
+
+    def scores(self, logprobs: Mapping[int, Mapping[int, float]]) -> list[float]:
+        """Each candidate's log-probability. logprobs: by node the tokens that were `asked`."""
+        return [sum(logprobs[node][token] for node, token in steps) for steps in self.steps]
+
+
+@lru_cache(KEPT)
+def tree(candidates: Candidates) -> Tree:
     draft = Draft()
     for tokens in candidates:
         draft.add_chain(tokens[:-1], CANDIDATE)
-    return draft
+    steps = [_steps(tokens, draft) for tokens in candidates]
+    asked: dict[int, dict[int, None]] = {}
+    for node, token in (step for own in steps for step in own):
+        asked.setdefault(node, {})[token] = None
+    return Tree(draft, steps, {node: list(tokens) for node, tokens in asked.items()})
 
 
-def tree_size(candidates: Candidates) -> int:
-    """How many tokens run."""
-    return len({tuple(tokens[:stop]) for tokens in candidates for stop in range(1, len(tokens))})
-
-
-def asked(candidates: Candidates, draft: Draft) -> dict[int, list[int]]:
-    """By node of their tree, or NEWEST: the tokens whose log-probabilities are asked for there."""
-    found: dict[int, dict[int, None]] = {}
-    for tokens in candidates:
-        for node, token in _steps(tokens, draft):
-            found.setdefault(node, {})[token] = None
-    return {node: list(tokens) for node, tokens in found.items()}
-
-
-def scores(candidates: Candidates, draft: Draft, logprobs: Mapping[int, Mapping[int, float]]) -> list[float]:
-    """Each candidate's log-probability. logprobs: by node the tokens that were `asked`."""
-    return [sum(logprobs[node][token] for node, token in _steps(tokens, draft)) for tokens in candidates]
-
-
-def _steps(tokens: Seq[int], draft: Draft) -> list[tuple[int, int]]:
-    """Each token with the node that it follows."""
+def _steps(tokens: tuple[int, ...], draft: Draft) -> list[tuple[int, int]]:
     node, steps = NEWEST, []
     for token in tokens:
         steps.append((node, token))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from rayskip.config import SamplingParams
 from rayskip.data.records import Prompt, TokenLogprob
+from rayskip.decode.candidates import Tree, tree
 from rayskip.decode.constraints import Matcher
 from rayskip.decode.draft import Draft
 from rayskip.model.cache.blocks import ALL, Block
@@ -53,6 +55,11 @@ class Sequence:
         return Sequence(
             self.request_id, self.prompt, self.sample, self.limit, self.full_depth, matcher, self.ends
         )
+
+    @cached_property
+    def tree(self) -> Tree | None:
+        """Of the prompt's candidates, if it has some."""
+        return tree(self.prompt.candidates) if self.prompt.candidates else None
 
     @property
     def params(self) -> SamplingParams:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from rayskip.config import SamplingParams
-from rayskip.decode.candidates import asked, scores
+from rayskip.decode.candidates import Tree
 from rayskip.decode.draft import NEWEST
 from rayskip.decode.randomness import uniform
 from rayskip.decode.sampling import Choice, Draw
@@ -69,23 +69,23 @@ def scored(choices: Seq[Choice], places: Seq[tuple[Sequence, int]]) -> dict[Sequ
     """Of every row with candidates among `places` what they score. choices: as in `verify`."""
     own: dict[Sequence, dict[int, Choice]] = {}
     for choice, (row, node) in zip(choices, places, strict=True):
-        if row.prompt.candidates:
+        if row.tree is not None:
             own.setdefault(row, {})[node] = choice
-    return {row: _score(row, by_node) for row, by_node in own.items()}
+    return {row: _score(row.tree, by_node) for row, by_node in own.items() if row.tree is not None}
 
 
-def _score(row: Sequence, choices: Mapping[int, Choice]) -> Choice:
+def _score(tree: Tree, choices: Mapping[int, Choice]) -> Choice:
     if any(choice.token_id is None for choice in choices.values()):
         return Choice(None)
     logprobs = {node: choice.asked for node, choice in choices.items()}
-    return replace(choices[NEWEST], scores=scores(row.prompt.candidates, row.draft, logprobs))
+    return replace(choices[NEWEST], scores=tree.scores(logprobs))
 
 
 def draw(row: Sequence, node: int) -> Draw:
     """What the model's token after a node of the row's draft (or NEWEST) depends on, besides its logits; of a row
     with candidates, what is asked for there."""
-    if row.prompt.candidates:
-        return Draw(GREEDY, 0.0, (), asked=asked(row.prompt.candidates, row.draft)[node])
+    if row.tree is not None:
+        return Draw(GREEDY, 0.0, (), asked=row.tree.asked[node])
     params, path = row.params, row.draft.path(node)
     seen: ArrayLike = ()
     if params.repetition_penalty != 1:

@@ -16,7 +16,7 @@ from rayskip.config.file import as_section
 from rayskip.data.prompts import read_messages, read_text, row_key
 from rayskip.data.records import Prompt
 from rayskip.data.tokenizer import Encoder
-from rayskip.decode.candidates import tree_size
+from rayskip.decode.candidates import tree
 from rayskip.errors import RowError, kind_of
 
 
@@ -89,7 +89,7 @@ class Prompts:
                 "prompt_too_long",
                 f"the prompt has {len(token_ids)} tokens; the context holds {self.max_model_len}, one of them new",
             )
-        needed = len(token_ids) + 1 + tree_size(prompt.candidates)
+        needed = len(token_ids) + 1 + len(tree(prompt.candidates).draft)
         if prompt.candidates and needed > self.max_model_len:
             raise RowError(
                 "prompt_too_long",

@@ -13,7 +13,6 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from rayskip.decode.batch import Chunk
-from rayskip.decode.candidates import tree, tree_size
 from rayskip.decode.constraints import MOST_FORCED
 from rayskip.decode.sequence import Sequence
 from rayskip.model.cache.blocks import SHARED, Block, BlockPool, Match
@@ -189,14 +188,14 @@ class Scheduler:
         if row.ended or length >= row.limit:
             return 0  # it has just given its pages up, or its last token is on its way
         stop = min(length, row.computed + budget)
-        asked = tree_size(row.prompt.candidates)
+        asked = 0 if row.tree is None else len(row.tree.draft)
         if asked and stop == length and stop - row.computed + asked > budget and plan.chunks:
             stop -= 1  # what is asked goes with the last token into a step with more room
         if stop <= row.computed:
             return 0
         self._give_up_layers(plan, row)
-        if stop == row.length:
-            row.draft = tree(row.prompt.candidates)
+        if stop == length and row.tree is not None:
+            row.draft = row.tree.draft
         if not self._reach(plan, row, stop + len(row.draft)):
             return 0
         drafts = self._drafts + (MOST_FORCED if row.matcher is not None else 0)
@@ -253,7 +252,7 @@ class Scheduler:
         first = self._shared.running[0]
         if self.running and self.running[0] is first:
             return 0
-        places = first.limit + max(self._drafts, tree_size(first.prompt.candidates))
+        places = first.limit + max(self._drafts, 0 if first.tree is None else len(first.tree.draft))
         blocks = -(-places // self.pool.size) - len(first.blocks)
         return max(blocks, 0) * len(self._layers)
 
