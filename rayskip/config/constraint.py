@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from rayskip.config.section import Section
+from rayskip.config.section import Section, as_text
 
 KINDS = ("choice", "regex", "json_schema", "grammar")
 
@@ -60,15 +60,7 @@ class Constraint(Section):
     @field_validator("choice", mode="before")
     @classmethod
     def _read_choice(cls, value: object) -> object:
-        """Numbers are their text; what YAML reads as true or false was perhaps yes or no."""
-        if not isinstance(value, list | tuple):
-            return value
-        for text in value:
-            if isinstance(text, bool):
-                raise ValueError(
-                    f"has {str(text).lower()}, which is no text; in YAML put yes, no, on, off in quotes"
-                )
-        return [str(text) if isinstance(text, int | float) else text for text in value]
+        return [as_text(text) for text in value] if isinstance(value, list | tuple) else value
 
     @field_validator("choice")
     @classmethod

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rayskip.config.section import Section, UserPath
+from rayskip.config.section import Section, UserPath, as_text
 
 Label = Annotated[str, Field(min_length=1, max_length=1024)]
 
@@ -54,7 +54,7 @@ class LabelTask(Section):
     @field_validator("labels", mode="before")
     @classmethod
     def _read_labels(cls, value: object) -> object:
-        """A list is labels without a description; numbers are their text."""
+        """A list is labels without a description."""
         if isinstance(value, list | tuple):
             every = [str(label).strip() for label in value]
             if twice := [label for place, label in enumerate(every) if label in every[:place]]:
@@ -64,14 +64,7 @@ class LabelTask(Section):
             raise ValueError("must be a list of labels, or what each means by its name")
         if len(value) < 2:
             raise ValueError(f"must have two labels at least, got {len(value)}")
-        for label in value:
-            if isinstance(label, bool):
-                raise ValueError(
-                    f"has {str(label).lower()}, which is no text; in YAML put yes, no, on, off in quotes"
-                )
-        return {
-            str(label) if isinstance(label, int | float) else label: said for label, said in value.items()
-        }
+        return {as_text(label): said for label, said in value.items()}
 
     @model_validator(mode="after")
     def _check_method(self) -> LabelTask:

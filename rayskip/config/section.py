@@ -10,6 +10,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 
+
+def as_text(value: object) -> object:
+    """A number as its text, where texts are wanted. Raises ValueError for what YAML reads as true or false and was
+    perhaps yes or no."""
+    if isinstance(value, bool):
+        raise ValueError(
+            f"has {str(value).lower()}, which is no text; in YAML put yes, no, on, off in quotes"
+        )
+    return str(value) if isinstance(value, int | float) else value
+
+
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path or url; "~" at its beginning is the home folder."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from rayskip.config import JobConfig
 from rayskip.config.label import LabelledFile, LabelTask
@@ -34,36 +34,30 @@ def labelled_rows(
 
 def known_label(task: LabelTask, value: object, where: str) -> str:
     """A label as the task has it; numbers are their text."""
-    label = value if isinstance(value, str) else str(value)
+    label = str(value)
     if label not in task.labels:
-        near = closest(label, task.names)
-        hint = f"did you mean {near}?" if near else f"labels: {', '.join(task.names)}"
-        raise InputError(f"{where} is {shown(value)}, which is none of task.labels; {hint}")
+        raise InputError(f"{where} is {shown(value)}, which is none of task.labels; {hint(task, label)}")
     return label
 
 
-def check_task(job: JobConfig, source: Source) -> None:
+def hint(task: LabelTask, label: object) -> str:
+    """What was perhaps meant by a label that the task has not."""
+    near = closest(str(label), task.names)
+    return f"did you mean {near}?" if near else f"labels: {', '.join(task.names)}"
+
+
+def check_task(job: JobConfig, source: Source) -> Source | None:
     """Refuse a labelling task whose files or columns are not there, or have labels that it has not.
 
-    source: the job's input. Raises InputError.
+    source: the job's input. Returns the labelled rows' file, if there is one. Raises InputError.
     """
     if (task := job.task) is None:
-        return
+        return None
     if task.gold is not None:
         source.require(job.input.path, "task.gold", task.gold)
-    if task.calibrate is not None:
-        for _ in labelled_rows(job, task, task.calibrate, open_labelled(job, task.calibrate)):
-            pass
-
-
-def task_fingerprints(job: JobConfig) -> list[tuple[str, str]]:
-    """Names and contents of the files that decide what a task finds."""
-    if job.task is None or job.task.calibrate is None:
-        return []
-    source = open_labelled(job, job.task.calibrate)
-    return [(file.name, file.fingerprint) for file in source.files]
-
-
-def strange_labels(task: LabelTask, values: Iterable[object]) -> list[object]:
-    """Of right labels those that the task has not."""
-    return [value for value in values if value is not None and str(value) not in task.labels]
+    if task.calibrate is None:
+        return None
+    labelled = open_labelled(job, task.calibrate)
+    for _ in labelled_rows(job, task, task.calibrate, labelled):
+        pass
+    return labelled

@@ -146,7 +146,7 @@ def output_table(table: pa.Table, rows: Sequence[Generation], shard: Shard, job:
     columns = {field.name: repeated[field.name] for field in kept.schema}
     fields = [field.with_nullable(True) for field in kept.schema]
     parsed = schema_columns(job)
-    said = [values_of(row.text, parsed) for row in rows]
+    said = [values_of(row.text, parsed) for row in rows] if parsed else []
     for name, kind in output_columns(job).items():
         full_name = (job.output.prefix or "") + name
         values = [own[name] for own in said] if name in parsed else [_value(row, name, shard) for row in rows]

@@ -15,7 +15,6 @@ from typing import Any
 from pydantic import ValidationError
 
 from rayskip.config import JobConfig
-from rayskip.data.labelled_file import task_fingerprints
 from rayskip.data.sources import Source
 from rayskip.driver.records import CommitRecord, JobRecord
 from rayskip.errors import shown
@@ -51,11 +50,12 @@ Values = dict[str, Any]
 """What a config says, by dotted key."""
 
 
-def contents(job: JobConfig, source: Source, model: Path) -> dict[str, str]:
-    """A hash for each content that decides the output. model: the folder of its checkpoint."""
+def contents(job: JobConfig, source: Source, model: Path, labelled: Source | None = None) -> dict[str, str]:
+    """A hash for each content that decides the output. model: the folder of its checkpoint. labelled: rows whose
+    label is known, where the job is fitted to some."""
     adapter = (folder := job.model.adapter_folder) and adapter_fingerprint(folder)
-    labelled = task_fingerprints(job)
-    task = {"the file of task.calibrate": digest(labelled)} if labelled else {}
+    known = [(file.name, file.fingerprint) for file in labelled.files] if labelled else []
+    task = {"the file of task.calibrate": digest(known)} if labelled else {}
     return task | {
         "input files": digest([(file.name, file.rows, file.fingerprint) for file in source.files]),
         "model": digest([weights_fingerprint(model), adapter, job.model.dtype]),

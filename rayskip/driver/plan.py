@@ -15,9 +15,8 @@ from pathlib import Path
 
 from rayskip.config import DecodeConfig, JobConfig
 from rayskip.config.label import LabelTask
-from rayskip.config.messages import closest
 from rayskip.data.folder import DATA, JOB, open_folder
-from rayskip.data.labelled_file import check_task, strange_labels
+from rayskip.data.labelled_file import check_task, hint
 from rayskip.data.locate import covers
 from rayskip.data.output import SUFFIXES, choose_prefix
 from rayskip.data.prompts import check_input, prompt_source
@@ -73,7 +72,7 @@ def make_plan(job: JobConfig) -> Plan:
     source = discover(job.input)
     _refuse_own_output(job)
     check_input(job.input, source.columns)
-    check_task(job, source)
+    labelled = check_task(job, source)
     prefix = choose_prefix(job, source.columns)
     shard_rows = job.output.shard_rows or choose_shard_rows(job, source)
     shards = list(plan_shards(source, shard_rows, job.input.max_rows))
@@ -84,7 +83,7 @@ def make_plan(job: JobConfig) -> Plan:
     if job.decode != DecodeConfig():
         check_files(job.decode.draft, folder, skip_policy(job.decode.skip, read_layer_count(folder)))
     parts, config, day = (
-        contents(job, source, folder),
+        contents(job, source, folder, labelled),
         job.model_dump(mode="json"),
         job_date(job, source, folder),
     )
@@ -201,12 +200,11 @@ def _strange_gold(job: JobConfig, task: LabelTask, column: str, source: Source) 
     """Of right labels that the task has not. Raises ConfigError where none looked at is one of its."""
     rows = every_row(source, {column}, min(_LOOKED_AT, job.input.max_rows or _LOOKED_AT))
     values = [row[column] for _, _, row in rows if row[column] is not None]
-    if not (strange := strange_labels(task, values)):
+    if not (strange := [value for value in values if str(value) not in task.labels]):
         return
-    near = closest(str(strange[0]), task.names)
     said = (
         f"task.gold: {len(strange):,} of the first {len(values):,} right labels are none of task.labels, as "
-        f"{shown(strange[0])}" + (f"; did you mean {near}?" if near else f"; labels: {', '.join(task.names)}")
+        f"{shown(strange[0])}; {hint(task, strange[0])}"
     )
     if len(strange) == len(values):
         raise ConfigError(said)
