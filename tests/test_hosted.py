@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_families import SIZES
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -26,19 +27,6 @@ from rayskip.model.families import FAMILIES
 from rayskip.model.invariance import is_batch_invariant
 from rayskip.skip import skip_policy
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 199,
-    "hidden_size": 96,
-    "intermediate_size": 80,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 LATENT = {
     "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12,

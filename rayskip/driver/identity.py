@@ -50,7 +50,7 @@ Values = dict[str, Any]
 """What a config says, by dotted key."""
 
 
-def contents(job: JobConfig, source: Source, model: Path, labelled: Source | None = None) -> dict[str, str]:
+def contents(job: JobConfig, source: Source, model: Path, labelled: Source | None) -> dict[str, str]:
     """A hash for each content that decides the output. model: the folder of its checkpoint. labelled: rows whose
     label is known, where the job is fitted to some."""
     adapter = (folder := job.model.adapter_folder) and adapter_fingerprint(folder)

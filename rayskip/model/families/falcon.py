@@ -8,8 +8,8 @@ from rayskip.model.families.parts import (
     Tensors,
     activation,
     by_kind,
-    head_dim,
     max_positions,
+    plain_spec,
     refuse_set,
     rope_tables,
 )
@@ -21,18 +21,9 @@ if TYPE_CHECKING:
 
 def spec(config: Config) -> Spec:
     refuse_set(config, "alibi")
-    dim = head_dim(config)
     one = config.multi_query and not config.new_decoder_architecture
-    return Spec(
-        model_type=config.model_type,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=1 if one else config.num_kv_heads,
-        head_dim=dim,
-        vocab=config.vocab_size,
-        max_positions=max_positions(config),
-        scale=dim**-0.5,
-    )
+    kv_heads = 1 if one else config.num_kv_heads
+    return plain_spec(config, kv_heads=kv_heads, max_positions=max_positions(config))
 
 
 def weights(config: Config, spec: Spec, named: Tensors) -> Weights:

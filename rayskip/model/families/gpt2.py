@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rayskip.model.families.parts import Tensors, activation, head_dim, refuse_set
+from rayskip.model.families.parts import Tensors, activation, plain_spec, refuse_set
 from rayskip.model.spec import MLP, Attention, Dense, Family, Layer, Spec, Weights
 
 if TYPE_CHECKING:
@@ -13,17 +13,7 @@ if TYPE_CHECKING:
 
 def spec(config: Config) -> Spec:
     refuse_set(config, "add_cross_attention", "scale_attn_by_inverse_layer_idx")
-    dim = head_dim(config)
-    return Spec(
-        model_type=config.model_type,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads,
-        head_dim=dim,
-        vocab=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        scale=dim**-0.5 if config.scale_attn_weights else 1.0,
-    )
+    return plain_spec(config) if config.scale_attn_weights else plain_spec(config, scale=1.0)
 
 
 def weights(config: Config, spec: Spec, named: Tensors) -> Weights:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rayskip.model.families.parts import Tensors, activation, by_kind, max_positions, rope
+from rayskip.model.families.parts import Tensors, activation, by_kind, max_positions, plain_spec, rope
 from rayskip.model.spec import MLP, Attention, Family, Layer, Spec, Weights
 
 if TYPE_CHECKING:
@@ -12,17 +12,7 @@ if TYPE_CHECKING:
 
 
 def spec(config: Config) -> Spec:
-    dim = config.hidden_size // config.num_attention_heads
-    return Spec(
-        model_type=config.model_type,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads,
-        head_dim=dim,
-        vocab=config.vocab_size,
-        max_positions=max_positions(config),
-        scale=dim**-0.5,
-    )
+    return plain_spec(config, max_positions=max_positions(config))
 
 
 def weights(config: Config, spec: Spec, named: Tensors) -> Weights:

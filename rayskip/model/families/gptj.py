@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rayskip.errors import ModelError, shown
-from rayskip.model.families.parts import Tensors, activation, head_dim, in_halves, rope_table
+from rayskip.model.families.parts import Tensors, activation, head_dim, in_halves, plain_spec, rope_table
 from rayskip.model.spec import MLP, Attention, Family, Layer, Spec, Weights, stacked
 
 if TYPE_CHECKING:
@@ -20,16 +20,7 @@ def spec(config: Config) -> Spec:
         raise ModelError(
             f"config.json: rotary_dim is {shown(turned)}; an even number up to a head's {dim} dimensions is wanted"
         )
-    return Spec(
-        model_type=config.model_type,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads,
-        head_dim=dim,
-        vocab=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        scale=dim**-0.5,
-    )
+    return plain_spec(config)
 
 
 def weights(config: Config, spec: Spec, named: Tensors) -> Weights:

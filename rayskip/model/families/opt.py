@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rayskip.errors import ModelError
-from rayskip.model.families.parts import Tensors, activation
+from rayskip.model.families.parts import Tensors, activation, plain_spec
 from rayskip.model.spec import MLP, Attention, Family, Layer, Spec, Weights, stacked
 
 if TYPE_CHECKING:
@@ -24,17 +24,7 @@ def spec(config: Config) -> Spec:
         raise ModelError("opt with norms after the branches or without a final norm is not supported")
     if not config.layer_norm_elementwise_affine:
         raise ModelError("opt without weights in its norms (layer_norm_elementwise_affine) is not supported")
-    dim = config.hidden_size // config.num_attention_heads
-    return Spec(
-        model_type=config.model_type,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_attention_heads,
-        head_dim=dim,
-        vocab=config.vocab_size,
-        max_positions=config.max_position_embeddings,
-        scale=dim**-0.5,
-    )
+    return plain_spec(config)
 
 
 def weights(config: Config, spec: Spec, named: Tensors) -> Weights:

@@ -229,6 +229,22 @@ def windows(config: Config) -> list[int | None]:
     return [config.sliding_window if kind == SLIDING else None for kind in kinds]
 
 
+def plain_spec(config: Config, **own: Any) -> Spec:
+    """Of a decoder whose heads all have keys of their own and that has no extras, but for what is `own`."""
+    dim = head_dim(config)
+    plain: dict[str, Any] = {
+        "model_type": config.model_type,
+        "hidden": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_attention_heads,
+        "head_dim": dim,
+        "vocab": config.vocab_size,
+        "max_positions": config.max_position_embeddings,
+        "scale": dim**-0.5,
+    }
+    return Spec(**plain | own)
+
+
 def refuse_set(config: Config, *keys: str) -> None:
     """Raises ModelError where a key is set that this family does not honour."""
     for key in keys:
