@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 import rayskip
 from rayskip import Engine
+from rayskip.cluster.paths import absolute
 from rayskip.config.file import load_config
 from rayskip.config.label import LabelTask
 from rayskip.data.labels import Labeller, asked, expected_error, fitted_temperature, rightness, softmax
@@ -162,3 +164,21 @@ def test_plan_asks_as_the_job_will(tmp_path: Path) -> None:
     seen = dry_run(load_config(_job(tmp_path, method="generate")))
     assert "- good: the writer is content\n- bad\n\nText:\nI loved every minute" in seen.prompts[0]
     assert json.dumps(seen.job.task.model_dump() if seen.job.task else None)
+
+
+def test_a_job_that_asks_through_a_template_which_tells_the_date_keeps_its_day(
+    tmp_path: Path, smollm2: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(smollm2, model)
+    config = model / "tokenizer_config.json"
+    settings = json.loads(config.read_text())
+    settings["chat_template"] = "{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}"
+    config.write_text(json.dumps(settings))
+    for file in model.glob("*.jinja"):
+        file.unlink()
+    job = _job(tmp_path) | {"model": {"path": str(model)}}
+    job["task"]["labels"]["path"] = str(tmp_path)  # a name that a path of a section has
+    seen = dry_run(load_config(job))
+    assert seen.plan.record.date is not None
+    assert absolute(load_config(job)).task == load_config(job).task

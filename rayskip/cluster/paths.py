@@ -16,7 +16,7 @@ from rayskip.model import embedded
 _KEYS = ("path", "adapter", "corpus")
 """Of a config's sections: what may be a file or folder here, or the name of something elsewhere."""
 
-_FREE = ("chat_template_kwargs", "rename")
+_FREE = ("chat_template_kwargs", "rename", "labels", "json_schema", "logit_bias")
 """Sections whose keys are the user's own."""
 
 _COPIED = "runtime_resources/working_dir_files"

@@ -174,7 +174,8 @@ def job_date(job: JobConfig, source: Source, model: Path) -> date | None:
 
     model: the folder of its checkpoint.
     """
-    chat = job.input.chat or prompt_source(job.input, source.columns)[0] == "messages"
+    kind, _ = prompt_source(job.input, source.columns)
+    chat = job.input.chat or job.task is not None or kind == "messages"
     return job.input.date or date.today() if chat and tells_date(model) else None
 
 
